@@ -1,0 +1,1 @@
+"""Images: TensorFlow Datasets sources, the order they are read in, augmentation."""

@@ -1,0 +1,1 @@
+"""Networks in plain Flax Linen that know nothing of quantization, each cut into stem, blocks and head."""

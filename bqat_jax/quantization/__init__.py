@@ -1,0 +1,1 @@
+"""Quantizers, gradient estimators and rules; all but `transform` import only jax and numpy."""

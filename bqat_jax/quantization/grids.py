@@ -1,0 +1,49 @@
+"""Integer grids: which whole numbers a code of b bits can take."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+MIN_BITS = 2
+MAX_BITS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class IntegerGrid:
+    """The integers that `bits` bits can hold.
+
+    Signed: -2^(b-1) .. 2^(b-1) - 1; unsigned: 0 .. 2^b - 1 (LSQ, arXiv 1902.08153, section 2, where the two
+    ends are called -Q_N and Q_P).
+
+    Attributes:
+        bits: number of bits, 2 to 8.
+        signed: whether the grid has negative numbers.
+
+    Raises:
+        ValueError: if `bits` is not a whole number from 2 to 8.
+    """
+
+    bits: int
+    signed: bool
+
+    def __post_init__(self):
+        if not isinstance(self.bits, int) or not MIN_BITS <= self.bits <= MAX_BITS:
+            raise ValueError(
+                f'bits={self.bits!r} is not a whole number from {MIN_BITS} to {MAX_BITS}: an integer grid needs '
+                "one. To leave a layer in full precision give its quantizer the name 'none'."
+            )
+
+    @property
+    def lower(self) -> int:
+        """The smallest integer of the grid."""
+        return -(2 ** (self.bits - 1)) if self.signed else 0
+
+    @property
+    def upper(self) -> int:
+        """The largest integer of the grid, the Q_P of the LSQ paper."""
+        return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+
+    @property
+    def code_dtype(self):
+        """The smallest whole-byte dtype that holds every code: int8 or uint8."""
+        return jnp.int8 if self.signed else jnp.uint8
