@@ -7,7 +7,7 @@ and its full-precision weights with the full-precision one.
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -187,63 +187,55 @@ def build_quantization(settings: Mapping[str, LayerSettings], signed_inputs: Map
     return Quantization(layers)
 
 
-def init_weight_quantizers(quantization: Quantization, params: Any) -> dict[str, Any]:
-    """Returns initial parameters of the weights' quantizers, from the weights."""
-    flat = traverse_util.flatten_dict(params, sep='/')
-    return {
-        path: {'weights': quantizers.weights.init(flat[f'{path}/{WEIGHT_NAME}'])}
-        for path, quantizers in quantization.layers.items()
-        if quantizers.weights is not None
-    }
-
-
-def calibrate(
-    quantization: Quantization, params: Any, run: Callable[[Any, Any], Any], batches: Sequence[Any]
+def init_quantizers(
+    quantization: Quantization, params: Any, run: Callable[[Any, Any], Any], batch: Any
 ) -> dict[str, Any]:
-    """Returns initial parameters of all quantizers.
+    """Returns initial parameters of all quantizers, from the weights and one batch; a pure function.
 
-    Weights are initialised from the weights. Inputs are initialised from the batches, each as it arrives in the
-    low-precision network: behind layers whose weights and inputs are already quantized. Over several batches the
-    initial parameters are averaged.
+    The input of a layer is seen as it arrives in the low-precision network, behind layers whose weights and inputs are
+    already quantized. A layer that runs more than once has one input quantizer, initialised from its first input.
 
     Args:
         quantization: the quantizers.
         params: the network's 'params' collection.
         run: `run(params, batch)` runs the network.
-        batches: at least one batch.
+        batch: what it runs on.
 
     Raises:
-        ValueError: without a batch, or if a layer with an input quantizer does not run.
+        ValueError: if a layer that has a quantizer for its input does not run.
     """
-    if not batches:
-        raise ValueError('Calibration needs at least one batch.')
-
-    # One parameter set belongs to one quantizer: a layer that runs twice keeps what its first input gave.
-    @jax.jit
-    def calibrate_batch(params, weight_parameters, batch):
-        found: dict[str, Any] = {}
-
-        def init_and_quantize(path, x):
-            quantizers = quantization.layers.get(path)
-            if quantizers is None or quantizers.activations is None:
-                return x
-            if path not in found:
-                found[path] = quantizers.activations.init(x)
-            return quantizers.activations.fake_quantize(found[path], x)
-
-        quantized = quantization.quantize_params(weight_parameters, params)
-        with _map_inputs(init_and_quantize):
-            run(quantized, batch)
-        return found
-
-    weight_parameters = init_weight_quantizers(quantization, params)
-    found = [calibrate_batch(params, weight_parameters, batch) for batch in batches]
-    averaged = jax.tree.map(lambda *values: sum(values[1:], values[0]) / len(values), *found)
-    result = {}
+    flat = traverse_util.flatten_dict(params, sep='/')
+    found: dict[str, Any] = {path: {} for path in quantization.layers}
     for path, quantizers in quantization.layers.items():
-        result[path] = dict(weight_parameters.get(path, {}))
-        if quantizers.activations is not None:
-            if path not in averaged:
-                raise ValueError(f'The layer {path} has a quantizer for its input, but did not run in calibration.')
-            result[path]['activations'] = averaged[path]
-    return result
+        if quantizers.weights is not None:
+            found[path]['weights'] = quantizers.weights.init(flat[f'{path}/{WEIGHT_NAME}'])
+
+    def init_and_quantize(path: str, x: jax.Array) -> jax.Array:
+        quantizers = quantization.layers.get(path)
+        if quantizers is None or quantizers.activations is None:
+            return x
+        if 'activations' not in found[path]:
+            found[path]['activations'] = quantizers.activations.init(x)
+        return quantizers.activations.fake_quantize(found[path]['activations'], x)
+
+    with _map_inputs(init_and_quantize):
+        run(quantization.quantize_params(found, params), batch)
+    for path, quantizers in quantization.layers.items():
+        if quantizers.activations is not None and 'activations' not in found[path]:
+            raise ValueError(f'The layer {path} has a quantizer for its input, but did not run.')
+    return found
+
+
+def calibrate(
+    quantization: Quantization, params: Any, run: Callable[[Any, Any], Any], batches: Iterable[Any]
+) -> dict[str, Any]:
+    """Returns initial parameters of all quantizers, the mean of `init_quantizers` over the batches.
+
+    Raises:
+        ValueError: without a batch.
+    """
+    init = jax.jit(lambda params, batch: init_quantizers(quantization, params, run, batch))
+    found = [init(params, batch) for batch in batches]
+    if not found:
+        raise ValueError('Calibration needs at least one batch.')
+    return jax.tree.map(lambda *values: sum(values[1:], values[0]) / len(values), *found)

@@ -1,0 +1,199 @@
+"""Configs: the keys there are, the argument after the colon, durations, and what may change when a run is resumed."""
+
+import difflib
+import fnmatch
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+from ml_collections import config_dict
+
+from bqat_jax.errors import UserError
+
+# What may change between two runs in the same workdir, because the result does not depend on it, or, for the mesh, only
+# by the order of float32 sums.
+SAFE_TO_CHANGE = ('data.dir', 'data.on_device', 'data.workers', 'checkpoint.*', 'mesh.*', 'train.log_every_steps')
+
+
+def base_config() -> ml_collections.ConfigDict:
+    """Returns a config with every key there is; recipes set what differs.
+
+    A duration is given in steps or, by the sibling key, in epochs of the training split; where both are given the
+    steps count.
+    """
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+
+    config.data = ml_collections.ConfigDict()
+    config.data.name = 'digits'  # 'digits' or a TensorFlow Datasets name
+    config.data.dir = config_dict.placeholder(str)  # where prepared datasets lie; TensorFlow Datasets' default if unset
+    config.data.on_device = True  # the whole dataset lives on the device; batches are gathered inside the step
+    config.data.workers = 0  # processes that decode images, when the data is not on the device
+    config.data.validation_fraction = 0.0  # of the training split, held out for choosing the best checkpoint
+    config.data.mean = (0.5,)  # normalisation: (pixel / 255 - mean) / std
+    config.data.std = (0.5,)
+    config.data.crop_padding = 0  # random crops after padding by so many pixels
+    config.data.flip = False  # random mirroring
+
+    config.network = ml_collections.ConfigDict()
+    config.network.name = 'cifar_resnet'
+    config.network.depth = 20  # 6n + 2
+    config.network.width = 16
+    config.network.shortcut = 'A'
+
+    config.quant = ml_collections.ConfigDict()
+    config.quant.weights = ml_collections.ConfigDict()
+    config.quant.weights.name = 'lsq'
+    config.quant.weights.bits = 2
+    config.quant.weights.estimator = 'identity'
+    config.quant.weights.granularity = 'tensor'  # or 'channel'
+    config.quant.activations = ml_collections.ConfigDict()
+    config.quant.activations.name = 'lsq'
+    config.quant.activations.bits = 2
+    config.quant.activations.estimator = 'identity'
+    config.quant.activations.sign = 'auto'  # or 'signed', 'unsigned'
+    # The first rule that matches a layer wins; the field's custom is 8 bits for the first and the last layer.
+    config.quant.rules = (
+        {'layers': 'stem/conv', 'weights': {'bits': 8}, 'activations': {'bits': 8}},
+        {'layers': 'head/dense', 'weights': {'bits': 8}, 'activations': {'bits': 8}},
+    )
+    config.quant.calibration_batches = 4
+
+    config.replacement = ml_collections.ConfigDict()
+    config.replacement.plan = 'prefix'
+    config.replacement.cut = 'stage'  # or 'block'
+    config.replacement.paths = 1  # MP models drawn per step by the plan 'prefix_sampled'
+    config.replacement.weights = 'halving'  # or 'uniform', 'mean'
+    config.replacement.distillation = 1.0  # weight of distillation from the FP partner; 0 turns the teacher off
+    config.replacement.path_cross_entropy = 1.0  # weight of the labels' cross entropy on MP paths
+    config.replacement.temperature = 1.0
+
+    config.train = ml_collections.ConfigDict()
+    config.train.steps = config_dict.placeholder(int)
+    config.train.epochs = 10.0
+    config.train.batch_size = 128
+    config.train.log_every_steps = 50
+
+    config.optimizer = optimizer_config()
+
+    config.partner = ml_collections.ConfigDict()
+    config.partner.steps = config_dict.placeholder(int)
+    config.partner.epochs = 10.0
+    config.partner.torch_file = config_dict.placeholder(str)  # take the partner from a PyTorch state_dict
+    config.partner.workdir = config_dict.placeholder(str)  # take the partner of an earlier run
+    config.partner.optimizer = optimizer_config()
+    del config.partner.optimizer.quantizers  # a full-precision network has none
+
+    config.mesh = ml_collections.ConfigDict()
+    config.mesh.data = -1  # devices that share a batch; -1 for all
+
+    config.checkpoint = ml_collections.ConfigDict()
+    config.checkpoint.every_steps = config_dict.placeholder(int)
+    config.checkpoint.every_epochs = 1.0
+    config.checkpoint.keep = 2  # the newest ones; the best is kept beside them
+    return config
+
+
+def optimizer_config() -> ml_collections.ConfigDict:
+    """Returns the keys of one optimizer: SGD with Nesterov momentum, cosine decay with linear warm-up."""
+    config = ml_collections.ConfigDict()
+    config.learning_rate = 0.1
+    config.momentum = 0.9
+    config.nesterov = True
+    config.weight_decay = 1e-4  # on kernels only
+    config.warmup_steps = config_dict.placeholder(int)
+    config.warmup_epochs = 0.0
+    config.clip_norm = 0.0  # of the whole gradient; 0 for none
+    config.quantizers = ml_collections.ConfigDict()  # the quantizers' own parameters
+    config.quantizers.learning_rate = 0.01
+    config.quantizers.weight_decay = 0.0
+    return config
+
+
+def parse_argument(argument: str | None, **defaults: Any) -> ml_collections.ConfigDict:
+    """Parses what stands after the colon of `--config=file.py:bits=2,plan=prefix`.
+
+    Args:
+        argument: 'key=value,key=value', or None.
+        **defaults: the keys there are, with their values if not given; the type of a default is the type of its key.
+
+    Raises:
+        UserError: for a key that is not there, naming the nearest, or a value of another type.
+    """
+    values = ml_collections.ConfigDict(defaults)
+    for item in filter(None, (argument or '').split(',')):
+        key, separator, text = item.partition('=')
+        if key not in defaults:
+            raise UserError(f'The config has no argument {key!r}; it takes: {", ".join(defaults)}.{_nearest(key, defaults)}')
+        if not separator:
+            raise UserError(f'The config argument {key!r} has no value; write {key}={defaults[key]}.')
+        kind = type(defaults[key])
+        try:
+            values[key] = {'true': True, 'false': False}[text.lower()] if kind is bool else kind(text)
+        except (ValueError, KeyError) as error:
+            raise UserError(f'The config argument {key}={text!r} is not of type {kind.__name__}.') from error
+    return values
+
+
+def duration(section: ml_collections.ConfigDict, name: str, epoch: float) -> int:
+    """Returns a duration in steps: `section.<name>steps` if set, else `section.<name>epochs` times the steps per epoch.
+
+    Args:
+        section: part of the config.
+        name: '' or a prefix such as 'warmup_'.
+        epoch: steps per epoch.
+
+    Raises:
+        UserError: for a negative duration.
+    """
+    steps, epochs = section[f'{name}steps'], section[f'{name}epochs']
+    result = round(epochs * epoch) if steps is None else steps
+    if result < 0:
+        raise UserError(f'{name}steps={steps}, {name}epochs={epochs}: a duration cannot be negative.')
+    return result
+
+
+def to_plain(value: Any) -> Any:
+    """Returns a config as nested dicts, lists and numbers, as JSON holds it."""
+    if isinstance(value, ml_collections.ConfigDict):
+        return {key: to_plain(value[key]) for key in sorted(value.keys())}
+    return json.loads(json.dumps(value))
+
+
+def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = '') -> list[str]:
+    """Returns the dotted keys at which two plain configs differ, each as 'key: old -> new'."""
+    changes = []
+    for key in sorted({*old, *new}):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            changes += changed_keys(before, after, f'{prefix}{key}.')
+        elif before != after or (key in old) != (key in new):
+            changes.append(f'{prefix}{key}: {json.dumps(before)} -> {json.dumps(after)}')
+    return changes
+
+
+def check_resumable(old: Mapping[str, Any], new: Mapping[str, Any], workdir: Path) -> None:
+    """Checks that a workdir made with config `old` can go on with config `new`.
+
+    Raises:
+        UserError: if a key differs that the result depends on; all such keys are named.
+    """
+    unsafe = [
+        change
+        for change in changed_keys(old, new)
+        if not any(fnmatch.fnmatchcase(change.partition(':')[0], pattern) for pattern in SAFE_TO_CHANGE)
+    ]
+    if unsafe:
+        listed = '\n  '.join(unsafe)
+        raise UserError(
+            f'{workdir} was made with a different config (there -> now):\n  {listed}\n'
+            'Take another --workdir, or give the values it was made with. '
+            f'These keys may change: {", ".join(SAFE_TO_CHANGE)}.'
+        )
+
+
+def _nearest(key: str, known: Any) -> str:
+    near = difflib.get_close_matches(key, list(known), n=1)
+    return f' Did you mean {near[0]!r}?' if near else ''

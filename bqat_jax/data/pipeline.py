@@ -1,0 +1,107 @@
+"""The order in which examples are read, and how they reach the device.
+
+The order is a pure function of the seed: Grain shuffles every epoch anew, globally, and batch number t is the same
+whether a run came there in one go or was resumed. A split that lives on the device is fed by example numbers alone, in
+the same order; its images are gathered inside the jitted step.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from bqat_jax.data.sources import Subset
+
+# Batches that reading threads keep ready in each process, when examples are decoded on the way.
+PREFETCH_BATCHES = 4
+READ_THREADS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """A split of a dataset, ready to be read in batches.
+
+    Attributes:
+        source: the examples.
+        arrays: the whole split, {'image': uint8 (examples, height, width, channels), 'label': int32 (examples,)}, if it
+            lives on the device; else None.
+        workers: processes that decode; 0 for threads of this one. Not read when the split lives on the device.
+    """
+
+    source: Subset
+    arrays: dict[str, Any] | None
+    workers: int = 0
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def training_batches(self, seed: int, batch_size: int, start: int, stop: int) -> Iterator[dict[str, np.ndarray]]:
+        """Yields the batches number `start` to `stop - 1` of an endless shuffled reading.
+
+        Args:
+            seed: of the shuffles.
+            batch_size: examples per batch; batches run on over the ends of epochs.
+            start: number of the first batch, counted from the beginning of training.
+            stop: number after the last.
+
+        Yields:
+            {'image', 'label'}, or {'index'} when the split lives on the device.
+        """
+        order = grain.MapDataset.range(len(self)).seed(seed).shuffle().repeat()
+        return self._read(order, batch_size, start, stop)
+
+    def evaluation_batches(self, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+        """Yields every example once, in order, with a 'mask' that is false where the last batch is filled up."""
+        count = -(-len(self) // batch_size)
+        order = grain.MapDataset.range(count * batch_size)
+        return self._read(order, batch_size, 0, count)
+
+    def _read(self, order: grain.MapDataset, batch_size: int, start: int, stop: int) -> Iterator[dict[str, Any]]:
+        read = _ReadExample(None if self.arrays is not None else self.source, len(self))
+        batches = order.map(read).batch(batch_size).slice(slice(start, stop))
+        if self.arrays is not None:
+            return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+        options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=PREFETCH_BATCHES)
+        dataset = batches.to_iter_dataset(options)
+        if self.workers > 0:
+            if not flags.FLAGS.is_parsed():  # Grain reads absl flags; as a library we may run without main.py
+                flags.FLAGS.mark_as_parsed()
+            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=self.workers))
+        return iter(dataset)
+
+
+@dataclasses.dataclass(frozen=True)
+class _ReadExample:
+    """Reads the example at a position; without a source its number alone. Positions past the end are filling."""
+
+    source: Subset | None
+    count: int
+
+    def __call__(self, position: int) -> dict[str, Any]:
+        number = min(position, self.count - 1)
+        mask = np.bool_(position < self.count)
+        if self.source is None:
+            return {'index': np.int32(number), 'mask': mask}
+        example = self.source[number]
+        return {'image': example['image'], 'label': np.int32(example['label']), 'mask': mask}
+
+
+def read_whole(source: Subset) -> dict[str, np.ndarray]:
+    """Decodes a whole split into memory: {'image': uint8, 'label': int32}."""
+    examples = [source[number] for number in range(len(source))]
+    return {
+        'image': np.stack([example['image'] for example in examples]),
+        'label': np.array([example['label'] for example in examples], np.int32),
+    }
+
+
+def get_examples(batch: dict[str, jax.Array], arrays: dict[str, jax.Array] | None) -> tuple[jax.Array, jax.Array]:
+    """Returns the images and labels of a batch, gathered from the arrays if the split lives on the device."""
+    if arrays is None:
+        return batch['image'], batch['label']
+    return jnp.take(arrays['image'], batch['index'], axis=0), jnp.take(arrays['label'], batch['index'], axis=0)

@@ -1,0 +1,113 @@
+"""Where images come from: TensorFlow Datasets' random-access sources (ArrayRecord), read without TensorFlow."""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import logging as absl_logging
+
+from bqat_jax.data.digits import Digits
+from bqat_jax.errors import UserError
+
+# Which training images are held out for validation depends on nothing but their number: every run, whatever its
+# seed, makes its choices on the same ones.
+VALIDATION_SEED = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Subset:
+    """Some examples of a random-access source, in a given order."""
+
+    source: Any
+    positions: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return self.source[int(self.positions[number])]
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageData:
+    """The three splits of a dataset of labelled images, each a random-access source of {'image', 'label'}.
+
+    Attributes:
+        train: what the network trains on.
+        validation: held out of the training data; choices are made on it. May be empty.
+        test: evaluated at the end, selects nothing.
+        num_classes: number of classes.
+        image_shape: (height, width, channels); images are uint8.
+    """
+
+    train: Subset
+    validation: Subset
+    test: Subset
+    num_classes: int
+    image_shape: tuple[int, ...]
+
+
+def load_images(name: str, directory: str | None, validation_fraction: float) -> ImageData:
+    """Opens a dataset by its TensorFlow Datasets name.
+
+    Args:
+        name: 'digits' for the embedded digits, which prepare themselves, or a TensorFlow Datasets name.
+        directory: where prepared datasets lie; None for TensorFlow Datasets' default.
+        validation_fraction: how much of the training split to hold out, 0 <= fraction < 1.
+
+    Raises:
+        UserError: if there is no such dataset, it is not prepared, or it is not one of labelled images.
+    """
+    if not 0 <= validation_fraction < 1:
+        raise UserError(f'data.validation_fraction={validation_fraction}: it must be at least 0 and less than 1.')
+    builder = _open_builder(name, directory)
+    features = builder.info.features
+    if features is None or not {'image', 'label'} <= set(features) or not {'train', 'test'} <= set(builder.info.splits):
+        raise UserError(f"data.name={name!r}: it needs features 'image' and 'label' and splits 'train' and 'test'.")
+    train = builder.as_data_source('train')
+    test = builder.as_data_source('test')
+    order = np.random.default_rng(VALIDATION_SEED).permutation(len(train))
+    held_out = round(validation_fraction * len(train))
+    return ImageData(
+        train=Subset(train, np.sort(order[held_out:])),
+        validation=Subset(train, np.sort(order[:held_out])),
+        test=Subset(test, np.arange(len(test))),
+        num_classes=features['label'].num_classes,
+        image_shape=tuple(features['image'].shape),
+    )
+
+
+def _open_builder(name: str, directory: str | None) -> tfds.core.DatasetBuilder:
+    # TensorFlow Datasets warns about a folder that is merely not there yet, and draws progress bars of its own.
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    tfds.disable_progress_bar()
+    if name == Digits.name:
+        builder = Digits(data_dir=_expand(directory))
+        if not builder.is_prepared():
+            logging.info('Preparing the digits in %s.', builder.data_path)
+            builder.download_and_prepare(file_format='array_record')
+        return builder
+    try:
+        builder = tfds.builder(name, data_dir=_expand(directory))
+    except tfds.core.DatasetNotFoundError as error:
+        raise UserError(
+            f'data.name={name!r}: TensorFlow Datasets has no dataset of that name'
+            + (f', and {directory} holds none.' if directory else '.')
+        ) from error
+    if not builder.is_prepared() or builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
+        raise UserError(
+            f'data.name={name!r} is not prepared as ArrayRecord in {builder.data_path}. If it lies elsewhere say where '
+            f'(--config.data.dir=DIR). To prepare it, once, in a virtual environment of its own (it needs TensorFlow):\n'
+            f'  pip install tensorflow-cpu tensorflow-datasets array_record\n'
+            f"  python -c \"import tensorflow_datasets as tfds; tfds.builder('{name}', data_dir='DIR', "
+            f"file_format='array_record').download_and_prepare()\""
+        )
+    return builder
+
+
+def _expand(directory: str | None) -> str | None:
+    return None if directory is None else str(Path(directory).expanduser())

@@ -1,0 +1,46 @@
+"""Writing small files so that a reader never sees half of one."""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bqat_jax.errors import UserError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file atomically: a reader, or a kill, finds the old content or the new, never half of it."""
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    try:
+        with temporary.open('w', encoding='utf-8') as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=False) + '\n')
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Holds a directory for one training process; the lock goes with the process, however it ends.
+
+    Raises:
+        UserError: if another process holds it.
+    """
+    with (directory / '.lock').open('w') as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f'{directory} is in use by another training process. Wait for it, or take another --workdir.'
+            ) from error
+        yield

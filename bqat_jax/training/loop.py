@@ -1,0 +1,226 @@
+"""One phase of a run: from its newest checkpoint, or from the beginning, to its end."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+
+from bqat_jax.errors import UserError
+from bqat_jax.training.checkpoint import Checkpoints, Restored
+from bqat_jax.training.evaluation import evaluate
+from bqat_jax.training.optimizer import NETWORK, QUANTIZERS, make_optimizer
+from bqat_jax.training.recorder import Recorder
+from bqat_jax.training.setting import Setting, with_sharding
+from bqat_jax.training.sharding import over_batch, replicated
+from bqat_jax.training.signals import Stopped, StopRequest
+from bqat_jax.training.step import (
+    Problem,
+    TrainState,
+    init_state,
+    make_evaluation_step,
+    make_train_step,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """What is done in one phase of a run.
+
+    Attributes:
+        name: 'pretrain' or 'train'.
+        purpose: number of its randomness, for `Setting.key` and `Setting.data_seed`.
+        problem: what is trained.
+        partner: the frozen partner's variables, or None.
+        steps: how many.
+        optimizer: its config.
+        directory: of its checkpoints.
+    """
+
+    name: str
+    purpose: int
+    problem: Problem
+    partner: Any
+    steps: int
+    optimizer: ml_collections.ConfigDict
+    directory: Path
+
+
+def run_phase(
+    setting: Setting, phase: Phase, init: Callable[[], tuple[Any, Any]], quantizer_shapes: Any, stop: StopRequest
+) -> Restored:
+    """Trains from the newest checkpoint of the phase, or from the beginning, to its end.
+
+    Args:
+        setting: of the run.
+        phase: what to do.
+        init: gives params {'network': ..., 'quantizers': ...} and batch statistics to begin with.
+        quantizer_shapes: shapes and dtypes of the quantizers' parameters.
+        stop: asked after every step.
+
+    Returns:
+        The checkpoint that counts: the best on the validation split, or the last if there is none. Its facts hold
+        'seconds', the time that training took up to the end of the phase.
+
+    Raises:
+        UserError: if the loss is not finite, or a checkpoint cannot be written.
+        Stopped: after a request to stop, when a checkpoint is saved.
+    """
+    target = state_target(setting, phase, quantizer_shapes)
+    with open_checkpoints(setting, phase.directory) as checkpoints:
+        restored = checkpoints.restore_latest(target)
+        if restored is None:
+            optimizer, _ = _make_optimizer(setting, phase)
+            # Under jit the state is made of copies: the step takes it over, and the partner keeps its arrays.
+            make = jax.jit(
+                lambda params, stats: init_state(setting.key(phase.purpose), params, stats, optimizer),
+                out_shardings=replicated(setting.mesh),
+            )
+            state, start, seconds = make(*init()), 0, 0.0
+        else:
+            state, start, seconds = restored.state, restored.facts['next_batch'], restored.facts['seconds']
+            setting.console.print(f'Phase {phase.name} goes on after step {start} of {phase.steps}.')
+        if restored is None or start < phase.steps:
+            with Recorder(setting.workdir, phase.name, start, phase.steps, setting.console) as recorder:
+                run = _Run(setting, phase, checkpoints, recorder, stop, time.monotonic() - seconds)
+                seconds = run.steps(state, start, is_new=restored is None)
+        counts = checkpoints.restore_best(target)
+        assert counts is not None  # the end of the phase was saved
+        return counts._replace(facts={**counts.facts, 'seconds': seconds})
+
+
+def open_checkpoints(setting: Setting, directory: Path, *, read_only: bool = False) -> Checkpoints:
+    """Opens the checkpoints of a phase as the config says they are kept."""
+    has_scores = len(setting.images.validation) > 0
+    return Checkpoints(directory, keep=setting.config.checkpoint.keep, has_scores=has_scores, read_only=read_only)
+
+
+def state_target(setting: Setting, phase: Phase, quantizer_shapes: Any) -> Any:
+    """Returns the shapes, dtypes and shardings of a phase's state."""
+    optimizer, _ = _make_optimizer(setting, phase)
+    variables = setting.abstract_variables()
+    params = {NETWORK: variables['params'], QUANTIZERS: quantizer_shapes}
+    shapes = jax.eval_shape(
+        lambda params, stats: init_state(jax.random.key(0), params, stats, optimizer), params, variables['batch_stats']
+    )
+    return with_sharding(shapes, setting.mesh)
+
+
+def _make_optimizer(setting: Setting, phase: Phase):
+    return make_optimizer(phase.optimizer, phase.steps, setting.steps(phase.optimizer, 'warmup_'))
+
+
+class _Run:
+    """The steps of a phase in this process: what `run_phase` would otherwise pass from hand to hand."""
+
+    def __init__(
+        self,
+        setting: Setting,
+        phase: Phase,
+        checkpoints: Checkpoints,
+        recorder: Recorder,
+        stop: StopRequest,
+        began: float,
+    ):
+        self._setting, self._phase, self._checkpoints = setting, phase, checkpoints
+        self._recorder, self._stop, self._began = recorder, stop, began
+        self._evaluation_step = make_evaluation_step(phase.problem, setting.mesh)
+        self._speed = _Speedometer(setting.config.train.batch_size)
+
+    def steps(self, state: TrainState, start: int, *, is_new: bool) -> float:
+        """Runs the steps after `start`; returns the seconds of the phase, those of earlier processes included.
+
+        The loop never waits for the step it has just begun: metrics are fetched when the next one is under way.
+        """
+        setting, phase, stop = self._setting, self._phase, self._stop
+        optimizer, schedule = _make_optimizer(setting, phase)
+        step = make_train_step(phase.problem, optimizer, schedule, setting.mesh)
+        save_every = max(1, setting.steps(setting.config.checkpoint, 'every_'))
+        log_every = setting.config.train.log_every_steps
+        if is_new:
+            self._save(state, start)
+        batches = setting.train_split.training_batches(
+            setting.data_seed(phase.purpose), setting.config.train.batch_size, start, phase.steps
+        )
+        due: tuple[int, Any] | None = None  # metrics to record
+        for done, batch in enumerate(batches, start + 1):
+            batch = jax.device_put(batch, over_batch(setting.mesh))
+            state, metrics = step(state, phase.partner, setting.train_split.arrays, batch)
+            if done == start + 1:
+                jax.block_until_ready(metrics)
+                self._speed.restart(done)  # compiling does not count as speed
+            if due is not None:
+                due = self._record(*due)
+            if done % log_every == 0 or done == phase.steps:
+                due = (done, metrics)
+            if done % save_every == 0 or done == phase.steps or stop.signal_name is not None:
+                if due is not None:
+                    due = self._record(*due)
+                pause = time.monotonic()
+                self._save(state, done)
+                self._speed.skip(time.monotonic() - pause)
+            if stop.signal_name is not None and done < phase.steps:
+                self._checkpoints.wait()
+                raise Stopped(
+                    f'Stopped by {stop.signal_name} after step {done} of {phase.steps} of phase {phase.name}; a '
+                    'checkpoint is saved. Run the same command again to continue.'
+                )
+        self._checkpoints.wait()
+        return time.monotonic() - self._began
+
+    def _record(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+        self._check_finite(values.pop('first_bad_step'))
+        speed = self._speed.images_per_second(step)
+        self._recorder.record(step, values if speed is None else {**values, 'images_per_second': speed})
+
+    def _save(self, state: TrainState, step: int) -> None:
+        """Saves the state, if it is sound, with its score on the validation split."""
+        self._check_finite(int(state.first_bad_step))
+        facts, score = {'next_batch': step, 'seconds': time.monotonic() - self._began}, None
+        if self._setting.validation_split is not None:
+            score = evaluate(
+                self._evaluation_step,
+                state.params,
+                state.batch_stats,
+                self._setting.validation_split,
+                self._setting.evaluation_batch_size,
+                self._setting.mesh,
+            ).top1
+            facts['validation_top1'] = score
+            self._recorder.record(step, {'validation_top1': score})
+        self._checkpoints.save(step, state, facts, score)
+
+    def _check_finite(self, first_bad_step: int) -> None:
+        if first_bad_step < 0:
+            return
+        self._checkpoints.wait()
+        raise UserError(
+            f'The loss became NaN or infinite in step {first_bad_step + 1} of phase {self._phase.name}. The last good '
+            f'checkpoint is that of step {self._checkpoints.latest_step} in {self._checkpoints.directory}. Lower the '
+            "learning rates (optimizer.learning_rate, optimizer.quantizers.learning_rate; the partner's: "
+            'partner.optimizer.learning_rate) or clip the gradient (optimizer.clip_norm), in another --workdir.'
+        )
+
+
+class _Speedometer:
+    """Measures images per second between two records, pauses left out."""
+
+    def __init__(self, batch_size: int):
+        self._batch_size = batch_size
+        self.restart(0)
+
+    def restart(self, step: int) -> None:
+        self._step, self._time = step, time.monotonic()
+
+    def skip(self, seconds: float) -> None:
+        self._time += seconds
+
+    def images_per_second(self, step: int) -> float | None:
+        """Since the last call; None where no step lies between."""
+        steps, seconds = step - self._step, time.monotonic() - self._time
+        self.restart(step)
+        return steps * self._batch_size / seconds if steps > 0 and seconds > 0 else None

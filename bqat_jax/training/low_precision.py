@@ -1,0 +1,148 @@
+"""The low-precision network's phase: quantizers from rules and data, calibration, block-replaced training."""
+
+import json
+from typing import Any
+
+import jax
+
+from bqat_jax.data.augmentation import normalize
+from bqat_jax.data.pipeline import get_examples
+from bqat_jax.errors import UserError
+from bqat_jax.files import write_json
+from bqat_jax.quantization.transform import (
+    LayerQuantizers,
+    Quantization,
+    build_quantization,
+    calibrate,
+    find_signed_inputs,
+    init_quantizers,
+)
+from bqat_jax.training.checkpoint import Restored
+from bqat_jax.training.loop import Phase, run_phase
+from bqat_jax.training.optimizer import NETWORK, QUANTIZERS
+from bqat_jax.training.partner import Partner
+from bqat_jax.training.setting import Setting
+from bqat_jax.training.sharding import over_batch
+from bqat_jax.training.signals import StopRequest
+from bqat_jax.training.step import Problem
+
+QUANTIZERS_FILE = 'quantizers.json'
+CHECKPOINTS = 'checkpoints'
+# Numbers of this phase's uses of randomness; see `Setting.key`.
+TRAIN, CALIBRATION = 2, 3
+
+
+def train_low_precision(setting: Setting, partner: Partner, stop: StopRequest) -> tuple[Phase, Restored]:
+    """Trains the low-precision network, which starts from the partner's weights.
+
+    Returns:
+        The phase, and the checkpoint that counts.
+
+    Raises:
+        UserError: as `run_phase`.
+        Stopped: as `run_phase`.
+    """
+    batches = None
+    path = setting.workdir / QUANTIZERS_FILE
+    if not path.exists():
+        batches = _calibration_batches(setting, partner)
+
+        def run(batch):
+            return setting.network.apply(partner.variables, batch, setting.network.names, train=True)
+
+        signed = find_signed_inputs(run, batches, setting.layers)
+        write_json(path, _describe(build_quantization(setting.layers, signed)))
+    phase = low_precision_phase(setting, partner)
+    quantization = phase.problem.quantization
+
+    def run_with(params, batch):
+        variables = {**partner.variables, 'params': params}
+        return setting.network.apply(variables, batch, setting.network.names, train=True)
+
+    def init():
+        images = batches or _calibration_batches(setting, partner)
+        params = partner.variables['params']
+        quantizers = calibrate(quantization, params, run_with, images)
+        return {NETWORK: params, QUANTIZERS: quantizers}, partner.variables['batch_stats']
+
+    return phase, run_phase(setting, phase, init, quantizer_shapes(setting, quantization), stop)
+
+
+def low_precision_phase(setting: Setting, partner: Partner) -> Phase:
+    """Returns the phase, with the quantizers that the workdir's quantizers.json describes.
+
+    Raises:
+        UserError: if there is no such file yet.
+    """
+    path = setting.workdir / QUANTIZERS_FILE
+    if not path.exists():
+        raise UserError(f'{setting.workdir} holds no low-precision network yet: train first (--mode=train).')
+    described = json.loads(path.read_text(encoding='utf-8'))
+    signed = {path: layer['activations']['signed'] for path, layer in described.items() if layer['activations']}
+    config = setting.config
+    return Phase(
+        name='train',
+        purpose=TRAIN,
+        problem=Problem(
+            network=setting.network,
+            quantization=build_quantization(setting.layers, signed),
+            plan=setting.plan,
+            objective=setting.objective,
+            # The low-precision network starts from the partner's weights, so it sees images as the partner does.
+            preprocessing=setting.preprocessing(partner.facts['mean'], partner.facts['std']),
+        ),
+        partner=partner.variables,
+        steps=setting.steps(config.train),
+        optimizer=config.optimizer,
+        directory=setting.workdir / CHECKPOINTS,
+    )
+
+
+def quantizer_shapes(setting: Setting, quantization: Quantization) -> Any:
+    """Returns the shapes and dtypes of the quantizers' parameters."""
+    variables = setting.abstract_variables()
+    batch = jax.ShapeDtypeStruct((1, *setting.images.image_shape), 'float32')
+
+    def init(variables, batch):
+        def run(params, batch):
+            network = setting.network
+            return network.apply({**variables, 'params': params}, batch, network.names, train=False)
+
+        return init_quantizers(quantization, variables['params'], run, batch)
+
+    return jax.eval_shape(init, variables, batch)
+
+
+def _calibration_batches(setting: Setting, partner: Partner) -> list[jax.Array]:
+    """Normalised training images, not augmented."""
+    split, config = setting.train_split, setting.config
+    how = setting.preprocessing(partner.facts['mean'], partner.facts['std'])
+
+    @jax.jit
+    def images_of(batch, arrays):
+        return normalize(get_examples(batch, arrays)[0], how.mean, how.std)
+
+    batches = split.training_batches(
+        setting.data_seed(CALIBRATION), config.train.batch_size, 0, config.quant.calibration_batches
+    )
+    return [images_of(jax.device_put(batch, over_batch(setting.mesh)), split.arrays) for batch in batches]
+
+
+def _describe(quantization: Quantization) -> dict[str, Any]:
+    """The quantizers of every layer as JSON."""
+
+    def describe(quantizer):
+        if quantizer is None:
+            return None
+        return {
+            'name': type(quantizer).__name__.lower(),
+            'bits': quantizer.bits,
+            'signed': quantizer.signed,
+            'granularity': 'tensor' if quantizer.channel_axis is None else 'channel',
+            'estimator': quantizer.estimator.name,
+        }
+
+    def describe_layer(layer: LayerQuantizers):
+        return {'weights': describe(layer.weights), 'activations': describe(layer.activations)}
+
+    return {path: describe_layer(layer) for path, layer in quantization.layers.items()}

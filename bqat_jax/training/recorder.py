@@ -1,0 +1,92 @@
+"""What a run leaves to read: metrics.jsonl, TensorBoard events, and progress on the terminal."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import rich.console
+import rich.progress
+from tensorboardX import SummaryWriter
+
+from bqat_jax.files import write_text
+
+METRICS_FILE = 'metrics.jsonl'
+# The metrics shown on the terminal; the files have all.
+SHOWN = ('loss', 'images_per_second', 'validation_top1')
+
+
+class Recorder:
+    """Records the metrics of one phase, steps `start` to `total`; use as a context manager.
+
+    What an earlier process of the same run recorded of this phase from `start` on, after its last checkpoint, is
+    removed: those steps are done again.
+    """
+
+    def __init__(self, workdir: Path, phase: str, start: int, total: int, console: rich.console.Console):
+        """Opens the files in `workdir`."""
+        self._phase, self._start, self._total = phase, start, total
+        self._console = console
+        path = workdir / METRICS_FILE
+        _remove_after(path, phase, start)
+        self._file = path.open('a', encoding='utf-8')
+        self._events = SummaryWriter(str(workdir / 'tensorboard' / phase), purge_step=start)
+        self._began = time.monotonic()
+        self._progress = None
+        if console.is_terminal:
+            self._progress = rich.progress.Progress(
+                rich.progress.TextColumn('{task.description}'),
+                rich.progress.BarColumn(),
+                rich.progress.MofNCompleteColumn(),
+                rich.progress.TextColumn('{task.fields[shown]}'),
+                rich.progress.TimeElapsedColumn(),
+                rich.progress.TextColumn('left'),
+                rich.progress.TimeRemainingColumn(),
+                console=console,
+            )
+            self._task = self._progress.add_task(phase, total=total, completed=start, shown='compiling')
+
+    def __enter__(self) -> 'Recorder':
+        if self._progress:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._progress:
+            self._progress.stop()
+        self._events.close()
+        self._file.close()
+
+    def record(self, step: int, metrics: dict[str, float]) -> None:
+        """Writes the metrics of a step, counted from 1, and shows the progress."""
+        self._file.write(json.dumps({'phase': self._phase, 'step': step, **metrics}) + '\n')
+        self._file.flush()
+        for name, value in metrics.items():
+            self._events.add_scalar(name, value, step)
+        self._events.flush()
+        shown = '  '.join(f'{name} {metrics[name]:.4g}' for name in SHOWN if name in metrics)
+        if self._progress:
+            self._progress.update(self._task, completed=step, shown=shown)
+        else:
+            done = step - self._start
+            left = (time.monotonic() - self._began) / max(done, 1) * (self._total - step)
+            self._console.print(
+                f'{self._phase} {step}/{self._total}  {shown}  left {left:.0f} s', markup=False, highlight=False
+            )
+
+
+def _remove_after(path: Path, phase: str, start: int) -> None:
+    if not path.exists():
+        return
+    lines = path.read_text(encoding='utf-8').splitlines(keepends=True)
+    kept = [line for line in lines if _belongs_before(line, phase, start)]
+    if kept != lines:
+        write_text(path, ''.join(kept))
+
+
+def _belongs_before(line: str, phase: str, start: int) -> bool:
+    try:
+        entry: dict[str, Any] = json.loads(line)
+    except json.JSONDecodeError:  # half a line, from a process that was killed
+        return False
+    return line.endswith('\n') and (entry['phase'] != phase or entry['step'] <= start)

@@ -1,0 +1,140 @@
+"""A whole run: partner, calibration, block-replaced training, evaluation. What `main.py` calls."""
+
+import importlib.metadata
+import json
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+import rich.console
+
+from bqat_jax import __version__
+from bqat_jax.configuration import check_resumable, to_plain
+from bqat_jax.data.pipeline import Split
+from bqat_jax.errors import UserError
+from bqat_jax.files import locked, write_json
+from bqat_jax.quantization.rules import NO_QUANTIZER
+from bqat_jax.training.checkpoint import Restored
+from bqat_jax.training.evaluation import Evaluation, evaluate
+from bqat_jax.training.loop import Phase, open_checkpoints, state_target
+from bqat_jax.training.low_precision import low_precision_phase, quantizer_shapes, train_low_precision
+from bqat_jax.training.optimizer import NETWORK, QUANTIZERS
+from bqat_jax.training.partner import Partner, load_partner, obtain_partner
+from bqat_jax.training.setting import Setting, make_setting
+from bqat_jax.training.signals import StopRequest
+from bqat_jax.training.step import Problem, make_evaluation_step
+
+PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'tensorflow-datasets', 'grain', 'numpy')
+FULL_PRECISION_BITS = 32
+
+
+def train(
+    config: ml_collections.ConfigDict, workdir: Path, *, name: str, overrides: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Runs a config from wherever its workdir has got to, to the end; writes and returns `result.json`.
+
+    Args:
+        config: the resolved config.
+        workdir: everything the run leaves goes there; called again with the same, it continues.
+        name: of the config, for the record.
+        overrides: what the command line changed, for the record.
+
+    Raises:
+        UserError: for a config or a workdir that cannot work, with the remedy.
+        Stopped: if SIGTERM or SIGINT came; a checkpoint is saved.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    with locked(workdir), StopRequest() as stop:
+        setting = make_setting(config, workdir, rich.console.Console())
+        _check_config(setting)
+        _write_record(setting, name, overrides or {})
+        partner = obtain_partner(setting, stop)
+        phase, restored = train_low_precision(setting, partner, stop)
+        return _finish(setting, partner, phase, restored, workdir / 'result.json')
+
+
+def evaluate_run(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Evaluates the checkpoint that counts in a workdir on the test split; writes and returns `evaluation.json`.
+
+    Raises:
+        UserError: if the workdir holds no run of this config.
+    """
+    if not (workdir / 'config.json').is_file():
+        raise UserError(f'{workdir} holds no run (no config.json in it): train first (--mode=train).')
+    setting = make_setting(config, workdir, rich.console.Console())
+    _check_config(setting)
+    partner = load_partner(setting, workdir)
+    if partner is None:
+        raise UserError(f'{workdir} holds no finished partner yet: train first (--mode=train).')
+    phase = low_precision_phase(setting, partner)
+    restored = None
+    if phase.directory.is_dir():
+        with open_checkpoints(setting, phase.directory, read_only=True) as checkpoints:
+            shapes = quantizer_shapes(setting, phase.problem.quantization)
+            restored = checkpoints.restore_best(state_target(setting, phase, shapes))
+    if restored is None:
+        raise UserError(f'{workdir} holds no checkpoint of the low-precision network yet: train first (--mode=train).')
+    return _finish(setting, partner, phase, restored, workdir / 'evaluation.json')
+
+
+def _check_config(setting: Setting) -> None:
+    path = setting.workdir / 'config.json'
+    if path.exists():
+        check_resumable(json.loads(path.read_text(encoding='utf-8')), to_plain(setting.config), setting.workdir)
+
+
+def _write_record(setting: Setting, name: str, overrides: dict[str, Any]) -> None:
+    """Writes what is run, and with what."""
+    write_json(setting.workdir / 'config.json', to_plain(setting.config))
+    environment = {
+        'config': name,
+        'overrides': to_plain(overrides),
+        'versions': {
+            'bqat_jax': __version__,
+            **{package: importlib.metadata.version(package) for package in PACKAGES},
+        },
+        'python': sys.version.split()[0],
+        'platform': platform.platform(),
+        'devices': [device.device_kind for device in setting.mesh.devices.flat],
+    }
+    write_json(setting.workdir / 'environment.json', environment)
+
+
+def _finish(setting: Setting, partner: Partner, phase: Phase, restored: Restored, path: Path) -> dict[str, Any]:
+    """Evaluates partner and network on the test split; writes and returns the result."""
+    config = setting.config
+    setting.console.print('Evaluating on the test split.')
+    low = _evaluate(setting, phase.problem, restored.state.params, restored.state.batch_stats, setting.test_split)
+    full_params = {NETWORK: partner.variables['params'], QUANTIZERS: {}}
+    full = _evaluate(
+        setting, partner.problem(setting), full_params, partner.variables['batch_stats'], setting.test_split
+    )
+
+    def bits(role):
+        return FULL_PRECISION_BITS if config.quant[role].name == NO_QUANTIZER else config.quant[role].bits
+
+    result = {
+        'fp_top1': full.top1,
+        'top1': low.top1,
+        'weight_bits': bits('weights'),
+        'activation_bits': bits('activations'),
+        'plan': config.replacement.plan,
+        'distillation': config.replacement.distillation,
+        'seed': config.seed,
+        'steps': phase.steps,
+        'checkpoint_step': restored.step,
+        'seconds': round(restored.facts['seconds'], 2),
+        'examples_evaluated': low.examples,
+        'partner': partner.facts['source'],
+    }
+    if 'validation_top1' in restored.facts:
+        result['validation_top1'] = restored.facts['validation_top1']
+    write_json(path, result)
+    return result
+
+
+def _evaluate(setting: Setting, problem: Problem, params: Any, batch_stats: Any, split: Split) -> Evaluation:
+    step = make_evaluation_step(problem, setting.mesh)
+    return evaluate(step, params, batch_stats, split, setting.evaluation_batch_size, setting.mesh)

@@ -1,0 +1,185 @@
+"""From a config to the objects it stands for; a config that cannot work is refused here, before anything is computed."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+import rich.console
+from jax.sharding import Mesh
+
+from bqat_jax.configuration import duration, to_plain
+from bqat_jax.data.pipeline import Split, read_whole
+from bqat_jax.data.sources import ImageData, Subset, load_images
+from bqat_jax.errors import UserError
+from bqat_jax.networks.cifar_resnet import CifarResNet
+from bqat_jax.networks.cut import CutNetwork
+from bqat_jax.quantization.rules import LayerSettings, assign_quantizers
+from bqat_jax.quantization.transform import find_layers
+from bqat_jax.replacement.objective import Objective
+from bqat_jax.replacement.plans import Plan, prefix_weights
+from bqat_jax.training.sharding import make_mesh, replicated
+from bqat_jax.training.step import Preprocessing
+
+NETWORKS = {'cifar_resnet': CifarResNet}
+LEAST = {
+    'seed': 0,
+    'data.workers': 0,
+    'data.crop_padding': 0,
+    'train.batch_size': 1,
+    'train.log_every_steps': 1,
+    'checkpoint.keep': 1,
+    'quant.calibration_batches': 1,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What a config comes to.
+
+    Attributes:
+        config: the resolved config.
+        workdir: where everything goes that the run leaves.
+        console: where progress is shown.
+        mesh: the devices.
+        images: the dataset.
+        network: the network, cut into blocks.
+        plan: the replacement plan.
+        objective: what is minimised.
+        layers: what the rules say of each layer.
+    """
+
+    config: ml_collections.ConfigDict
+    workdir: Path
+    console: rich.console.Console
+    mesh: Mesh
+    images: ImageData
+    network: CutNetwork
+    plan: Plan
+    objective: Objective
+    layers: dict[str, LayerSettings]
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """The network as JSON: what two runs must share for one to take the other's partner."""
+        image_shape, num_classes = list(self.images.image_shape), self.images.num_classes
+        return {**to_plain(self.config.network), 'image_shape': image_shape, 'num_classes': num_classes}
+
+    @functools.cached_property
+    def train_split(self) -> Split:
+        """What the network trains on."""
+        return self._split(self.images.train)
+
+    @functools.cached_property
+    def validation_split(self) -> Split | None:
+        """What choices are made on; None if nothing is held out."""
+        return self._split(self.images.validation) if len(self.images.validation) else None
+
+    @functools.cached_property
+    def test_split(self) -> Split:
+        """What is evaluated at the end."""
+        return self._split(self.images.test)
+
+    def _split(self, source: Subset) -> Split:
+        arrays = None
+        if self.config.data.on_device:
+            arrays = jax.device_put(read_whole(source), replicated(self.mesh))
+        return Split(source, arrays, self.config.data.workers)
+
+    @property
+    def evaluation_batch_size(self) -> int:
+        """Examples per evaluation batch: as in training, up to a multiple of the number of devices."""
+        devices = self.mesh.devices.size
+        return -(-self.config.train.batch_size // devices) * devices
+
+    def steps(self, section: ml_collections.ConfigDict, name: str = '') -> int:
+        """Returns the duration `section.<name>steps` or `section.<name>epochs` in steps."""
+        return duration(section, name, len(self.images.train) / self.config.train.batch_size)
+
+    def preprocessing(self, mean: Sequence[float], std: Sequence[float]) -> Preprocessing:
+        """Returns the preprocessing of images, with this normalisation."""
+        return Preprocessing(tuple(mean), tuple(std), self.config.data.crop_padding, self.config.data.flip)
+
+    def key(self, purpose: int) -> jax.Array:
+        """Returns the random key for a purpose, a number that no other use of randomness has."""
+        return jax.random.fold_in(jax.random.key(self.config.seed), purpose)
+
+    def data_seed(self, purpose: int) -> int:
+        """Returns the seed of the order of examples for a purpose."""
+        return int(np.random.SeedSequence([self.config.seed, purpose]).generate_state(1)[0])
+
+    def abstract_variables(self) -> Any:
+        """Returns the shapes, dtypes and shardings of the network's variables."""
+        return with_sharding(
+            jax.eval_shape(lambda: self.network.init(jax.random.key(0), self.images.image_shape)), self.mesh
+        )
+
+
+def with_sharding(shapes: Any, mesh: Mesh) -> Any:
+    """Returns a tree of shapes and dtypes with the sharding that the state has."""
+    where = replicated(mesh)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes)
+
+
+def make_setting(config: ml_collections.ConfigDict, workdir: Path, console: rich.console.Console) -> Setting:
+    """Resolves a config.
+
+    Raises:
+        UserError: naming the key, its value and what it may be.
+    """
+    for key, least in LEAST.items():
+        value = functools.reduce(lambda section, name: section[name], key.split('.'), config)
+        if value < least:
+            raise UserError(f'{key}={value}: it must be at least {least}.')
+    mesh = make_mesh(config.mesh.data)
+    if config.train.batch_size % mesh.devices.size:
+        raise UserError(
+            f'train.batch_size={config.train.batch_size} cannot be split over {mesh.devices.size} devices; '
+            'take a multiple, or fewer devices (mesh.data).'
+        )
+    if config.network.name not in NETWORKS:
+        raise UserError(f'network.name={config.network.name!r}: it must be one of {", ".join(NETWORKS)}.')
+    images = load_images(config.data.name, config.data.dir, config.data.validation_fraction)
+    channels = images.image_shape[-1]
+    if len(config.data.mean) != channels or len(config.data.std) != channels or min(config.data.std) <= 0:
+        raise UserError(
+            f'data.mean={config.data.mean}, data.std={config.data.std}: the images have {channels} channels; give one '
+            'number for each, those of std positive.'
+        )
+    try:
+        network = _make_network(config, images)
+        weights = prefix_weights(config.replacement.weights, len(network.blocks))
+        return Setting(
+            config=config,
+            workdir=workdir,
+            console=console,
+            mesh=mesh,
+            images=images,
+            network=network,
+            plan=Plan(config.replacement.plan, weights, config.replacement.paths),
+            objective=Objective(
+                distillation=config.replacement.distillation,
+                path_cross_entropy=config.replacement.path_cross_entropy,
+                temperature=config.replacement.temperature,
+            ),
+            layers=_assign(config, network, images),
+        )
+    except ValueError as error:  # what the library's parts say of a value holds for the key that gave it
+        raise UserError(str(error)) from error
+
+
+def _make_network(config: ml_collections.ConfigDict, images: ImageData) -> CutNetwork:
+    options = {key: value for key, value in config.network.items() if key != 'name'}
+    module = NETWORKS[config.network.name](num_classes=images.num_classes, **options)
+    return module.cut(config.replacement.cut)
+
+
+def _assign(config: ml_collections.ConfigDict, network: CutNetwork, images: ImageData) -> dict[str, LayerSettings]:
+    variables = jax.eval_shape(lambda: network.init(jax.random.key(0), images.image_shape))
+    batch = jax.ShapeDtypeStruct((1, *images.image_shape), 'float32')
+    paths = find_layers(lambda v, x: network.apply(v, x, network.names, train=False), variables, batch)
+    return assign_quantizers(paths, config.quant.weights, config.quant.activations, config.quant.rules)

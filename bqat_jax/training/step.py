@@ -1,0 +1,178 @@
+"""The state of training, one training step and one evaluation step."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh
+
+from bqat_jax.data.augmentation import augment, normalize
+from bqat_jax.data.pipeline import get_examples
+from bqat_jax.networks.cut import CutNetwork
+from bqat_jax.quantization.transform import Quantization
+from bqat_jax.replacement.objective import Objective
+from bqat_jax.replacement.paths import run_backbone, run_paths, run_teacher
+from bqat_jax.replacement.plans import Plan
+from bqat_jax.training.optimizer import NETWORK, QUANTIZERS
+from bqat_jax.training.sharding import replicated
+
+
+@struct.dataclass
+class TrainState:
+    """Everything a training step changes.
+
+    Attributes:
+        step: int32, steps done.
+        key: random key of the phase; step t uses `fold_in(key, t)`.
+        params: {'network': the network's parameters, 'quantizers': the quantizers'}.
+        batch_stats: the network's batch statistics.
+        opt_state: the optimizer's.
+        first_bad_step: int32, the first step whose loss was not finite; -1 for none. Kept on the device, so that the
+            loop need not wait for every loss and can still name the step.
+    """
+
+    step: jax.Array
+    key: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+    first_bad_step: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """What happens to an image before the network; see `bqat_jax.data.augmentation`."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_padding: int
+    flip: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What is trained: the static parts of a training step.
+
+    Attributes:
+        network: the cut network.
+        quantization: its quantizers; none of them in the phase that trains the full-precision partner.
+        plan: which mixed-precision models run.
+        objective: what is minimised.
+        preprocessing: of the images.
+    """
+
+    network: CutNetwork
+    quantization: Quantization
+    plan: Plan
+    objective: Objective
+    preprocessing: Preprocessing
+
+
+def init_state(key: jax.Array, params: Any, batch_stats: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """Returns the state before the first step; params are {'network': ..., 'quantizers': ...}."""
+    return TrainState(
+        step=jnp.int32(0),
+        key=key,
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=optimizer.init(params),
+        first_bad_step=jnp.int32(-1),
+    )
+
+
+def loss_and_metrics(
+    problem: Problem, params: Any, batch_stats: Any, partner: Any, images: jax.Array, labels: jax.Array, key: jax.Array
+) -> tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]:
+    """Runs the LP backbone, the teacher and the MP paths the plan asks for, each once.
+
+    Args:
+        problem: what is trained.
+        params: {'network': ..., 'quantizers': ...}.
+        batch_stats: the network's batch statistics.
+        partner: the FP partner's variables; None if neither plan nor objective reads them.
+        images: preprocessed images.
+        labels: integers.
+        key: of the plan's draw.
+
+    Returns:
+        The loss, and (new batch statistics, metrics).
+    """
+    mask, path_weights = problem.plan.draw(key)
+    backbone = run_backbone(
+        problem.network, problem.quantization, params[NETWORK], params[QUANTIZERS], batch_stats, images, train=True
+    )
+    teacher_logits = run_teacher(problem.network, partner, images) if problem.objective.needs_teacher else None
+    path_logits = run_paths(problem.network, problem.plan, partner, backbone.features, mask)
+    loss, metrics = problem.objective(labels, backbone.logits, teacher_logits, path_logits, path_weights)
+    metrics['train_top1'] = jnp.mean(jnp.argmax(backbone.logits, axis=-1) == labels, dtype=jnp.float32)
+    if problem.plan.is_sampled:
+        for number in range(problem.plan.num_paths):
+            metrics[f'path{number + 1}_lp_blocks'] = jnp.sum(mask[number])
+    return loss, (backbone.batch_stats, metrics)
+
+
+def make_train_step(
+    problem: Problem, optimizer: optax.GradientTransformation, schedule: optax.Schedule, mesh: Mesh
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """Returns the jitted step `step(state, partner, arrays, batch) -> state, metrics`; it takes the state over.
+
+    Its arguments: the state; the partner's variables, frozen, or None; the split that lives on the device, or None; the
+    batch, sharded over its first axis.
+    """
+
+    def step(state: TrainState, partner: Any, arrays: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        augment_key, plan_key = jax.random.split(jax.random.fold_in(state.key, state.step))
+        images, labels = get_examples(batch, arrays)
+        how = problem.preprocessing
+        images = normalize(augment(augment_key, images, crop_padding=how.crop_padding, flip=how.flip), how.mean, how.std)
+
+        def loss_function(params):
+            return loss_and_metrics(problem, params, state.batch_stats, partner, images, labels, plan_key)
+
+        (loss, (batch_stats, metrics)), gradients = jax.value_and_grad(loss_function, has_aux=True)(state.params)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        params[QUANTIZERS] = problem.quantization.constrain(params[QUANTIZERS], state.params[QUANTIZERS])
+        is_bad = (state.first_bad_step < 0) & ~jnp.isfinite(loss)
+        first_bad_step = jnp.where(is_bad, state.step, state.first_bad_step)
+        metrics |= {
+            'first_bad_step': first_bad_step,
+            'learning_rate': jnp.asarray(schedule(state.step), jnp.float32),
+            'l2_gradients': optax.global_norm(gradients),
+            'l2_params': optax.global_norm(params),
+            'l2_updates': optax.global_norm(jax.tree.map(jnp.subtract, params, state.params)),
+        }
+        new_state = TrainState(
+            step=state.step + 1,
+            key=state.key,
+            params=params,
+            batch_stats=batch_stats,
+            opt_state=opt_state,
+            first_bad_step=first_bad_step,
+        )
+        return new_state, metrics
+
+    # Left to itself XLA may hand a state back in another layout than it came in; pinned, it is donated in place.
+    return jax.jit(step, donate_argnums=(0,), out_shardings=(replicated(mesh), replicated(mesh)))
+
+
+def make_evaluation_step(problem: Problem, mesh: Mesh) -> Callable[..., dict[str, jax.Array]]:
+    """Returns the jitted `step(params, batch_stats, arrays, batch) -> {'correct', 'examples'}`, counts of one batch.
+
+    Examples whose 'mask' in the batch is false are not counted.
+    """
+
+    def step(params: Any, batch_stats: Any, arrays: Any, batch: Any) -> dict[str, jax.Array]:
+        images, labels = get_examples(batch, arrays)
+        images = normalize(images, problem.preprocessing.mean, problem.preprocessing.std)
+        logits = run_backbone(
+            problem.network, problem.quantization, params[NETWORK], params[QUANTIZERS], batch_stats, images, train=False
+        ).logits
+        correct = (jnp.argmax(logits, axis=-1) == labels) & batch['mask']
+        return {'correct': jnp.sum(correct), 'examples': jnp.sum(batch['mask'])}
+
+    return jax.jit(step, out_shardings=replicated(mesh))

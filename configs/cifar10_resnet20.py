@@ -1,0 +1,37 @@
+"""ResNet-20 on CIFAR-10 from a full-precision partner, W2A2 by default.
+
+Needs CIFAR-10 as a prepared TensorFlow Dataset (see README). Learning rates are for a full-precision partner with
+trained weights; without partner.torch_file or partner.workdir the partner is trained first (93 000 steps).
+
+Command: python main.py --config=configs/cifar10_resnet20.py:bits=2,plan=prefix --config.data.dir=DIR
+"""
+
+import ml_collections
+
+from bqat_jax.configuration import base_config, parse_argument
+
+
+def get_config(argument: str | None = None) -> ml_collections.ConfigDict:
+    """Returns the recipe; arguments: bits (of weights and activations), plan, distillation, depth, cut."""
+    given = parse_argument(argument, bits=2, plan='prefix', distillation=1.0, depth=20, cut='stage')
+    config = base_config()
+    config.data.name = 'cifar10'
+    # The constants of the public ResNet-20 weights (akamaster/pytorch_resnet_cifar10), which are ImageNet's.
+    config.data.mean = (0.485, 0.456, 0.406)
+    config.data.std = (0.229, 0.224, 0.225)
+    config.data.crop_padding = 4
+    config.data.flip = True
+    config.network.depth = given.depth
+    config.quant.weights.bits = given.bits
+    config.quant.activations.bits = given.bits
+    config.replacement.plan = given.plan
+    config.replacement.cut = given.cut
+    config.replacement.distillation = given.distillation
+    config.partner.epochs = 240.0
+    config.partner.optimizer.learning_rate = 0.1
+    config.partner.optimizer.warmup_epochs = 1.0
+    config.train.epochs = 100.0
+    config.train.batch_size = 128
+    config.optimizer.learning_rate = 0.005
+    config.optimizer.quantizers.learning_rate = 0.005
+    return config

@@ -1,0 +1,34 @@
+"""W2A2 ResNet-8 on the handwritten digits that ship with scikit-learn: the whole path in about a minute.
+
+Command: python main.py
+"""
+
+import ml_collections
+
+from bqat_jax.configuration import base_config, parse_argument
+
+
+def get_config(argument: str | None = None) -> ml_collections.ConfigDict:
+    """Returns the recipe; arguments: bits (of weights and activations), plan, distillation."""
+    given = parse_argument(argument, bits=2, plan='prefix', distillation=1.0)
+    config = base_config()
+    config.data.name = 'digits'
+    config.data.mean = (0.3053,)  # of the training split's pixels
+    config.data.std = (0.3761,)
+    config.data.crop_padding = 1
+    config.data.validation_fraction = 0.1
+    config.network.depth = 8
+    config.quant.weights.bits = given.bits
+    config.quant.activations.bits = given.bits
+    config.replacement.plan = given.plan
+    config.replacement.distillation = given.distillation
+    config.partner.epochs = 40.0
+    config.partner.optimizer.learning_rate = 0.1
+    config.partner.optimizer.warmup_epochs = 2.0
+    config.partner.optimizer.weight_decay = 5e-4
+    config.train.epochs = 60.0
+    config.train.batch_size = 64
+    config.optimizer.learning_rate = 0.02
+    config.optimizer.quantizers.learning_rate = 0.02
+    config.checkpoint.every_epochs = 5.0
+    return config

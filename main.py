@@ -1,0 +1,54 @@
+"""Trains or evaluates a low-precision network by block replacement; see README.md."""
+
+import logging
+import sys
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from bqat_jax.errors import UserError
+from bqat_jax.training.run import evaluate_run, train
+from bqat_jax.training.signals import Stopped
+
+DEFAULT_CONFIG = Path(__file__).resolve().parent / 'configs' / 'digits.py'
+
+config_flags.DEFINE_config_file(
+    'config', str(DEFAULT_CONFIG), 'Recipe, with arguments after a colon: configs/digits.py:bits=2,plan=prefix'
+)
+flags.DEFINE_string('workdir', None, 'Where the run goes; runs/<config name> if not given. Run again to continue.')
+flags.DEFINE_enum('mode', 'train', ['train', 'evaluate'], 'What to do.')
+
+
+def main(argv: list[str]) -> None:
+    """Dispatches on --mode."""
+    if len(argv) > 1:
+        raise UserError(f'{" ".join(argv[1:])!r} is not understood; write flags as --name=value.')
+    config = flags.FLAGS.config
+    name = config_flags.get_config_filename(flags.FLAGS['config']).partition(':')[0]
+    workdir = Path(flags.FLAGS.workdir or Path('runs') / Path(name).stem)
+    if flags.FLAGS.mode == 'train':
+        overrides = config_flags.get_override_values(flags.FLAGS['config'])
+        result = train(config, workdir, name=Path(name).stem, overrides=overrides)
+    else:
+        result = evaluate_run(config, workdir)
+    print('\n'.join(f'{key}: {value}' for key, value in result.items()))
+
+
+def run() -> None:
+    """Runs main; an error that the user can mend is told in its own words, without a traceback."""
+    logging.basicConfig(format='%(levelname)s: %(message)s')
+    try:
+        app.run(main)
+    except UserError as error:
+        sys.exit(f'Error: {error}')
+    except AttributeError as error:  # ml_collections' word for a key that a config does not have
+        if 'Did you mean' not in str(error):
+            raise
+        sys.exit(f'Error: the config has no key {error}')
+    except Stopped as stopped:
+        print(stopped)
+
+
+if __name__ == '__main__':
+    run()
