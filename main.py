@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from bqat_jax.errors import UserError
@@ -14,7 +15,9 @@ from bqat_jax.training.signals import Stopped
 DEFAULT_CONFIG = Path(__file__).resolve().parent / 'configs' / 'digits.py'
 
 config_flags.DEFINE_config_file(
-    'config', str(DEFAULT_CONFIG), 'Recipe, with arguments after a colon: configs/digits.py:bits=2,plan=prefix'
+    'config',
+    str(DEFAULT_CONFIG),
+    'Recipe, with arguments after a colon: configs/digits.py:bits=2,plan=prefix',
 )
 flags.DEFINE_string('workdir', None, 'Where the run goes; runs/<config name> if not given. Run again to continue.')
 flags.DEFINE_enum('mode', 'train', ['train', 'evaluate'], 'What to do.')
@@ -22,6 +25,7 @@ flags.DEFINE_enum('mode', 'train', ['train', 'evaluate'], 'What to do.')
 
 def main(argv: list[str]) -> None:
     """Dispatches on --mode."""
+    absl_logging.set_verbosity(absl_logging.WARNING)
     if len(argv) > 1:
         raise UserError(f'{" ".join(argv[1:])!r} is not understood; write flags as --name=value.')
     config = flags.FLAGS.config

@@ -14,7 +14,14 @@ from bqat_jax.errors import UserError
 
 # What may change between two runs in the same workdir, because the result does not depend on it, or, for the mesh, only
 # by the order of float32 sums.
-SAFE_TO_CHANGE = ('data.dir', 'data.on_device', 'data.workers', 'checkpoint.*', 'mesh.*', 'train.log_every_steps')
+SAFE_TO_CHANGE = (
+    'data.dir',
+    'data.on_device',
+    'data.workers',
+    'checkpoint.*',
+    'mesh.*',
+    'train.log_every_steps',
+)
 
 
 def base_config() -> ml_collections.ConfigDict:
@@ -126,7 +133,9 @@ def parse_argument(argument: str | None, **defaults: Any) -> ml_collections.Conf
     for item in filter(None, (argument or '').split(',')):
         key, separator, text = item.partition('=')
         if key not in defaults:
-            raise UserError(f'The config has no argument {key!r}; it takes: {", ".join(defaults)}.{_nearest(key, defaults)}')
+            raise UserError(
+                f'The config has no argument {key!r}; it takes: {", ".join(defaults)}.{_nearest(key, defaults)}'
+            )
         if not separator:
             raise UserError(f'The config argument {key!r} has no value; write {key}={defaults[key]}.')
         kind = type(defaults[key])

@@ -22,7 +22,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
-            description='Handwritten digits, 8×8 pixels, from scikit-learn.',
+            description='Handwritten digits, 8 by 8 pixels, from scikit-learn.',
             features=tfds.features.FeaturesDict(
                 {
                     'image': tfds.features.Image(shape=(8, 8, 1), dtype=np.uint8),
@@ -35,9 +35,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager):
         del dl_manager
         labels = load_digits().target
-        train, test = train_test_split(
-            np.arange(len(labels)), test_size=TEST_FRACTION, stratify=labels, random_state=0
-        )
+        train, test = train_test_split(np.arange(len(labels)), test_size=TEST_FRACTION, stratify=labels, random_state=0)
         return {'train': self._generate_examples(train), 'test': self._generate_examples(test)}
 
     def _generate_examples(self, chosen):

@@ -38,7 +38,7 @@ class CutNetwork:
         return sum(self.segments, ()) + self.head
 
     def init(self, key: jax.Array, image_shape: Sequence[int]) -> dict[str, Any]:
-        """Returns fresh variables, {'params': ..., 'batch_stats': ...}, for images of shape (height, width, channels)."""
+        """Returns fresh variables, 'params' and 'batch_stats', for images of shape (height, width, channels)."""
         images = jax.ShapeDtypeStruct((1, *image_shape), 'float32')
         return self.module.lazy_init(key, images, self.names, train=False, method='run')
 

@@ -57,7 +57,9 @@ class LSQ:
     def __post_init__(self):
         _ = self.grid  # refuses bits that no grid has
         if self.channel_axis is not None and self.channel_axis == self.batch_axis:
-            raise ValueError(f'channel_axis and batch_axis are both {self.batch_axis}: a step per example is not learned.')
+            raise ValueError(
+                f'channel_axis and batch_axis are both {self.batch_axis}: a step per example is not learned.'
+            )
 
     @property
     def grid(self) -> IntegerGrid:

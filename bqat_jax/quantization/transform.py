@@ -119,7 +119,8 @@ def find_layers(run: Callable[..., Any], *arguments: Any) -> tuple[str, ...]:
         return x
 
     with _map_inputs(record):
-        jax.eval_shape(run, *arguments)
+        # A function of our own: JAX does not trace one again that it has traced before, and then nothing is recorded.
+        jax.eval_shape(lambda *arguments: run(*arguments), *arguments)
     return tuple(paths)
 
 

@@ -174,10 +174,11 @@ class Checkpoints:
     def _read(self, step: int, target: Any) -> Restored:
         sharding = jax.tree.leaves(target)[0].sharding
         count = len(jax.tree.leaves(target))
-        sealed_target = {'state': target, 'digest': jax.ShapeDtypeStruct((count,), jnp.uint32, sharding=sharding)}
-        content = ocp.args.Composite(
-            state=ocp.args.StandardRestore(sealed_target), facts=ocp.args.JsonRestore()
-        )
+        sealed_target = {
+            'state': target,
+            'digest': jax.ShapeDtypeStruct((count,), jnp.uint32, sharding=sharding),
+        }
+        content = ocp.args.Composite(state=ocp.args.StandardRestore(sealed_target), facts=ocp.args.JsonRestore())
         found = self._manager.restore(step, args=content)
         read, sealed = found.state, found.facts
         if zlib.crc32(sealed['text'].encode()) != sealed['crc32']:

@@ -23,7 +23,12 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-    step: Callable[..., dict[str, jax.Array]], params: Any, batch_stats: Any, split: Split, batch_size: int, mesh: Mesh
+    step: Callable[..., dict[str, jax.Array]],
+    params: Any,
+    batch_stats: Any,
+    split: Split,
+    batch_size: int,
+    mesh: Mesh,
 ) -> Evaluation:
     """Evaluates a network on a split.
 

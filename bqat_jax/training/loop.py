@@ -50,7 +50,11 @@ class Phase:
 
 
 def run_phase(
-    setting: Setting, phase: Phase, init: Callable[[], tuple[Any, Any]], quantizer_shapes: Any, stop: StopRequest
+    setting: Setting,
+    phase: Phase,
+    init: Callable[[], tuple[Any, Any]],
+    quantizer_shapes: Any,
+    stop: StopRequest,
 ) -> Restored:
     """Trains from the newest checkpoint of the phase, or from the beginning, to its end.
 
@@ -104,7 +108,9 @@ def state_target(setting: Setting, phase: Phase, quantizer_shapes: Any) -> Any:
     variables = setting.abstract_variables()
     params = {NETWORK: variables['params'], QUANTIZERS: quantizer_shapes}
     shapes = jax.eval_shape(
-        lambda params, stats: init_state(jax.random.key(0), params, stats, optimizer), params, variables['batch_stats']
+        lambda params, stats: init_state(jax.random.key(0), params, stats, optimizer),
+        params,
+        variables['batch_stats'],
     )
     return with_sharding(shapes, setting.mesh)
 

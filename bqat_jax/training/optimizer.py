@@ -22,7 +22,7 @@ def learning_rate_schedule(peak: float, steps: int, warmup_steps: int) -> optax.
     if warmup_steps >= max(steps, 1):
         raise UserError(
             f'A warm-up of {warmup_steps} steps does not fit into {steps} steps of training; '
-            'give fewer by the optimizer\'s warmup_steps.'
+            "give fewer by the optimizer's warmup_steps."
         )
     return optax.warmup_cosine_decay_schedule(
         0.0 if warmup_steps else peak, peak, warmup_steps, max(steps, 1), end_value=0.0

@@ -130,7 +130,8 @@ def _pretrain(setting: Setting, facts: dict[str, Any], stop: StopRequest) -> Par
 
     def init():
         make = jax.jit(
-            lambda key: setting.network.init(key, setting.images.image_shape), out_shardings=replicated(setting.mesh)
+            lambda key: setting.network.init(key, setting.images.image_shape),
+            out_shardings=replicated(setting.mesh),
         )
         variables = make(setting.key(INIT))
         return {NETWORK: variables['params'], QUANTIZERS: {}}, variables['batch_stats']

@@ -68,11 +68,11 @@ class Recorder:
         if self._progress:
             self._progress.update(self._task, completed=step, shown=shown)
         else:
-            done = step - self._start
-            left = (time.monotonic() - self._began) / max(done, 1) * (self._total - step)
-            self._console.print(
-                f'{self._phase} {step}/{self._total}  {shown}  left {left:.0f} s', markup=False, highlight=False
-            )
+            line = f'{self._phase} {step}/{self._total}  {shown}'
+            if step > self._start:
+                seconds = (time.monotonic() - self._began) / (step - self._start) * (self._total - step)
+                line += f'  left {seconds:.0f} s'
+            self._console.print(line, markup=False, highlight=False)
 
 
 def _remove_after(path: Path, phase: str, start: int) -> None:

@@ -1,4 +1,4 @@
-"""From a config to the objects it stands for; a config that cannot work is refused here, before anything is computed."""
+"""From a config to the objects it stands for; one that cannot work is refused before anything is computed."""
 
 import dataclasses
 import functools

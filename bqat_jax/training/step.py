@@ -85,7 +85,13 @@ def init_state(key: jax.Array, params: Any, batch_stats: Any, optimizer: optax.G
 
 
 def loss_and_metrics(
-    problem: Problem, params: Any, batch_stats: Any, partner: Any, images: jax.Array, labels: jax.Array, key: jax.Array
+    problem: Problem,
+    params: Any,
+    batch_stats: Any,
+    partner: Any,
+    images: jax.Array,
+    labels: jax.Array,
+    key: jax.Array,
 ) -> tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]:
     """Runs the LP backbone, the teacher and the MP paths the plan asks for, each once.
 
@@ -103,7 +109,13 @@ def loss_and_metrics(
     """
     mask, path_weights = problem.plan.draw(key)
     backbone = run_backbone(
-        problem.network, problem.quantization, params[NETWORK], params[QUANTIZERS], batch_stats, images, train=True
+        problem.network,
+        problem.quantization,
+        params[NETWORK],
+        params[QUANTIZERS],
+        batch_stats,
+        images,
+        train=True,
     )
     teacher_logits = run_teacher(problem.network, partner, images) if problem.objective.needs_teacher else None
     path_logits = run_paths(problem.network, problem.plan, partner, backbone.features, mask)
@@ -128,7 +140,9 @@ def make_train_step(
         augment_key, plan_key = jax.random.split(jax.random.fold_in(state.key, state.step))
         images, labels = get_examples(batch, arrays)
         how = problem.preprocessing
-        images = normalize(augment(augment_key, images, crop_padding=how.crop_padding, flip=how.flip), how.mean, how.std)
+        images = normalize(
+            augment(augment_key, images, crop_padding=how.crop_padding, flip=how.flip), how.mean, how.std
+        )
 
         def loss_function(params):
             return loss_and_metrics(problem, params, state.batch_stats, partner, images, labels, plan_key)
@@ -170,7 +184,13 @@ def make_evaluation_step(problem: Problem, mesh: Mesh) -> Callable[..., dict[str
         images, labels = get_examples(batch, arrays)
         images = normalize(images, problem.preprocessing.mean, problem.preprocessing.std)
         logits = run_backbone(
-            problem.network, problem.quantization, params[NETWORK], params[QUANTIZERS], batch_stats, images, train=False
+            problem.network,
+            problem.quantization,
+            params[NETWORK],
+            params[QUANTIZERS],
+            batch_stats,
+            images,
+            train=False,
         ).logits
         correct = (jnp.argmax(logits, axis=-1) == labels) & batch['mask']
         return {'correct': jnp.sum(correct), 'examples': jnp.sum(batch['mask'])}

@@ -1,0 +1,32 @@
+"""Every test runs under the strictest settings: what they forbid is where quantization code goes wrong."""
+
+import os
+
+# Before jax is imported: eight devices to share a batch.
+os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+
+from pathlib import Path
+
+import jax
+import pytest
+
+jax.config.update('jax_numpy_dtype_promotion', 'strict')
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / 'shared' / 'data'
+
+
+@pytest.fixture(scope='session')
+def shared_data() -> Path:
+    """Folder with real CIFAR-10 and full-precision weights, for measuring."""
+    if not SHARED.is_dir():
+        pytest.skip(f'{SHARED} with CIFAR-10 and full-precision weights is absent')
+    return SHARED
+
+
+@pytest.fixture(scope='session')
+def digits_dir(tmp_path_factory) -> str:
+    """Where the digits are prepared, once for all tests."""
+    return str(tmp_path_factory.mktemp('data'))

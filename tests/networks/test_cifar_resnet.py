@@ -1,0 +1,81 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bqat_jax.networks.cifar_resnet import CUTS, CifarResNet, ResidualBlock
+
+
+def count(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize(('depth', 'millions'), [(20, 0.27), (32, 0.46), (44, 0.66), (56, 0.85), (110, 1.7)])
+def test_parameter_counts_are_those_of_the_paper(depth, millions):
+    """He et al., arXiv 1512.03385, table 6."""
+    network = CifarResNet(depth, 10).cut('stage')
+    params = jax.eval_shape(lambda: network.init(jax.random.key(0), (32, 32, 3)))['params']
+    digits = 1 if millions == 1.7 else 2
+    assert round(count(params) / 1e6, digits) == millions
+
+
+@pytest.mark.parametrize('shortcut', ['A', 'B'])
+@pytest.mark.parametrize('granularity', CUTS)
+def test_stem_blocks_and_head_compose_to_the_whole(shortcut, granularity):
+    network = CifarResNet(14, 10, width=4, shortcut=shortcut).cut(granularity)
+    variables = network.init(jax.random.key(0), (8, 8, 3))
+    x = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
+    h = x
+    for names in (*network.segments, network.head):
+        h, _ = network.apply(variables, h, names, train=False)
+    np.testing.assert_array_equal(h, network.module.apply(variables, x))
+    assert len(network.blocks) == (3 if granularity == 'stage' else 6)
+    assert network.names == ('stem', *sum(network.blocks, ()), 'head')
+
+
+def test_the_cut_does_not_change_the_parameters():
+    module = CifarResNet(14, 10, width=4)
+    trees = [module.cut(cut).init(jax.random.key(0), (8, 8, 3)) for cut in CUTS]
+    jax.tree.map(np.testing.assert_array_equal, *trees)
+
+
+def test_training_updates_the_statistics_of_what_ran_and_nothing_else():
+    network = CifarResNet(8, 10, width=4).cut('stage')
+    variables = network.init(jax.random.key(0), (8, 8, 3))
+    x = jax.random.normal(jax.random.key(1), (4, 8, 8, 3))
+    names = network.segments[0]
+    _, stats = network.apply(variables, x, names, train=True)
+    assert set(stats) == set(names)
+    assert all(
+        not np.array_equal(new, old)
+        for new, old in zip(
+            jax.tree.leaves(stats),
+            jax.tree.leaves({n: variables['batch_stats'][n] for n in names}),
+            strict=True,
+        )
+    )
+    _, unchanged = network.apply(variables, x, names, train=False)
+    jax.tree.map(np.testing.assert_array_equal, unchanged, {n: variables['batch_stats'][n] for n in names})
+
+
+def test_shortcut_a_subsamples_and_pads_channels_on_both_sides():
+    block = ResidualBlock(features=8, stride=2, shortcut='A')
+    x = jax.random.uniform(jax.random.key(0), (1, 4, 4, 4))
+    variables = block.init(jax.random.key(1), x, False)
+    variables['params']['norm2']['scale'] = jnp.zeros(8)  # the residual branch gives nothing
+    expected = np.zeros((1, 2, 2, 8), np.float32)
+    expected[..., 2:6] = np.asarray(x)[:, ::2, ::2]
+    np.testing.assert_array_equal(block.apply(variables, x, False), expected)
+
+
+@pytest.mark.parametrize('depth', [2, 18, 19, 21])
+def test_refuses_depths_that_are_not_6n_plus_2(depth):
+    with pytest.raises(ValueError, match='6n'):
+        CifarResNet(depth, 10)
+
+
+def test_refuses_shortcuts_and_cuts_that_do_not_exist():
+    with pytest.raises(ValueError, match='A, B'):
+        CifarResNet(8, 10, shortcut='C')
+    with pytest.raises(ValueError, match='stage, block'):
+        CifarResNet(8, 10).cut('layer')

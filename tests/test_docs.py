@@ -1,0 +1,78 @@
+"""What README and docs show works as written."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
+# Set-up commands need the network; .ci/run runs them.
+SETUP = 'pip install'
+
+
+def blocks(language):
+    for page in PAGES:
+        for number, text in enumerate(re.findall(rf'^```{language}\n(.*?)^```', page.read_text(), re.S | re.M)):
+            yield pytest.param(text, id=f'{page.name}-{number}')
+
+
+def commands():
+    for block in blocks('bash'):
+        for line in block.values[0].replace('\\\n', ' ').splitlines():
+            if line and not line.startswith('#') and SETUP not in line:
+                yield pytest.param(line, id=line[:60])
+
+
+@pytest.mark.parametrize('code', blocks('python'))
+def test_python_snippets_run(code):
+    exec(compile(code, 'snippet', 'exec'), {})
+
+
+def test_the_first_two_commands_set_everything_up():
+    first, second = [block.values[0].strip() for block in blocks('bash')][:2]
+    assert first == 'python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && .venv/bin/python main.py'
+    assert second.endswith('-r requirements-dev.txt && .venv/bin/python -m pytest')
+
+
+@pytest.mark.parametrize('line', commands())
+def test_commands_run(line, tmp_path, request, digits_dir):
+    words = shlex.split(line)
+    assert words[:2] == ['python', 'main.py'], f'not a command that this test knows how to run: {line}'
+    flags = words[2:]
+    if '--mode=evaluate' in flags:
+        assert flags == ['--mode=evaluate']  # test_run.py evaluates a finished run
+        return
+    directory = digits_dir
+    if any('DIR' in flag for flag in flags):
+        pytest.importorskip('torch', reason='PyTorch, which reads the weights, is not installed')
+        shared = request.getfixturevalue('shared_data')
+        directory = str(shared / 'tfds')
+        weights = str(shared / 'weights' / 'cifar10_resnet20_optionA.th')
+        flags = [flag.replace('=FILE', f'={weights}') for flag in flags if '=DIR' not in flag]
+        flags += ['--config.data.on_device=false', '--config.quant.calibration_batches=1']
+    flags = [flag for flag in flags if not flag.startswith('--workdir')]
+    flags += [f'--workdir={tmp_path}', f'--config.data.dir={directory}', '--config.train.steps=2']
+    flags += ['--config.partner.steps=2', '--config.partner.optimizer.warmup_steps=0']
+    run = subprocess.run(
+        [sys.executable, 'main.py', *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert (tmp_path / 'result.json').is_file()
+    if '--config.quant.rules' in line:
+        described = (tmp_path / 'quantizers.json').read_text()
+        assert 'stem/conv' not in described and 'head/dense' in described
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r'\]\((?!http)([^)#]+)\)', page.read_text()):
+        assert (page.parent / target).exists(), target

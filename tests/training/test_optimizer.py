@@ -1,0 +1,86 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from bqat_jax.configuration import optimizer_config
+from bqat_jax.errors import UserError
+from bqat_jax.training.optimizer import learning_rate_schedule, make_optimizer
+
+PARAMS = {
+    'network': {
+        'conv': {'kernel': jnp.array([1.0, -2.0])},
+        'norm': {'scale': jnp.array([1.0]), 'bias': jnp.array([0.5])},
+    },
+    'quantizers': {'conv': {'weights': {'step_size': jnp.float32(0.1)}}},
+}
+
+
+def config(**changes):
+    result = optimizer_config()
+    result.quantizers.learning_rate = 0.02
+    result.update(changes)
+    return result
+
+
+def run(settings, gradients, steps=4):
+    optimizer, _ = make_optimizer(settings, steps, 0)
+    params, state = PARAMS, optimizer.init(PARAMS)
+    for _ in range(steps):
+        updates, state = optimizer.update(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+def by_hand(value, gradient, rate, decay, momentum=0.9, steps=4):
+    """SGD with L2 regularisation and Nesterov momentum as PyTorch documents it, in float64."""
+    value, trace = np.asarray(value, np.float64), 0.0
+    for step in range(steps):
+        g = gradient + decay * value
+        trace = momentum * trace + g
+        value = value - rate * 0.5 * (1 + np.cos(np.pi * step / steps)) * (g + momentum * trace)
+    return value
+
+
+def test_each_group_follows_its_own_rule():
+    gradients = jax.tree.map(lambda x: jnp.full_like(x, 0.3), PARAMS)
+    settings = config(weight_decay=0.05)
+    settings.quantizers.weight_decay = 0.01
+    params = run(settings, gradients)
+    expected = {
+        ('conv', 'kernel'): by_hand([1.0, -2.0], 0.3, 0.1, 0.05),
+        ('norm', 'scale'): by_hand([1.0], 0.3, 0.1, 0.0),
+        ('norm', 'bias'): by_hand([0.5], 0.3, 0.1, 0.0),
+    }
+    for (layer, name), want in expected.items():
+        np.testing.assert_allclose(params['network'][layer][name], want, rtol=1e-5)
+    step = params['quantizers']['conv']['weights']['step_size']
+    np.testing.assert_allclose(step, by_hand(0.1, 0.3, 0.02, 0.01), rtol=1e-4)
+
+
+def test_a_network_without_quantizers_needs_no_learning_rate_for_them():
+    settings = optimizer_config()
+    del settings.quantizers
+    optimizer, _ = make_optimizer(settings, 10, 0)
+    params = {'network': PARAMS['network'], 'quantizers': {}}
+    optimizer.update(params, optimizer.init(params), params)
+
+
+def test_the_whole_gradient_is_clipped():
+    gradients = jax.tree.map(lambda x: jnp.full_like(x, 100.0), PARAMS)
+    norm = float(optax.global_norm(gradients))
+    clipped = run(config(clip_norm=1.0, weight_decay=0.0), gradients)
+    scaled = run(config(weight_decay=0.0), jax.tree.map(lambda g: g / norm, gradients))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), clipped, scaled)
+
+
+def test_the_schedule_rises_and_decays():
+    schedule = learning_rate_schedule(0.4, 100, 10)
+    assert [float(schedule(step)) for step in (0, 5, 10, 55, 100)] == pytest.approx([0.0, 0.2, 0.4, 0.2, 0.0], abs=1e-7)
+    assert float(learning_rate_schedule(0.4, 100, 0)(0)) == pytest.approx(0.4)
+
+
+def test_a_warm_up_that_does_not_fit_is_refused():
+    with pytest.raises(UserError, match='10 steps does not fit into 10'):
+        learning_rate_schedule(0.4, 10, 10)

@@ -1,0 +1,221 @@
+"""Whole runs on the digits, shortened."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from bqat_jax.errors import UserError
+from bqat_jax.training.checkpoint import Checkpoints
+from bqat_jax.training.run import evaluate_run, train
+from tests.conftest import ROOT
+from tests.test_configuration import load_recipe
+
+DIGITS = load_recipe(ROOT / 'configs' / 'digits.py')
+
+
+@pytest.fixture
+def config(digits_dir):
+    config = DIGITS.get_config()
+    config.data.dir = digits_dir
+    config.network.width = 4
+    config.train.steps, config.train.batch_size, config.train.log_every_steps = 12, 32, 4
+    config.partner.steps = 12
+    config.partner.optimizer.warmup_steps = 2
+    config.checkpoint.every_steps = 4
+    return config
+
+
+@pytest.fixture(scope='module')
+def finished(digits_dir, tmp_path_factory):
+    """A finished run: its config, workdir and result."""
+    config = DIGITS.get_config()
+    config.data.dir = digits_dir
+    config.network.width = 4
+    config.train.steps, config.train.batch_size, config.train.log_every_steps = 12, 32, 4
+    config.partner.steps = 12
+    config.partner.optimizer.warmup_steps = 2
+    config.checkpoint.every_steps = 4
+    workdir = tmp_path_factory.mktemp('run')
+    return config, workdir, train(config, workdir, name='digits', overrides={'train.steps': 12})
+
+
+def last_state(workdir):
+    """The arrays of the newest checkpoint, by path."""
+    with Checkpoints(workdir / 'checkpoints', keep=2, has_scores=True, read_only=True) as checkpoints:
+        step = checkpoints.latest_step
+        tree = checkpoints._manager.restore(step)['state']
+    return step, jax.tree.map(np.asarray, tree)
+
+
+def metrics_of(workdir):
+    return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+
+
+def test_leaves_what_the_readme_says(finished):
+    _config, workdir, result = finished
+    assert json.loads((workdir / 'result.json').read_text()) == result
+    for key in ('fp_top1', 'top1', 'weight_bits', 'activation_bits', 'plan', 'seed', 'steps', 'seconds'):
+        assert key in result
+    assert result['examples_evaluated'] == 360 and result['steps'] == 12
+    assert 0 <= result['top1'] <= 1 and 0 <= result['fp_top1'] <= 1
+    assert json.loads((workdir / 'config.json').read_text())['train']['steps'] == 12
+    environment = json.loads((workdir / 'environment.json').read_text())
+    assert environment['overrides'] == {'train.steps': 12} and environment['versions']['jax'] == jax.__version__
+    quantizers = json.loads((workdir / 'quantizers.json').read_text())
+    assert quantizers['stem/conv']['activations'] == {
+        'name': 'lsq', 'bits': 8, 'signed': True, 'granularity': 'tensor', 'estimator': 'identity',
+    }  # fmt: skip
+    assert quantizers['stage2_block1/conv1']['activations']['signed'] is False
+    assert quantizers['head/dense']['weights']['bits'] == 8
+    assert list((workdir / 'tensorboard').rglob('events*')) and (workdir / 'checkpoints' / '12').is_dir()
+    logged = [entry for entry in metrics_of(workdir) if entry['phase'] == 'train' and 'loss' in entry]
+    assert [entry['step'] for entry in logged] == [4, 8, 12]
+    losses = {'loss/cross_entropy', 'loss/distillation', 'loss/path1_cross_entropy', 'loss/path2_distillation'}
+    assert losses | {'learning_rate', 'l2_gradients', 'l2_params', 'l2_updates', 'images_per_second'} <= set(logged[-1])
+
+
+def test_evaluating_gives_the_same_numbers(finished):
+    config, workdir, result = finished
+    found = evaluate_run(config, workdir)
+    for key in ('top1', 'fp_top1', 'examples_evaluated', 'checkpoint_step'):
+        assert found[key] == result[key]
+    assert json.loads((workdir / 'evaluation.json').read_text()) == found
+
+
+def test_running_a_finished_run_again_changes_nothing(finished):
+    config, workdir, result = finished
+    before = metrics_of(workdir)
+    assert train(config, workdir, name='digits') == result
+    assert metrics_of(workdir) == before
+
+
+def test_another_config_is_refused(finished):
+    config, workdir, _ = finished
+    other = config.copy_and_resolve_references()
+    other.optimizer.learning_rate = 0.5
+    for function in (lambda: train(other, workdir, name='digits'), lambda: evaluate_run(other, workdir)):
+        with pytest.raises(UserError, match=r'optimizer.learning_rate: 0.02 -> 0.5'):
+            function()
+
+
+def test_the_partner_of_another_run_is_taken_with_its_normalisation(finished, config, tmp_path):
+    _, workdir, result = finished
+    config.partner.workdir = str(workdir)
+    config.data.mean = (0.0,)
+    found = train(config, tmp_path / 'run', name='digits')
+    assert found['fp_top1'] == result['fp_top1'] and found['partner'] == f'workdir {workdir}'
+    assert not any(entry['phase'] == 'pretrain' for entry in metrics_of(tmp_path / 'run'))
+    config.network.width = 8
+    with pytest.raises(UserError, match='width: 4 -> 8'):
+        train(config, tmp_path / 'other', name='digits')
+
+
+def test_streamed_data_gives_the_same_run(finished, config, tmp_path):
+    _, workdir, _ = finished
+    config.data.on_device = False
+    train(config, tmp_path / 'run', name='digits')
+    (step, streamed), (expected_step, expected) = last_state(tmp_path / 'run'), last_state(workdir)
+    assert step == expected_step == 12
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), streamed, expected)
+
+
+def test_without_a_validation_split_the_last_checkpoint_counts(config, finished, tmp_path):
+    config.partner.workdir = str(finished[1])
+    config.data.validation_fraction = 0.0
+    config.replacement.plan = 'prefix_sampled'
+    result = train(config, tmp_path / 'run', name='digits')
+    assert result['checkpoint_step'] == 12 and 'validation_top1' not in result
+
+
+def test_plain_qat_needs_no_teacher(config, finished, tmp_path):
+    config.partner.workdir = str(finished[1])
+    config.replacement.plan, config.replacement.distillation = 'none', 0.0
+    train(config, tmp_path / 'run', name='digits')
+    logged = [entry for entry in metrics_of(tmp_path / 'run') if 'loss' in entry]
+    assert all(not any('distillation' in name for name in entry) for entry in logged)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(config, finished, tmp_path):
+    config.partner.workdir = str(finished[1])
+    config.optimizer.learning_rate = 1e30
+    with pytest.raises(UserError) as error:
+        train(config, tmp_path / 'run', name='digits')
+    message = str(error.value)
+    assert 'NaN or infinite in step' in message and 'last good checkpoint is that of step 0' in message
+    assert 'clip_norm' in message
+    assert [path.name for path in (tmp_path / 'run' / 'checkpoints').iterdir()] == ['0']
+
+
+def test_zero_steps_evaluate_the_calibrated_network(config, finished, tmp_path):
+    config.partner.workdir = str(finished[1])
+    config.train.steps = 0
+    result = train(config, tmp_path / 'run', name='digits')
+    assert result['checkpoint_step'] == 0 and result['examples_evaluated'] == 360
+
+
+@pytest.mark.parametrize(
+    ('key', 'value', 'message'),
+    [
+        ('replacement.plan', 'prefx', 'none, prefix, prefix_sampled'),
+        ('replacement.cut', 'layer', 'stage, block'),
+        ('replacement.weights', 'half', 'halving, uniform, mean'),
+        ('replacement.temperature', 0.0, 'temperature'),
+        ('network.depth', 9, '6n'),
+        ('network.name', 'resnet', 'cifar_resnet'),
+        ('quant.weights.bits', 9, 'bits=9'),
+        ('quant.weights.name', 'lsqq', 'lsqq'),
+        ('quant.activations.estimator', 'ste', 'identity'),
+        ('quant.rules', ({'layers': 'stm/conv', 'weights': 'none'},), 'stem/conv'),
+        ('data.mean', (0.1, 0.2), '1 channels'),
+        ('data.name', 'digitz', 'no dataset'),
+        ('train.batch_size', 0, 'batch_size=0'),
+        ('train.batch_size', 12, '8 devices'),
+        ('mesh.data', 9, '8 devices'),
+        ('quant.calibration_batches', 0, 'calibration_batches'),
+        ('partner.torch_file', 'absent.th', 'absent.th'),
+        ('partner.workdir', 'absent', 'no finished partner'),
+    ],
+)
+def test_values_that_cannot_work_are_refused_before_training(config, tmp_path, key, value, message):
+    section, _, name = key.rpartition('.')
+    config.update({})
+    target = config
+    for part in section.split('.'):
+        target = target[part]
+    target[name] = value
+    with pytest.raises(UserError, match=message):
+        train(config, tmp_path / 'run', name='digits')
+
+
+def test_one_partner_only(config, tmp_path):
+    config.partner.workdir, config.partner.torch_file = 'a', 'b'
+    with pytest.raises(UserError, match='both given'):
+        train(config, tmp_path / 'run', name='digits')
+
+
+def test_there_must_be_something_to_evaluate(config, tmp_path):
+    with pytest.raises(UserError, match='holds no run'):
+        evaluate_run(config, tmp_path)
+
+
+def test_a_workdir_in_use_is_refused(config, tmp_path):
+    from bqat_jax.files import locked
+
+    with locked(tmp_path), pytest.raises(UserError, match='in use'):
+        train(config, tmp_path, name='digits')
+
+
+def test_the_shared_resnet20_is_as_good_as_in_pytorch(shared_data, tmp_path):
+    """91.73 % of the 10,000 test images, as measured with PyTorch; see the data's README."""
+    pytest.importorskip('torch', reason='PyTorch, which reads the weights, is not installed')
+    config = load_recipe(ROOT / 'configs' / 'cifar10_resnet20.py').get_config()
+    config.data.dir = str(shared_data / 'tfds')
+    config.partner.torch_file = str(shared_data / 'weights' / 'cifar10_resnet20_optionA.th')
+    config.data.on_device = False
+    config.train.steps = 0
+    config.quant.calibration_batches = 1
+    result = train(config, tmp_path / 'run', name='cifar10_resnet20')
+    assert result['examples_evaluated'] == 10000
+    assert result['fp_top1'] == pytest.approx(0.9173, abs=0.0002)
