@@ -1,6 +1,7 @@
 """Trains or evaluates a low-precision network by block replacement; see README.md."""
 
 import logging
+import re
 import sys
 from pathlib import Path
 
@@ -14,13 +15,16 @@ from bqat_jax.training.signals import Stopped
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / 'configs' / 'digits.py'
 
-config_flags.DEFINE_config_file(
-    'config',
-    str(DEFAULT_CONFIG),
-    'Recipe, with arguments after a colon: configs/digits.py:bits=2,plan=prefix',
-)
-flags.DEFINE_string('workdir', None, 'Where the run goes; runs/<config name> if not given. Run again to continue.')
-flags.DEFINE_enum('mode', 'train', ['train', 'evaluate'], 'What to do.')
+
+def define_flags() -> None:
+    """Defines the flags; the config's own are read from the command line at once."""
+    config_flags.DEFINE_config_file(
+        'config',
+        str(DEFAULT_CONFIG),
+        'Recipe, with arguments after a colon: configs/digits.py:bits=2,plan=prefix',
+    )
+    flags.DEFINE_string('workdir', None, 'Where the run goes; runs/<config name> if not given. Run again to continue.')
+    flags.DEFINE_enum('mode', 'train', ['train', 'evaluate'], 'What to do.')
 
 
 def main(argv: list[str]) -> None:
@@ -39,19 +43,34 @@ def main(argv: list[str]) -> None:
     print('\n'.join(f'{key}: {value}' for key, value in result.items()))
 
 
+def explain(error: Exception) -> str | None:
+    """Returns what went wrong with flags or config in plain words, or None if it is no mistake of the user's."""
+    text = str(error)
+    if isinstance(error, UserError):
+        return text
+    if 'UserError: ' in text:  # raised in a recipe; ml_collections hands on its whole traceback as text
+        return text.rpartition('UserError: ')[2].strip()
+    typo = re.search(r'Did you mean "(.*?)" instead of "(.*?)"', text)
+    if typo:
+        return f'The config has no key {typo[2]!r}. Did you mean "{typo[1]}"?'
+    if isinstance(error, flags.Error) or text.startswith('Configuration is not available'):
+        return text
+    return None
+
+
 def run() -> None:
-    """Runs main; an error that the user can mend is told in its own words, without a traceback."""
+    """Runs main; a mistake that the user can mend is told in plain words, without a traceback."""
     logging.basicConfig(format='%(levelname)s: %(message)s')
     try:
-        app.run(main)
-    except UserError as error:
-        sys.exit(f'Error: {error}')
-    except AttributeError as error:  # ml_collections' word for a key that a config does not have
-        if 'Did you mean' not in str(error):
-            raise
-        sys.exit(f'Error: the config has no key {error}')
+        define_flags()
+        app.run(main, flags_parser=flags.FLAGS)
     except Stopped as stopped:
         print(stopped)
+    except Exception as error:
+        explanation = explain(error)
+        if explanation is None:
+            raise
+        sys.exit(f'Error: {explanation}')
 
 
 if __name__ == '__main__':

@@ -101,7 +101,7 @@ def _open_builder(name: str, directory: str | None) -> tfds.core.DatasetBuilder:
     if not builder.is_prepared() or builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
         raise UserError(
             f'data.name={name!r} is not prepared as ArrayRecord in {builder.data_path}. If it lies elsewhere say so '
-            f'(--config.data.dir=DIR). To prepare it, once, in a virtual environment of its own (it needs TensorFlow):\n'
+            f'(--config.data.dir=DIR). To prepare it, once, in another virtual environment (it needs TensorFlow):\n'
             f'  pip install tensorflow-cpu tensorflow-datasets array_record\n'
             f"  python -c \"import tensorflow_datasets as tfds; tfds.builder('{name}', data_dir='DIR', "
             f"file_format='array_record').download_and_prepare()\""

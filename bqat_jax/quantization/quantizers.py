@@ -130,9 +130,18 @@ class LSQ:
         return 1.0 / math.sqrt(max(count, 1) * self.grid.upper)
 
 
+def _in_steps(v: jax.Array, step: jax.Array) -> jax.Array:
+    """v / step in float32.
+
+    As a product with the reciprocal, which XLA makes of such a division in some programs and not in others: written
+    out, a value next to a threshold gets the same code in all of them.
+    """
+    return v.astype(jnp.float32) * (1.0 / step)
+
+
 def _lsq_codes(quantizer: LSQ, step: jax.Array, v: jax.Array) -> jax.Array:
     """round(clip(v / step)) in float32. Rounding first is the same: the bounds are integers."""
-    return jnp.clip(jnp.round(v.astype(jnp.float32) / step), quantizer.grid.lower, quantizer.grid.upper)
+    return jnp.clip(jnp.round(_in_steps(v, step)), quantizer.grid.lower, quantizer.grid.upper)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -151,7 +160,7 @@ def _lsq_backward(quantizer, residuals, cotangent):
     step_size, v = residuals
     grid = quantizer.grid
     cotangent32 = cotangent.astype(jnp.float32)
-    value = v.astype(jnp.float32) / quantizer._broadcast(step_size, v.ndim)
+    value = _in_steps(v, quantizer._broadcast(step_size, v.ndim))
     # Explicit masks: the derivative of jnp.clip is 0.5 at an exact bound, and activations after a ReLU sit there.
     inside = (value > grid.lower) & (value < grid.upper)
     rounded = jnp.round(value)

@@ -114,7 +114,7 @@ class Checkpoints:
             facts=ocp.args.JsonSave({'text': text, 'crc32': zlib.crc32(text.encode())}),
         )
         try:
-            self._manager.save(step, args=content, metrics={'score': score} if self._has_scores else None)
+            self._manager.save(step, args=content, metrics={'score': score} if self._has_scores else None, force=True)
         except Exception as error:
             raise self._save_failed(error) from error
 
@@ -183,6 +183,9 @@ class Checkpoints:
         read, sealed = found.state, found.facts
         if zlib.crc32(sealed['text'].encode()) != sealed['crc32']:
             raise ValueError('the checksum of the facts does not match')
+        described = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(target)]
+        if described != [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(read['state'])]:
+            raise ValueError('the shapes or dtypes of the arrays are not those that were asked for')
         if not np.array_equal(digest(read['state']), read['digest']):
             raise ValueError('the checksum of the arrays does not match')
         return Restored(step, read['state'], json.loads(sealed['text']))

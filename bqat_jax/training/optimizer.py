@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import optax
 
@@ -24,9 +25,10 @@ def learning_rate_schedule(peak: float, steps: int, warmup_steps: int) -> optax.
             f'A warm-up of {warmup_steps} steps does not fit into {steps} steps of training; '
             "give fewer by the optimizer's warmup_steps."
         )
-    return optax.warmup_cosine_decay_schedule(
-        0.0 if warmup_steps else peak, peak, warmup_steps, max(steps, 1), end_value=0.0
-    )
+    start = 0.0 if warmup_steps else peak
+    schedule = optax.warmup_cosine_decay_schedule(start, peak, warmup_steps, max(steps, 1), end_value=0.0)
+    # Optax mixes the integer step with floats, which strict dtype promotion forbids.
+    return lambda step: schedule(jnp.asarray(step, jnp.float32))
 
 
 def make_optimizer(

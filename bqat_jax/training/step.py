@@ -156,9 +156,9 @@ def make_train_step(
         metrics |= {
             'first_bad_step': first_bad_step,
             'learning_rate': jnp.asarray(schedule(state.step), jnp.float32),
-            'l2_gradients': optax.global_norm(gradients),
-            'l2_params': optax.global_norm(params),
-            'l2_updates': optax.global_norm(jax.tree.map(jnp.subtract, params, state.params)),
+            'l2_gradients': optax.tree.norm(gradients),
+            'l2_params': optax.tree.norm(params),
+            'l2_updates': optax.tree.norm(jax.tree.map(jnp.subtract, params, state.params)),
         }
         new_state = TrainState(
             step=state.step + 1,

@@ -165,7 +165,7 @@ def test_pytorch_agrees(bits, signed):
 
     s = torch.tensor(float(parameters['step_size']), requires_grad=True)
     x = torch.tensor(v, requires_grad=True)
-    ratio = torch.clamp(x / s, lower, upper)
+    ratio = torch.clamp(x * (1 / s), lower, upper)
     y = ((ratio.round() - ratio).detach() + ratio) * s
     (y**2).sum().backward()
 

@@ -69,7 +69,7 @@ def test_a_network_without_quantizers_needs_no_learning_rate_for_them():
 
 def test_the_whole_gradient_is_clipped():
     gradients = jax.tree.map(lambda x: jnp.full_like(x, 100.0), PARAMS)
-    norm = float(optax.global_norm(gradients))
+    norm = float(optax.tree.norm(gradients))
     clipped = run(config(clip_norm=1.0, weight_decay=0.0), gradients)
     scaled = run(config(weight_decay=0.0), jax.tree.map(lambda g: g / norm, gradients))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), clipped, scaled)

@@ -28,7 +28,6 @@ from bqat_jax.training.step import (
 
 NETWORK = CifarResNet(8, 10, width=8).cut('stage')
 HOW = Preprocessing((0.5,), (0.5,), crop_padding=1, flip=True)
-SETTINGS = {'name': 'lsq', 'bits': 4, 'estimator': 'identity'}
 VARIABLES = NETWORK.init(jax.random.key(1), (8, 8, 1))
 ARRAYS = {
     'image': np.random.default_rng(0).integers(0, 256, (256, 8, 8, 1)).astype(np.uint8),
@@ -36,12 +35,13 @@ ARRAYS = {
 }
 
 
-def make_problem(plan, distillation=1.0):
+def make_problem(plan, distillation=1.0, bits=4):
     def run(params, x):
         return NETWORK.apply({**VARIABLES, 'params': params}, x, NETWORK.names, train=True)
 
     x = jnp.asarray(ARRAYS['image'][:32], jnp.float32) / 127.5 - 1
-    settings = assign_quantizers(find_layers(run, VARIABLES['params'], x), SETTINGS, SETTINGS, ())
+    given = {'name': 'lsq', 'bits': bits, 'estimator': 'identity'}
+    settings = assign_quantizers(find_layers(run, VARIABLES['params'], x), given, given, ())
     signed = find_signed_inputs(lambda x: run(VARIABLES['params'], x), [x], settings)
     quantization = build_quantization(settings, signed)
     parameters = calibrate(quantization, VARIABLES['params'], run, [x])
@@ -69,14 +69,16 @@ def run_steps(problem, quantizers, devices, steps, learning_rate=0.01, arrays=AR
 
 @pytest.mark.parametrize('plan', ['prefix', 'prefix_sampled'])
 def test_one_device_and_eight_give_the_same_losses(plan):
-    problem, quantizers = make_problem(plan)
+    # With 8 bits: sums in another order now and then carry a value over a rounding threshold, which at few bits is a
+    # jump, and after it two runs drift apart.
+    problem, quantizers = make_problem(plan, bits=8)
     (one, first), (eight, second) = (run_steps(problem, quantizers, devices, 20) for devices in (1, 8))
     assert len(jax.tree.leaves(eight.params)[0].sharding.device_set) == 8
-    # float32 sums in another order, and now and then a value that this carries over a rounding threshold.
     for name in first[0]:
-        np.testing.assert_allclose(
-            [m[name] for m in first], [m[name] for m in second], rtol=2e-3, atol=1e-4, err_msg=name
-        )
+        if name.startswith('loss'):
+            got, expected = [[metrics[name] for metrics in history] for history in (first, second)]
+            print(name, np.abs(np.array(got) / np.array(expected) - 1).max())
+            np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5, err_msg=name)
     assert int(one.step) == int(eight.step) == 20
 
 
@@ -112,9 +114,9 @@ def test_norms_are_those_of_the_step():
     problem, quantizers = make_problem('none', distillation=0.0)
     before = {'network': VARIABLES['params'], 'quantizers': quantizers}
     state, (metrics,) = run_steps(problem, quantizers, 1, 1)
-    np.testing.assert_allclose(metrics['l2_params'], optax.global_norm(state.params), rtol=1e-5)
+    np.testing.assert_allclose(metrics['l2_params'], optax.tree.norm(state.params), rtol=1e-5)
     moved = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), state.params, before)
-    np.testing.assert_allclose(metrics['l2_updates'], optax.global_norm(moved), rtol=1e-3)
+    np.testing.assert_allclose(metrics['l2_updates'], optax.tree.norm(moved), rtol=1e-3)
     assert metrics['learning_rate'] == np.float32(0.01)
 
 
