@@ -133,6 +133,7 @@ class _Run:
     ):
         self._setting, self._phase, self._checkpoints = setting, phase, checkpoints
         self._recorder, self._stop, self._began = recorder, stop, began
+        self._seconds = 0.0  # up to the last checkpoint
         self._evaluation_step = make_evaluation_step(phase.problem, setting.mesh)
         self._speed = _Speedometer(setting.config.train.batch_size)
 
@@ -175,7 +176,7 @@ class _Run:
                     'checkpoint is saved. Run the same command again to continue.'
                 )
         self._checkpoints.wait()
-        return time.monotonic() - self._began
+        return self._seconds
 
     def _record(self, step: int, metrics: dict[str, jax.Array]) -> None:
         values = {name: value.item() for name, value in jax.device_get(metrics).items()}
@@ -186,7 +187,8 @@ class _Run:
     def _save(self, state: TrainState, step: int) -> None:
         """Saves the state, if it is sound, with its score on the validation split."""
         self._check_finite(int(state.first_bad_step))
-        facts, score = {'next_batch': step, 'seconds': time.monotonic() - self._began}, None
+        self._seconds = time.monotonic() - self._began
+        facts, score = {'next_batch': step, 'seconds': self._seconds}, None
         if self._setting.validation_split is not None:
             score = evaluate(
                 self._evaluation_step,

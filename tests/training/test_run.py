@@ -46,7 +46,12 @@ def last_state(workdir):
     with Checkpoints(workdir / 'checkpoints', keep=2, has_scores=True, read_only=True) as checkpoints:
         step = checkpoints.latest_step
         tree = checkpoints._manager.restore(step)['state']
-    return step, jax.tree.map(np.asarray, tree)
+
+    def plain(leaf):
+        is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
+
+    return step, jax.tree.map(plain, tree)
 
 
 def metrics_of(workdir):
