@@ -5,12 +5,15 @@ import fnmatch
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import ml_collections
 from ml_collections import config_dict
 
 from bqat_jax.errors import UserError
+
+# An ml_collections.ConfigDict; type checkers cannot know its keys.
+Config: TypeAlias = Any
 
 # What may change between two runs in the same workdir, because the result does not depend on it, or, for the mesh, only
 # by the order of float32 sums.
@@ -24,13 +27,13 @@ SAFE_TO_CHANGE = (
 )
 
 
-def base_config() -> ml_collections.ConfigDict:
+def base_config() -> Config:
     """Returns a config with every key there is; recipes set what differs.
 
     A duration is given in steps or, by the sibling key, in epochs of the training split; where both are given the
     steps count.
     """
-    config = ml_collections.ConfigDict()
+    config: Config = ml_collections.ConfigDict()
     config.seed = 0
 
     config.data = ml_collections.ConfigDict()
@@ -103,9 +106,9 @@ def base_config() -> ml_collections.ConfigDict:
     return config
 
 
-def optimizer_config() -> ml_collections.ConfigDict:
+def optimizer_config() -> Config:
     """Returns the keys of one optimizer: SGD with Nesterov momentum, cosine decay with linear warm-up."""
-    config = ml_collections.ConfigDict()
+    config: Config = ml_collections.ConfigDict()
     config.learning_rate = 0.1
     config.momentum = 0.9
     config.nesterov = True
@@ -119,7 +122,7 @@ def optimizer_config() -> ml_collections.ConfigDict:
     return config
 
 
-def parse_argument(argument: str | None, **defaults: Any) -> ml_collections.ConfigDict:
+def parse_argument(argument: str | None, **defaults: Any) -> Config:
     """Parses what stands after the colon of `--config=file.py:bits=2,plan=prefix`.
 
     Args:
@@ -129,7 +132,7 @@ def parse_argument(argument: str | None, **defaults: Any) -> ml_collections.Conf
     Raises:
         UserError: for a key that is not there, naming the nearest, or a value of another type.
     """
-    values = ml_collections.ConfigDict(defaults)
+    values: Config = ml_collections.ConfigDict(defaults)
     for item in filter(None, (argument or '').split(',')):
         key, separator, text = item.partition('=')
         if key not in defaults:
@@ -146,7 +149,7 @@ def parse_argument(argument: str | None, **defaults: Any) -> ml_collections.Conf
     return values
 
 
-def duration(section: ml_collections.ConfigDict, name: str, epoch: float) -> int:
+def duration(section: Config, name: str, epoch: float) -> int:
     """Returns a duration in steps: `section.<name>steps` if set, else `section.<name>epochs` times the steps per epoch.
 
     Args:

@@ -6,12 +6,10 @@ trained weights; without partner.torch_file or partner.workdir the partner is tr
 Command: python main.py --config=configs/cifar10_resnet20.py:bits=2,plan=prefix --config.data.dir=DIR
 """
 
-import ml_collections
-
-from bqat_jax.configuration import base_config, parse_argument
+from bqat_jax.configuration import Config, base_config, parse_argument
 
 
-def get_config(argument: str | None = None) -> ml_collections.ConfigDict:
+def get_config(argument: str | None = None) -> Config:
     """Returns the recipe; arguments: bits (of weights and activations), plan, distillation, depth, cut."""
     given = parse_argument(argument, bits=2, plan='prefix', distillation=1.0, depth=20, cut='stage')
     config = base_config()

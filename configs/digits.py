@@ -3,12 +3,10 @@
 Command: python main.py
 """
 
-import ml_collections
-
-from bqat_jax.configuration import base_config, parse_argument
+from bqat_jax.configuration import Config, base_config, parse_argument
 
 
-def get_config(argument: str | None = None) -> ml_collections.ConfigDict:
+def get_config(argument: str | None = None) -> Config:
     """Returns the recipe; arguments: bits (of weights and activations), plan, distillation."""
     given = parse_argument(argument, bits=2, plan='prefix', distillation=1.0)
     config = base_config()

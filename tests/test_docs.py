@@ -27,7 +27,7 @@ def commands():
                 yield pytest.param(line, id=line[:60])
 
 
-@pytest.mark.parametrize('code', blocks('python'))
+@pytest.mark.parametrize('code', [*blocks('python')])
 def test_python_snippets_run(code):
     exec(compile(code, 'snippet', 'exec'), {})
 
@@ -38,7 +38,7 @@ def test_the_first_two_commands_set_everything_up():
     assert second.endswith('-r requirements-dev.txt && .venv/bin/python -m pytest')
 
 
-@pytest.mark.parametrize('line', commands())
+@pytest.mark.parametrize('line', [*commands()])
 def test_commands_run(line, tmp_path, request, digits_dir):
     words = shlex.split(line)
     assert words[:2] == ['python', 'main.py'], f'not a command that this test knows how to run: {line}'

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_collections
 
+from bqat_jax.configuration import Config
 from bqat_jax.errors import UserError
 from bqat_jax.training.checkpoint import Checkpoints, Restored
 from bqat_jax.training.evaluation import evaluate
@@ -45,7 +45,7 @@ class Phase:
     problem: Problem
     partner: Any
     steps: int
-    optimizer: ml_collections.ConfigDict
+    optimizer: Config
     directory: Path
 
 

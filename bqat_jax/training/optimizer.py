@@ -4,9 +4,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import optax
 
+from bqat_jax.configuration import Config
 from bqat_jax.errors import UserError
 from bqat_jax.quantization.transform import WEIGHT_NAME
 
@@ -32,7 +32,7 @@ def learning_rate_schedule(peak: float, steps: int, warmup_steps: int) -> optax.
 
 
 def make_optimizer(
-    config: ml_collections.ConfigDict, steps: int, warmup_steps: int
+    config: Config, steps: int, warmup_steps: int
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Returns the optimizer over {'network': ..., 'quantizers': ...} and the network's learning rate by step.
 

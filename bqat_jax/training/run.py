@@ -7,11 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import ml_collections
 import rich.console
 
 from bqat_jax import __version__
-from bqat_jax.configuration import check_resumable, to_plain
+from bqat_jax.configuration import Config, check_resumable, to_plain
 from bqat_jax.data.pipeline import Split
 from bqat_jax.errors import UserError
 from bqat_jax.files import locked, write_json
@@ -30,9 +29,7 @@ PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'tensorflow-da
 FULL_PRECISION_BITS = 32
 
 
-def train(
-    config: ml_collections.ConfigDict, workdir: Path, *, name: str, overrides: dict[str, Any] | None = None
-) -> dict[str, Any]:
+def train(config: Config, workdir: Path, *, name: str, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
     """Runs a config from wherever its workdir has got to, to the end; writes and returns `result.json`.
 
     Args:
@@ -55,7 +52,7 @@ def train(
         return _finish(setting, partner, phase, restored, workdir / 'result.json')
 
 
-def evaluate_run(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
+def evaluate_run(config: Config, workdir: Path) -> dict[str, Any]:
     """Evaluates the checkpoint that counts in a workdir on the test split; writes and returns `evaluation.json`.
 
     Raises:

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 import rich.console
 from jax.sharding import Mesh
 
-from bqat_jax.configuration import duration, to_plain
+from bqat_jax.configuration import Config, duration, to_plain
 from bqat_jax.data.pipeline import Split, read_whole
 from bqat_jax.data.sources import ImageData, Subset, load_images
 from bqat_jax.errors import UserError
@@ -53,7 +52,7 @@ class Setting:
         layers: what the rules say of each layer.
     """
 
-    config: ml_collections.ConfigDict
+    config: Config
     workdir: Path
     console: rich.console.Console
     mesh: Mesh
@@ -96,7 +95,7 @@ class Setting:
         devices = self.mesh.devices.size
         return -(-self.config.train.batch_size // devices) * devices
 
-    def steps(self, section: ml_collections.ConfigDict, name: str = '') -> int:
+    def steps(self, section: Config, name: str = '') -> int:
         """Returns the duration `section.<name>steps` or `section.<name>epochs` in steps."""
         return duration(section, name, len(self.images.train) / self.config.train.batch_size)
 
@@ -125,7 +124,7 @@ def with_sharding(shapes: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes)
 
 
-def make_setting(config: ml_collections.ConfigDict, workdir: Path, console: rich.console.Console) -> Setting:
+def make_setting(config: Config, workdir: Path, console: rich.console.Console) -> Setting:
     """Resolves a config.
 
     Raises:
@@ -172,13 +171,13 @@ def make_setting(config: ml_collections.ConfigDict, workdir: Path, console: rich
         raise UserError(str(error)) from error
 
 
-def _make_network(config: ml_collections.ConfigDict, images: ImageData) -> CutNetwork:
+def _make_network(config: Config, images: ImageData) -> CutNetwork:
     options = {key: value for key, value in config.network.items() if key != 'name'}
     module = NETWORKS[config.network.name](num_classes=images.num_classes, **options)
     return module.cut(config.replacement.cut)
 
 
-def _assign(config: ml_collections.ConfigDict, network: CutNetwork, images: ImageData) -> dict[str, LayerSettings]:
+def _assign(config: Config, network: CutNetwork, images: ImageData) -> dict[str, LayerSettings]:
     variables = jax.eval_shape(lambda: network.init(jax.random.key(0), images.image_shape))
     batch = jax.ShapeDtypeStruct((1, *images.image_shape), 'float32')
     paths = find_layers(lambda v, x: network.apply(v, x, network.names, train=False), variables, batch)
