@@ -1,6 +1,7 @@
 """The handwritten digits that ship with scikit-learn, as a TensorFlow Datasets builder of this project's own."""
 
 import io
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -34,12 +35,13 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager):
         del dl_manager
-        labels = load_digits().target
+        digits: Any = load_digits()
+        labels = digits.target
         train, test = train_test_split(np.arange(len(labels)), test_size=TEST_FRACTION, stratify=labels, random_state=0)
         return {'train': self._generate_examples(train), 'test': self._generate_examples(test)}
 
     def _generate_examples(self, chosen):
-        digits = load_digits()
+        digits: Any = load_digits()
         for number in sorted(chosen):
             # The scans have 17 grey levels, 0 to 16.
             pixels = np.round(digits.images[number] * (255 / 16)).astype(np.uint8)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ class Subset:
     """Some examples of a random-access source, in a given order."""
 
     source: Any
-    positions: Sequence[int]
+    positions: np.ndarray
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -64,7 +63,7 @@ def load_images(name: str, directory: str | None, validation_fraction: float) ->
     """
     if not 0 <= validation_fraction < 1:
         raise UserError(f'data.validation_fraction={validation_fraction}: it must be at least 0 and less than 1.')
-    builder = _open_builder(name, directory)
+    builder: Any = _open_builder(name, directory)
     features = builder.info.features
     if features is None or not {'image', 'label'} <= set(features) or not {'train', 'test'} <= set(builder.info.splits):
         raise UserError(f"data.name={name!r}: it needs features 'image' and 'label' and splits 'train' and 'test'.")

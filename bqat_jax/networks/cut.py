@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 
 
@@ -22,7 +21,7 @@ class CutNetwork:
         head: names of the submodules after the last block; they give the logits.
     """
 
-    module: nn.Module
+    module: Any  # nn.Module does not declare `run`
     stem: tuple[str, ...]
     blocks: tuple[tuple[str, ...], ...]
     head: tuple[str, ...]

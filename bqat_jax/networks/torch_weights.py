@@ -83,14 +83,14 @@ def import_state_dict(
     Raises:
         UserError: if names are missing or unexpected, shapes differ or values are not finite; all of them are listed.
     """
-    wanted = traverse_util.flatten_dict(template, sep='/')
+    wanted: Any = traverse_util.flatten_dict(template, sep='/')
     found: dict[str, np.ndarray] = {}
     problems = []
     for name, array in arrays.items():
         if name.endswith('num_batches_tracked'):
             continue
         path = _translate(name, rules)
-        if path not in wanted:
+        if path is None or path not in wanted:
             problems.append(f'unexpected: {name} {array.shape}')
             continue
         if path.endswith('/kernel'):

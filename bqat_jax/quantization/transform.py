@@ -53,7 +53,7 @@ class Quantization:
             parameters: parameters of the quantizers.
             params: the network's 'params' collection, whole.
         """
-        flat = traverse_util.flatten_dict(params, sep='/')
+        flat: Any = traverse_util.flatten_dict(params, sep='/')
         for path, quantizers in self.layers.items():
             if quantizers.weights is not None:
                 name = f'{path}/{WEIGHT_NAME}'
@@ -205,7 +205,7 @@ def init_quantizers(
     Raises:
         ValueError: if a layer that has a quantizer for its input does not run.
     """
-    flat = traverse_util.flatten_dict(params, sep='/')
+    flat: Any = traverse_util.flatten_dict(params, sep='/')
     found: dict[str, Any] = {path: {} for path in quantization.layers}
     for path, quantizers in quantization.layers.items():
         if quantizers.weights is not None:

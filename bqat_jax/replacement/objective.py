@@ -62,14 +62,16 @@ class Objective:
         terms = {'loss/cross_entropy': cross_entropy(logits, labels)}
         loss = terms['loss/cross_entropy']
         if self.needs_teacher:
+            assert teacher_logits is not None
             terms['loss/distillation'] = distillation_loss(teacher_logits, logits, self.temperature)
             loss += self.distillation * terms['loss/distillation']
-        for number in range(0 if path_logits is None else path_logits.shape[0]):
+        for number, path in enumerate([] if path_logits is None else path_logits):
             name = f'loss/path{number + 1}'
-            terms[f'{name}_cross_entropy'] = cross_entropy(path_logits[number], labels)
+            terms[f'{name}_cross_entropy'] = cross_entropy(path, labels)
             path_loss = self.path_cross_entropy * terms[f'{name}_cross_entropy']
             if self.needs_teacher:
-                terms[f'{name}_distillation'] = distillation_loss(teacher_logits, path_logits[number], self.temperature)
+                assert teacher_logits is not None
+                terms[f'{name}_distillation'] = distillation_loss(teacher_logits, path, self.temperature)
                 path_loss += self.distillation * terms[f'{name}_distillation']
             loss += path_weights[number] * path_loss
         return loss, {'loss': loss, **terms}

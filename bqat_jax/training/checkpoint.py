@@ -71,7 +71,7 @@ class Checkpoints:
         self.directory = directory.absolute()
         self._read_only = read_only
         self._has_scores = has_scores
-        policies = [preservation_policy.LatestN(keep)]
+        policies: list[Any] = [preservation_policy.LatestN(keep)]
         if has_scores:
             policies.append(preservation_policy.BestN(get_metric_fn=_score, n=1))
         self._manager = ocp.CheckpointManager(
@@ -179,7 +179,7 @@ class Checkpoints:
             'digest': jax.ShapeDtypeStruct((count,), jnp.uint32, sharding=sharding),
         }
         content = ocp.args.Composite(state=ocp.args.StandardRestore(sealed_target), facts=ocp.args.JsonRestore())
-        found = self._manager.restore(step, args=content)
+        found: Any = self._manager.restore(step, args=content)
         read, sealed = found.state, found.facts
         if zlib.crc32(sealed['text'].encode()) != sealed['crc32']:
             raise ValueError('the checksum of the facts does not match')

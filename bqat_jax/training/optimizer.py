@@ -1,5 +1,6 @@
 """The optimizer: SGD with Nesterov momentum, cosine decay and warm-up; the quantizers' parameters apart."""
 
+from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -45,7 +46,7 @@ def make_optimizer(
         warmup_steps: of them, with a rising learning rate.
     """
     schedule = learning_rate_schedule(config.learning_rate, steps, warmup_steps)
-    groups = {
+    groups: dict[Hashable, optax.GradientTransformation] = {
         NETWORK: optax.chain(
             optax.add_decayed_weights(config.weight_decay, mask=_kernels),
             optax.sgd(schedule, config.momentum, config.nesterov),

@@ -1,6 +1,7 @@
 """A request to stop (SIGTERM, or Ctrl-C once) is noted, and acted on at the next step."""
 
 import signal
+from typing import Any
 
 
 class Stopped(Exception):
@@ -16,7 +17,7 @@ class StopRequest:
 
     def __init__(self):
         self.signal_name: str | None = None
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> 'StopRequest':
         for number in (signal.SIGTERM, signal.SIGINT):

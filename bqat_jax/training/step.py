@@ -149,7 +149,7 @@ def make_train_step(
 
         (loss, (batch_stats, metrics)), gradients = jax.value_and_grad(loss_function, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params: Any = optax.apply_updates(state.params, updates)
         params[QUANTIZERS] = problem.quantization.constrain(params[QUANTIZERS], state.params[QUANTIZERS])
         is_bad = (state.first_bad_step < 0) & ~jnp.isfinite(loss)
         first_bad_step = jnp.where(is_bad, state.step, state.first_bad_step)
