@@ -29,7 +29,6 @@ def define_flags() -> None:
 
 def main(argv: list[str]) -> None:
     """Dispatches on --mode."""
-    absl_logging.set_verbosity(absl_logging.WARNING)
     if len(argv) > 1:
         raise UserError(f'{" ".join(argv[1:])!r} is not understood; write flags as --name=value.')
     config = flags.FLAGS.config
@@ -60,7 +59,12 @@ def explain(error: Exception) -> str | None:
 
 def run() -> None:
     """Runs main; a mistake that the user can mend is told in plain words, without a traceback."""
-    logging.basicConfig(format='%(levelname)s: %(message)s')
+    # Our own words are shown; of the libraries' only errors: they warn of folders that are merely not there yet.
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    ours = logging.getLogger('bqat_jax')
+    ours.setLevel(logging.INFO)
+    ours.propagate = False
+    ours.addHandler(logging.StreamHandler())
     try:
         define_flags()
         app.run(main, flags_parser=flags.FLAGS)

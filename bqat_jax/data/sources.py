@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from absl import logging as absl_logging
 
 from bqat_jax.data.digits import Digits
 from bqat_jax.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 # Which training images are held out for validation depends on nothing but their number: every run, whatever its
 # seed, makes its choices on the same ones.
@@ -81,13 +82,11 @@ def load_images(name: str, directory: str | None, validation_fraction: float) ->
 
 
 def _open_builder(name: str, directory: str | None) -> tfds.core.DatasetBuilder:
-    # TensorFlow Datasets warns about a folder that is merely not there yet, and draws progress bars of its own.
-    absl_logging.set_verbosity(absl_logging.ERROR)
     tfds.disable_progress_bar()
     if name == Digits.name:
         builder = Digits(data_dir=_expand(directory))
         if not builder.is_prepared():
-            logging.info('Preparing the digits in %s.', builder.data_path)
+            logger.info('Preparing the digits in %s.', builder.data_path)
             builder.download_and_prepare(file_format='array_record')
         return builder
     try:

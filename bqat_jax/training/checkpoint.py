@@ -14,6 +14,8 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from bqat_jax.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 DAMAGED = 'damaged'
 
 
@@ -158,7 +160,11 @@ class Checkpoints:
                 restored = self._read(step, target)
             except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
                 problems[step] = f'{type(error).__name__}: {str(error)[:300]}'
-                logging.warning('The checkpoint of step %d in %s is damaged and skipped.', step, self.directory)
+                logger.warning(
+                    'The checkpoint of step %d in %s is damaged and skipped; Orbax may print complaints of its own.',
+                    step,
+                    self.directory,
+                )
                 continue
             for damaged in problems:
                 self._set_aside(damaged)
@@ -200,7 +206,7 @@ class Checkpoints:
             number += 1
         (self.directory / str(step)).rename(target)
         self._manager.reload()
-        logging.warning('It was moved to %s.', target)
+        logger.warning('The damaged checkpoint was moved to %s.', target)
 
     def _save_failed(self, error: Exception) -> UserError:
         return UserError(

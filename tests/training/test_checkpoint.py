@@ -1,3 +1,4 @@
+import gc
 import logging
 import shutil
 
@@ -8,6 +9,19 @@ import pytest
 
 from bqat_jax.errors import UserError
 from bqat_jax.training.checkpoint import Checkpoints, digest
+
+# When Orbax gives up on a damaged file it leaves coroutines behind that complain as they are collected.
+pytestmark = [
+    pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning'),
+    pytest.mark.filterwarnings('ignore::pytest.PytestUnhandledThreadExceptionWarning'),
+]
+
+
+@pytest.fixture(autouse=True)
+def collect_garbage():
+    yield
+    gc.collect()
+
 
 STATE = {
     'weights': jax.random.normal(jax.random.key(1), (300, 70)),
@@ -91,9 +105,6 @@ def damage(path, how):
         path.unlink()
 
 
-# TensorStore's threads complain of their own when Orbax gives up on a damaged file.
-@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
-@pytest.mark.filterwarnings('ignore::pytest.PytestUnhandledThreadExceptionWarning')
 @pytest.mark.parametrize('how', ['flip', 'cut', 'zero', 'delete'])
 def test_whatever_is_damaged_what_is_restored_is_right(tmp_path, how, caplog):
     """Each file of the newest checkpoint in turn: either it is read as it was, or the one before is used."""
