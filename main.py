@@ -1,5 +1,6 @@
 """Trains or evaluates a low-precision network by block replacement; see README.md."""
 
+import errno
 import logging
 import re
 import sys
@@ -13,6 +14,7 @@ from bqat_jax.errors import UserError
 from bqat_jax.training.run import evaluate_run, train
 from bqat_jax.training.signals import Stopped
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 DEFAULT_CONFIG = Path(__file__).resolve().parent / 'configs' / 'digits.py'
 
 
@@ -52,6 +54,8 @@ def explain(error: Exception) -> str | None:
     typo = re.search(r'Did you mean "(.*?)" instead of "(.*?)"', text)
     if typo:
         return f'The config has no key {typo[2]!r}. Did you mean "{typo[1]}"?'
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return f'{text}. Make room or take another --workdir; run the same command again to go on.'
     if isinstance(error, flags.Error) or text.startswith('Configuration is not available'):
         return text
     return None
@@ -61,6 +65,8 @@ def run() -> None:
     """Runs main; a mistake that the user can mend is told in plain words, without a traceback."""
     # Our own words are shown; of the libraries' only errors: they warn of folders that are merely not there yet.
     absl_logging.set_verbosity(absl_logging.ERROR)
+    # What failed in a thread of Orbax's is raised in ours too.
+    logging.getLogger('asyncio').setLevel(logging.CRITICAL)
     ours = logging.getLogger('bqat_jax')
     ours.setLevel(logging.INFO)
     ours.propagate = False

@@ -90,8 +90,12 @@ class Checkpoints:
     def __enter__(self) -> 'Checkpoints':
         return self
 
-    def __exit__(self, *exception) -> None:
-        self._manager.close()
+    def __exit__(self, kind, exception, traceback) -> None:
+        try:
+            self._manager.close()
+        except Exception as error:
+            if exception is None:  # else that one goes on, and it says more
+                raise self._save_failed(error) from error
 
     @property
     def latest_step(self) -> int | None:
