@@ -1,7 +1,7 @@
 """ResNet-20 on CIFAR-10 from a full-precision partner, W2A2 by default.
 
 Needs CIFAR-10 as a prepared TensorFlow Dataset (see README). Learning rates are for a full-precision partner with
-trained weights; without partner.torch_file or partner.workdir the partner is trained first (93 000 steps).
+trained weights; without partner.torch_file or partner.workdir the partner is trained first (240 epochs).
 
 Command: python main.py --config=configs/cifar10_resnet20.py:bits=2,plan=prefix --config.data.dir=DIR
 """

@@ -1,12 +1,14 @@
 """One phase of a run: from its newest checkpoint, or from the beginning, to its end."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from bqat_jax.configuration import Config
 from bqat_jax.errors import UserError
@@ -78,11 +80,13 @@ def run_phase(
         restored = checkpoints.restore_latest(target)
         if restored is None:
             optimizer, _ = _make_optimizer(setting, phase)
-            # Under jit the state is made of copies: the step takes it over, and the partner keeps its arrays.
-            make = jax.jit(
-                lambda params, stats: init_state(setting.key(phase.purpose), params, stats, optimizer),
-                out_shardings=replicated(setting.mesh),
-            )
+
+            @functools.partial(jax.jit, out_shardings=replicated(setting.mesh))
+            def make(params, batch_stats):
+                # Copies: the step takes its state over, and the partner may keep its arrays.
+                params, batch_stats = jax.tree.map(jnp.copy, (params, batch_stats))
+                return init_state(setting.key(phase.purpose), params, batch_stats, optimizer)
+
             state, start, seconds = make(*init()), 0, 0.0
         else:
             state, start, seconds = restored.state, restored.facts['next_batch'], restored.facts['seconds']

@@ -1,6 +1,5 @@
 """The low-precision network's phase: quantizers from rules and data, calibration, block-replaced training."""
 
-import json
 from typing import Any
 
 import jax
@@ -8,7 +7,7 @@ import jax
 from bqat_jax.data.augmentation import normalize
 from bqat_jax.data.pipeline import get_examples
 from bqat_jax.errors import UserError
-from bqat_jax.files import write_json
+from bqat_jax.files import read_json, write_json
 from bqat_jax.quantization.transform import (
     LayerQuantizers,
     Quantization,
@@ -60,6 +59,7 @@ def train_low_precision(setting: Setting, partner: Partner, stop: StopRequest) -
         return setting.network.apply(variables, batch, setting.network.names, train=True)
 
     def init():
+        setting.console.print('Calibrating the quantizers.')
         images = batches or _calibration_batches(setting, partner)
         params = partner.variables['params']
         quantizers = calibrate(quantization, params, run_with, images)
@@ -77,7 +77,7 @@ def low_precision_phase(setting: Setting, partner: Partner) -> Phase:
     path = setting.workdir / QUANTIZERS_FILE
     if not path.exists():
         raise UserError(f'{setting.workdir} holds no low-precision network yet: train first (--mode=train).')
-    described = json.loads(path.read_text(encoding='utf-8'))
+    described = read_json(path)
     signed = {path: layer['activations']['signed'] for path, layer in described.items() if layer['activations']}
     config = setting.config
     return Phase(

@@ -1,7 +1,6 @@
 """The full-precision partner: where it comes from, and how it is kept in the workdir."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import jax
 
 from bqat_jax.configuration import changed_keys
 from bqat_jax.errors import UserError
-from bqat_jax.files import write_json
+from bqat_jax.files import read_json, write_json
 from bqat_jax.networks.torch_weights import NAME_RULES, import_state_dict, read_state_dict
 from bqat_jax.quantization.transform import FULL_PRECISION
 from bqat_jax.replacement.objective import Objective
@@ -86,6 +85,7 @@ def obtain_partner(setting: Setting, stop: StopRequest) -> Partner:
     else:
         partner = _pretrain(setting, facts, stop)
     _save_partner(setting.workdir, partner)
+    setting.console.print(f'Partner: {partner.facts["source"]}.')
     return partner
 
 
@@ -98,7 +98,7 @@ def load_partner(setting: Setting, workdir: Path) -> Partner | None:
     path = workdir / DIRECTORY / FACTS
     if not path.is_file():
         return None
-    facts = json.loads(path.read_text(encoding='utf-8'))
+    facts = read_json(path)
     changes = changed_keys(facts['network'], setting.description)
     if changes:
         listed = '; '.join(changes)

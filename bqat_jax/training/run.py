@@ -1,7 +1,6 @@
 """A whole run: partner, calibration, block-replaced training, evaluation. What `main.py` calls."""
 
 import importlib.metadata
-import json
 import platform
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ from bqat_jax import __version__
 from bqat_jax.configuration import Config, check_resumable, to_plain
 from bqat_jax.data.pipeline import Split
 from bqat_jax.errors import UserError
-from bqat_jax.files import locked, write_json
+from bqat_jax.files import locked, read_json, write_json
 from bqat_jax.quantization.rules import NO_QUANTIZER
 from bqat_jax.training.checkpoint import Restored
 from bqat_jax.training.evaluation import Evaluation, evaluate
@@ -79,7 +78,7 @@ def evaluate_run(config: Config, workdir: Path) -> dict[str, Any]:
 def _check_config(setting: Setting) -> None:
     path = setting.workdir / 'config.json'
     if path.exists():
-        check_resumable(json.loads(path.read_text(encoding='utf-8')), to_plain(setting.config), setting.workdir)
+        check_resumable(read_json(path), to_plain(setting.config), setting.workdir)
 
 
 def _write_record(setting: Setting, name: str, overrides: dict[str, Any]) -> None:

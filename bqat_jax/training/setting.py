@@ -86,6 +86,7 @@ class Setting:
     def _split(self, source: Subset) -> Split:
         arrays = None
         if self.config.data.on_device:
+            self.console.print(f'Reading {len(source)} images onto the device.')
             arrays = jax.device_put(read_whole(source), replicated(self.mesh))
         return Split(source, arrays, self.config.data.workers)
 

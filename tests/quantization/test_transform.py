@@ -107,8 +107,10 @@ def test_works_inside_a_cond_and_gradients_reach_quantizers():
     quantization, parameters = quantized()
 
     def loss(params, parameters, flag):
-        low = lambda: apply(quantization, parameters, params)  # noqa: E731
-        return jnp.sum(jax.lax.cond(flag, low, lambda: run(params, X)) ** 2)
+        def low_precision():
+            return apply(quantization, parameters, params)
+
+        return jnp.sum(jax.lax.cond(flag, low_precision, lambda: run(params, X)) ** 2)
 
     gradients = jax.jit(jax.grad(loss, argnums=(0, 1)))(PARAMS, parameters, True)
     assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(gradients[1]))

@@ -112,7 +112,9 @@ def test_no_gradient_reaches_a_parameter_of_the_partner(name):
     mask, weights = plan.draw(jax.random.key(0))
 
     def loss(partner):
-        paths = lambda f, partner, mask: run_paths(NETWORK, plan, partner, f, mask)  # noqa: E731
+        def paths(features, partner, mask):
+            return run_paths(NETWORK, plan, partner, features, mask)
+
         return loss_with(paths, plan, (PARTNER['params'], low_precision()[1]), partner, mask, weights)
 
     gradients = jax.jit(jax.grad(loss))(PARTNER)
