@@ -12,8 +12,8 @@ from tensorboardX import SummaryWriter
 from bqat_jax.files import write_text
 
 METRICS_FILE = 'metrics.jsonl'
-# The metrics shown on the terminal; the files have all.
-SHOWN = ('loss', 'images_per_second', 'validation_top1')
+# The metrics shown on the terminal, and how; the files have all.
+SHOWN = {'loss': 'loss {:.3g}', 'images_per_second': '{:.0f} images/s', 'validation_top1': 'validation {:.3f}'}
 
 
 class Recorder:
@@ -33,15 +33,15 @@ class Recorder:
         self._events = SummaryWriter(str(workdir / 'tensorboard' / phase), purge_step=start)
         self._began = time.monotonic()
         self._progress = None
+        self._latest: dict[str, float] = {}
         if console.is_terminal:
             self._progress = rich.progress.Progress(
                 rich.progress.TextColumn('{task.description}'),
-                rich.progress.BarColumn(),
+                rich.progress.BarColumn(bar_width=12),
                 rich.progress.MofNCompleteColumn(),
                 rich.progress.TextColumn('{task.fields[shown]}'),
-                rich.progress.TimeElapsedColumn(),
-                rich.progress.TextColumn('left'),
                 rich.progress.TimeRemainingColumn(),
+                rich.progress.TextColumn('left'),
                 console=console,
             )
             self._task = self._progress.add_task(phase, total=total, completed=start, shown='compiling')
@@ -64,15 +64,20 @@ class Recorder:
         for name, value in metrics.items():
             self._events.add_scalar(name, value, step)
         self._events.flush()
-        shown = '  '.join(f'{name} {metrics[name]:.4g}' for name in SHOWN if name in metrics)
         if self._progress:
+            self._latest |= metrics  # the bar stands still: it shows the last of each
+            shown = _show(self._latest)
             self._progress.update(self._task, completed=step, shown=shown)
         else:
-            line = f'{self._phase} {step}/{self._total}  {shown}'
+            line = f'{self._phase} {step}/{self._total}  {_show(metrics)}'
             if step > self._start:
                 seconds = (time.monotonic() - self._began) / (step - self._start) * (self._total - step)
                 line += f'  left {seconds:.0f} s'
             self._console.print(line, markup=False, highlight=False)
+
+
+def _show(metrics: dict[str, float]) -> str:
+    return '  '.join(text.format(metrics[name]) for name, text in SHOWN.items() if name in metrics)
 
 
 def _remove_after(path: Path, phase: str, start: int) -> None:

@@ -22,7 +22,7 @@ def test_one_object_per_step_and_events_beside_them(tmp_path):
     shown = record(tmp_path, 'train', 0, [5, 10])
     assert read(tmp_path)[1] == {'phase': 'train', 'step': 10, 'loss': 0.1, 'images_per_second': 100.0}
     assert list((tmp_path / 'tensorboard' / 'train').glob('events*'))
-    assert shown.splitlines()[0].startswith('train 5/10  loss 0.2  images_per_second 100  left ')
+    assert shown.splitlines()[0].startswith('train 5/10  loss 0.2  100 images/s  left ')
     assert shown.splitlines()[1].endswith('left 0 s')
 
 
