@@ -69,9 +69,19 @@ class Checkpoints:
             keep: how many of the newest to keep.
             has_scores: whether every save gives a score; the checkpoint with the highest is kept.
             read_only: to look at what another process may be writing.
+
+        Raises:
+            UserError: if a score is damaged and, the directory being read-only, cannot be moved aside.
         """
         self.directory = directory.absolute()
         self._read_only = read_only
+        # Orbax reads every score as it opens a directory, and gives up on one that it cannot read.
+        for path in _steps_in(self.directory):
+            if _has_readable_score(path):
+                continue
+            if read_only:
+                raise UserError(f'{path} is damaged: its score is not readable. --mode=train moves it aside.')
+            _move_aside(path)
         self._has_scores = has_scores
         policies: list[Any] = [preservation_policy.LatestN(keep)]
         if has_scores:
@@ -201,22 +211,37 @@ class Checkpoints:
         return Restored(step, read['state'], json.loads(sealed['text']))
 
     def _set_aside(self, step: int) -> None:
-        if self._read_only:
-            return
-        place = self.directory.parent / DAMAGED
-        place.mkdir(exist_ok=True)
-        number = 0
-        while (target := place / f'{step}-{number}').exists():
-            number += 1
-        (self.directory / str(step)).rename(target)
-        self._manager.reload()
-        logger.warning('The damaged checkpoint was moved to %s.', target)
+        if not self._read_only:
+            _move_aside(self.directory / str(step))
+            self._manager.reload()
 
     def _save_failed(self, error: Exception) -> UserError:
         return UserError(
             f'A checkpoint could not be written to {self.directory}: {type(error).__name__}: {str(error)[:500]}\n'
             'Is the disk full, or not writable? Run the same command again to go on from the last finished checkpoint.'
         )
+
+
+def _steps_in(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.iterdir() if path.name.isdigit()) if directory.is_dir() else []
+
+
+def _has_readable_score(checkpoint: Path) -> bool:
+    path = checkpoint / 'metrics' / 'metrics'
+    try:
+        return not path.exists() or isinstance(json.loads(path.read_bytes())['score'], float)
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _move_aside(checkpoint: Path) -> None:
+    place = checkpoint.parent.parent / DAMAGED
+    place.mkdir(exist_ok=True)
+    number = 0
+    while (target := place / f'{checkpoint.name}-{number}').exists():
+        number += 1
+    checkpoint.rename(target)
+    logger.warning('The checkpoint of step %s is damaged; it was moved to %s.', checkpoint.name, target)
 
 
 def _score(metrics: dict[str, float]) -> float:

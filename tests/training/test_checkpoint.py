@@ -108,13 +108,14 @@ def damage(path, how):
 @pytest.mark.parametrize('how', ['flip', 'cut', 'zero', 'delete'])
 def test_whatever_is_damaged_what_is_restored_is_right(tmp_path, how, caplog):
     """Each file of the newest checkpoint in turn: either it is read as it was, or the one before is used."""
-    fill(tmp_path / 'whole', [1, 2], keep=2)
+    options = {'keep': 2, 'has_scores': True}
+    fill(tmp_path / 'whole', [1, 2], **options)
     skipped = 0
     for number, file in enumerate(files_of(tmp_path / 'whole' / '2')):
         run = tmp_path / str(number)
         shutil.copytree(tmp_path / 'whole', run / 'c')
         damage(run / 'c' / file.relative_to(tmp_path / 'whole'), how)
-        with caplog.at_level(logging.WARNING), Checkpoints(run / 'c', keep=2) as checkpoints:
+        with caplog.at_level(logging.WARNING), Checkpoints(run / 'c', **options) as checkpoints:
             restored = checkpoints.restore_latest(target())
             assert_same(restored.state, numbered(restored.step))
             assert restored.facts == {'next_batch': restored.step}
@@ -122,7 +123,7 @@ def test_whatever_is_damaged_what_is_restored_is_right(tmp_path, how, caplog):
                 skipped += 1
                 assert 'step 2' in caplog.text and 'damaged' in caplog.text
                 assert [path.name for path in (run / 'damaged').iterdir()] == ['2-0']
-                checkpoints.save(2, numbered(2), {'next_batch': 2})  # its number is free again
+                checkpoints.save(2, numbered(2), {'next_batch': 2}, 0.7)  # its number is free again
                 checkpoints.wait()
                 assert checkpoints.restore_latest(target()).step == 2
     assert skipped > 0
@@ -142,6 +143,13 @@ def test_if_none_is_intact_it_says_so_and_touches_nothing(tmp_path):
     with Checkpoints(tmp_path / 'c', keep=2) as checkpoints, pytest.raises(UserError, match='step 2'):
         checkpoints.restore_latest(target())
     assert (tmp_path / 'c' / '2').is_dir()
+
+
+def test_a_damaged_score_is_told_where_nothing_may_be_moved(tmp_path):
+    fill(tmp_path / 'c', [1, 2], keep=2, has_scores=True)
+    damage(tmp_path / 'c' / '2' / 'metrics' / 'metrics', 'cut')
+    with pytest.raises(UserError, match='score is not readable'):
+        Checkpoints(tmp_path / 'c', has_scores=True, read_only=True)
 
 
 def test_read_only_moves_nothing(tmp_path):

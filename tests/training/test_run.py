@@ -15,8 +15,8 @@ from tests.test_configuration import load_recipe
 DIGITS = load_recipe(ROOT / 'configs' / 'digits.py')
 
 
-@pytest.fixture
-def config(digits_dir):
+def shortened(digits_dir):
+    """The digits recipe, small and short."""
     config = DIGITS.get_config()
     config.data.dir = digits_dir
     config.network.width = 4
@@ -27,16 +27,15 @@ def config(digits_dir):
     return config
 
 
+@pytest.fixture
+def config(digits_dir):
+    return shortened(digits_dir)
+
+
 @pytest.fixture(scope='module')
 def finished(digits_dir, tmp_path_factory):
     """A finished run: its config, workdir and result."""
-    config = DIGITS.get_config()
-    config.data.dir = digits_dir
-    config.network.width = 4
-    config.train.steps, config.train.batch_size, config.train.log_every_steps = 12, 32, 4
-    config.partner.steps = 12
-    config.partner.optimizer.warmup_steps = 2
-    config.checkpoint.every_steps = 4
+    config = shortened(digits_dir)
     workdir = tmp_path_factory.mktemp('run')
     return config, workdir, train(config, workdir, name='digits', overrides={'train.steps': 12})
 
@@ -185,7 +184,6 @@ def test_zero_steps_evaluate_the_calibrated_network(config, finished, tmp_path):
 )
 def test_values_that_cannot_work_are_refused_before_training(config, tmp_path, key, value, message):
     section, _, name = key.rpartition('.')
-    config.update({})
     target = config
     for part in section.split('.'):
         target = target[part]
