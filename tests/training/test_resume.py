@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.training.test_run import last_state
 
-STEPS = 40
+STEPS = 80
 
 
 @pytest.fixture(scope='module')
