@@ -50,7 +50,7 @@ class Split:
             stop: number after the last.
 
         Yields:
-            {'image', 'label'}, or {'index'} when the split lives on the device.
+            {'image', 'label', 'mask'}, or {'index', 'mask'} when the split lives on the device; the mask is all true.
         """
         order = grain.MapDataset.range(len(self)).seed(seed).shuffle().repeat()
         return self._read(order, batch_size, start, stop)
