@@ -35,6 +35,7 @@ def base_config() -> Config:
     """
     config: Config = ml_collections.ConfigDict()
     config.seed = 0
+    config.plugins = config_dict.placeholder(str)  # your own estimators and quantizers: Python files, by commas
 
     config.data = ml_collections.ConfigDict()
     config.data.name = 'digits'  # 'digits' or a TensorFlow Datasets name
@@ -55,21 +56,39 @@ def base_config() -> Config:
 
     config.quant = ml_collections.ConfigDict()
     config.quant.weights = ml_collections.ConfigDict()
-    config.quant.weights.name = 'lsq'
+    config.quant.weights.name = 'lsq'  # quantizers and estimators: docs/estimators.md; with options 'lsq:narrow=true'
     config.quant.weights.bits = 2
-    config.quant.weights.estimator = 'identity'
-    config.quant.weights.granularity = 'tensor'  # or 'channel'
+    config.quant.weights.estimator = 'identity'  # with options 'ewgs:delta=0.1,domain=normalized'
+    config.quant.weights.granularity = 'auto'  # the quantizer's paper's; or 'tensor', 'channel'
+    config.quant.weights.rescale = 'none'  # quantized weights scaled again (SAT): 'constant' or 'stddev'
     config.quant.activations = ml_collections.ConfigDict()
     config.quant.activations.name = 'lsq'
     config.quant.activations.bits = 2
     config.quant.activations.estimator = 'identity'
     config.quant.activations.sign = 'auto'  # or 'signed', 'unsigned'
     # The first rule that matches a layer wins; the field's custom is 8 bits for the first and the last layer.
+    lsq8 = {'name': 'lsq', 'bits': 8, 'estimator': 'identity'}
     config.quant.rules = (
-        {'layers': 'stem/conv', 'weights': {'bits': 8}, 'activations': {'bits': 8}},
-        {'layers': 'head/dense', 'weights': {'bits': 8}, 'activations': {'bits': 8}},
+        {'layers': 'stem/conv', 'weights': dict(lsq8), 'activations': dict(lsq8)},
+        {'layers': 'head/dense', 'weights': dict(lsq8), 'activations': dict(lsq8)},
     )
     config.quant.calibration_batches = 4
+    config.quant.trace = ml_collections.ConfigDict()  # how the estimator 'ewgs_trace' measures its strength
+    config.quant.trace.every_steps = config_dict.placeholder(int)
+    config.quant.trace.every_epochs = 10.0  # never before the first step
+    config.quant.trace.batches = 3
+    config.quant.trace.iterations = 50  # random vectors at most, for one batch
+    config.quant.trace.tolerance = 1e-3  # relative change of the mean at which no more are drawn
+    config.quant.oscillations = ml_collections.ConfigDict()  # weights that jump between two codes
+    config.quant.oscillations.dampening = 0.0  # weight of the loss that dampens them, at the end of training
+    config.quant.oscillations.dampening_start = 0.25  # fraction of training
+    config.quant.oscillations.dampening_aggregation = 'kernel_mean'  # or 'sum'
+    config.quant.oscillations.freezing = False  # keep the code of a weight that oscillates too often
+    config.quant.oscillations.freezing_threshold = 0.01  # frequency, at the end of training
+    config.quant.oscillations.freezing_first_threshold = 0.1  # the same, at the beginning
+    config.quant.oscillations.freezing_start = 0.25  # fraction of training at which the threshold begins to change
+    config.quant.oscillations.freezing_momentum = 0.001  # of the moving averages
+    config.quant.reestimation_batches = 0  # to estimate batch-norm statistics anew after training; 0 for none
 
     config.replacement = ml_collections.ConfigDict()
     config.replacement.plan = 'prefix'

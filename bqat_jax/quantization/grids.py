@@ -4,7 +4,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-MIN_BITS = 2
+MIN_BITS = 1
 MAX_BITS = 8
 
 
@@ -16,15 +16,17 @@ class IntegerGrid:
     ends are called -Q_N and Q_P).
 
     Attributes:
-        bits: number of bits, 2 to 8.
+        bits: number of bits, 1 to 8.
         signed: whether the grid has negative numbers.
+        narrow: leaves the lowest number of a signed grid out, so that the grid is symmetric: ternary at 2 bits.
 
     Raises:
-        ValueError: if `bits` is not a whole number from 2 to 8.
+        ValueError: if `bits` is not a whole number from 1 to 8.
     """
 
     bits: int
     signed: bool
+    narrow: bool = False
 
     def __post_init__(self):
         if not isinstance(self.bits, int) or not MIN_BITS <= self.bits <= MAX_BITS:
@@ -36,14 +38,14 @@ class IntegerGrid:
     @property
     def lower(self) -> int:
         """The smallest integer of the grid."""
-        return -(2 ** (self.bits - 1)) if self.signed else 0
+        return -(2 ** (self.bits - 1)) + self.narrow if self.signed else 0
 
     @property
     def upper(self) -> int:
         """The largest integer of the grid, the Q_P of the LSQ paper."""
         return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
 
-    @property
-    def code_dtype(self):
-        """The smallest whole-byte dtype that holds every code: int8 or uint8."""
-        return jnp.int8 if self.signed else jnp.uint8
+
+def code_dtype(lower: int):
+    """Returns the smallest whole-byte dtype that holds 8-bit codes from `lower` up: int8 or uint8."""
+    return jnp.int8 if lower < 0 else jnp.uint8

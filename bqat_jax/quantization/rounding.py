@@ -1,76 +1,308 @@
-"""Gradient estimators: rounding with a chosen backward rule.
+"""Rounding with a chosen backward rule: what a gradient estimator is, and the two functions in which one is used.
 
-Rounding has a derivative that is zero almost everywhere, so training through it needs a stand-in. An estimator is
-that stand-in: its forward pass is exactly round-to-nearest, ties to even; its backward pass is its own rule. A
-quantizer rounds in the integer domain, value = x / step, and asks its estimator for the gradient there.
+Rounding has a derivative that is zero almost everywhere, so training through it needs a stand-in. An estimator is that
+stand-in. A quantizer brings its input to the integer domain, where neighbouring codes are 1 apart, and leaves rounding
+and the gradient of rounding to its estimator.
 """
 
+import abc
 import dataclasses
 import functools
-from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 
-@dataclasses.dataclass(frozen=True)
-class GradientEstimator:
-    """A backward rule for rounding.
+class Context(NamedTuple):
+    """When, where and with what randomness a tensor is quantized; a pytree.
 
     Attributes:
-        name: the name it is asked for by, as in `config.quant.weights.estimator`.
-        backward: `backward(cotangent, value, rounded) -> gradient with respect to value`; all four have the same
-            shape, in the integer domain, in float32. Where the quantizer clips, it masks the result itself.
+        progress: the fraction of training that is done, 0 to 1, for estimators with a schedule.
+        key: random key in training; None in evaluation, where everything rounds.
+        delta: a strength measured during training, for estimators that need one; see `Estimator.needs_delta`.
+        lower: the smallest code; set by the quantizer.
+        upper: the largest code; set by the quantizer.
     """
 
-    name: str
-    backward: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+    progress: Any = 1.0
+    key: Any = None
+    delta: Any = None
+    lower: int = 0
+    upper: int = 0
 
 
-def _identity_backward(cotangent: jax.Array, value: jax.Array, rounded: jax.Array) -> jax.Array:
-    del value, rounded
-    return cotangent
+EVALUATION = Context()
 
 
-# The straight-through estimator: rounding counts as the identity (Bengio et al., arXiv 1308.3432).
-IDENTITY = GradientEstimator('identity', _identity_backward)
+class Estimator(abc.ABC):
+    """A backward rule for rounding; a subclass is registered by `register_estimator` and so a frozen dataclass.
 
-ESTIMATORS: dict[str, GradientEstimator] = {estimator.name: estimator for estimator in (IDENTITY,)}
+    All arrays are float32, in the integer domain and of one shape.
 
-
-def get_estimator(name: str) -> GradientEstimator:
-    """Returns the gradient estimator called `name`.
-
-    Raises:
-        ValueError: if there is none; the message lists those there are.
+    Attributes:
+        name: set by the registration.
+        needs_delta: whether `Context.delta` is read.
+        sign_only: whether the rule approximates the sign function, so that it fits two levels only.
+        weights_only: whether the rule makes sense for weights alone.
     """
-    if name not in ESTIMATORS:
-        raise ValueError(f'There is no gradient estimator {name!r}; there are: {", ".join(sorted(ESTIMATORS))}.')
-    return ESTIMATORS[name]
+
+    name: ClassVar[str] = ''
+    needs_delta: ClassVar[bool] = False
+    sign_only: ClassVar[bool] = False
+    weights_only: ClassVar[bool] = False
+
+    @property
+    def rounds_in_training(self) -> bool:
+        """Whether codes are whole numbers in training too, as they always are in evaluation."""
+        return True
+
+    def round(self, value: jax.Array, context: Context) -> jax.Array:
+        """Returns `value` rounded to the nearest integer, ties to even."""
+        del context
+        return jnp.round(value)
+
+    @abc.abstractmethod
+    def backward(self, cotangent: jax.Array, value: jax.Array, rounded: jax.Array, context: Context) -> jax.Array:
+        """Returns the gradient with respect to `value`, where it lies between the smallest and the largest code.
+
+        Args:
+            cotangent: gradient with respect to what `round` returned.
+            value: what was rounded.
+            rounded: what `round` returned.
+            context: with the codes' bounds.
+        """
+
+    def beyond(
+        self, cotangent: jax.Array, value: jax.Array, bound: jax.Array, context: Context, *, passes: bool
+    ) -> jax.Array:
+        """Returns the gradient with respect to `value` where it lies beyond the bounds.
+
+        Args:
+            cotangent: as above.
+            value: as above.
+            bound: the bound that the value was clipped to.
+            context: as above.
+            passes: whether the quantizer's own rule lets gradients pass its bounds.
+        """
+        del value, bound, context
+        return cotangent if passes else jnp.zeros_like(cotangent)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounding:
+    """How codes are found, and what the gradient is at the bounds.
+
+    Attributes:
+        estimator: rounds, and gives the gradient between the bounds.
+        lower: the smallest code.
+        upper: the largest code.
+        passes_bounds: whether the input's gradient passes on beyond the bounds.
+        includes_bounds: whether an input exactly at a bound counts as between the bounds for its own gradient, and for
+            that of levels; for that of a step it never does.
+        step_gradient_inside: whether the step's gradient has a part from inputs between the bounds.
+    """
+
+    estimator: Estimator
+    lower: int
+    upper: int
+    passes_bounds: bool = False
+    includes_bounds: bool = False
+    step_gradient_inside: bool = True
+
+    def codes(self, value: jax.Array, context: Context) -> jax.Array:
+        """Returns the codes of values in the integer domain, in float32."""
+        # Rounding before clipping is the same as after it: the bounds are integers.
+        return jnp.clip(self.estimator.round(value, self._where(context)), self.lower, self.upper)
+
+    def backward(self, cotangent: jax.Array, value: jax.Array, context: Context) -> tuple[jax.Array, ...]:
+        """Returns (inside, counts, rounded, gradient between the bounds, bound, gradient with respect to value).
+
+        `inside` leaves the exact bounds out, `counts` has them if `includes_bounds`. The masks are explicit: the
+        derivative of jnp.clip is 0.5 at an exact bound, and activations after a ReLU sit there.
+        """
+        where = self._where(context)
+        inside = (value > self.lower) & (value < self.upper)
+        # The rule only sees values between the bounds: far outside it may not be finite.
+        between = jnp.clip(value, self.lower, self.upper)
+        rounded = self.estimator.round(between, where)
+        gradient = self.estimator.backward(cotangent, between, rounded, where)
+        bound = jnp.where(value <= self.lower, float(self.lower), float(self.upper))
+        counts = (value >= self.lower) & (value <= self.upper) if self.includes_bounds else inside
+        beyond = self.estimator.beyond(cotangent, value, bound, where, passes=self.passes_bounds)
+        return inside, counts, rounded, gradient, bound, jnp.where(counts, gradient, beyond)
+
+    def _where(self, context: Context) -> Context:
+        return context._replace(lower=self.lower, upper=self.upper)
+
+
+def in_steps(v: jax.Array, step: jax.Array) -> jax.Array:
+    """Returns v / step in float32.
+
+    As a product with the reciprocal, which XLA makes of such a division in some programs and not in others: written
+    out, a value next to a threshold gets the same code in all of them.
+    """
+    return v.astype(jnp.float32) * (1.0 / step)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def round_with_estimator(estimator: GradientEstimator, value: jax.Array) -> jax.Array:
-    """Rounds to the nearest integer, ties to even; the gradient is the estimator's.
+def quantize(how: Rounding, step: jax.Array, shift: jax.Array, v: jax.Array, context: Context) -> jax.Array:
+    """Quantizes to a uniform grid: y = step · (code + shift), code = clip(round(v / step - shift), lower, upper).
+
+    Gradients, with u = v / step and R' the estimator's derivative of rounding:
+
+        dy/dv     = R' between the bounds, else 0 (or as `how` and the estimator say)
+        dy/dstep  = code + shift - R' · u between the bounds, else bound + shift
+        dy/dshift = step · (1 - R') between the bounds, else step
+
+    Args:
+        how: estimator and bounds.
+        step: positive, float32, () or a shape that broadcasts against v.
+        shift: float32, () or the shape of step.
+        v: floating-point array.
+        context: when and with what key.
+
+    Returns:
+        y in the shape and dtype of v; the arithmetic is float32.
+    """
+    codes = how.codes(in_steps(v, step) - shift, context)
+    return ((codes + shift) * step).astype(v.dtype)
+
+
+def _quantize_forward(how, step, shift, v, context):
+    # Only what the layer holds anyway is kept: the backward pass computes codes and masks again, which costs less than
+    # storing them.
+    return quantize(how, step, shift, v, context), (step, shift, v, context)
+
+
+def _quantize_backward(how, residuals, cotangent):
+    step, shift, v, context = residuals
+    cotangent = cotangent.astype(jnp.float32)
+    units = in_steps(v, step)
+    value = units - shift
+    inside, _, rounded, gradient, bound, v_gradient = how.backward(cotangent, value, context)
+    if how.step_gradient_inside:
+        # As a sum whose second part is exactly zero where the rule is the identity: the difference of
+        # cotangent · (code + shift) and gradient · u would lose digits.
+        within = cotangent * (rounded - value) + (cotangent - gradient) * units
+    else:
+        within = jnp.zeros_like(cotangent)
+    step_gradient = jnp.where(inside, within, cotangent * (bound + shift))
+    shift_gradient = step * jnp.where(inside, cotangent - gradient, cotangent)
+    return (
+        sum_to_shape(step_gradient, step.shape),
+        sum_to_shape(shift_gradient, shift.shape),
+        v_gradient.astype(v.dtype),
+        None,
+    )
+
+
+quantize.defvjp(_quantize_forward, _quantize_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def quantize_to_levels(how: Rounding, levels: jax.Array, v: jax.Array, context: Context) -> jax.Array:
+    """Quantizes to the nearest of any ascending levels.
+
+    The integer domain is the position among the levels: a value a quarter of the way from level 2 to level 3 is at
+    2.25, so that rounding finds the nearest level and every estimator has a meaning. With p = j + w the position, and
+    levels l:
+
+        dy/dv   = R'(p) between the bounds, else 0 (or as `how` and the estimator say)
+        dy/dl_k = [k = code] - R' · ((1 - w) · [k = j] + w · [k = j+1]) between the bounds, else [k = code]
+
+    For levels k·step this is LSQ's gradient of the step, for levels that are sums of steps it is nuLSQ's.
+
+    Args:
+        how: estimator and bounds, 0 and len(levels) - 1.
+        levels: float32 (levels,), ascending.
+        v: floating-point array.
+        context: when and with what key.
+
+    Returns:
+        y in the shape and dtype of v; the arithmetic is float32.
+    """
+    codes = how.codes(_position(levels, v)[2], context)
+    if how.estimator.rounds_in_training or context.key is None:
+        return levels[codes.astype(jnp.int32)].astype(v.dtype)
+    below, fraction = _split(codes, levels.size)
+    return (levels[below] * (1 - fraction) + levels[below + 1] * fraction).astype(v.dtype)
+
+
+def nearest_levels(how: Rounding, levels: jax.Array, v: jax.Array) -> jax.Array:
+    """Returns the numbers of the levels that `quantize_to_levels` gives in evaluation, int32."""
+    return how.codes(_position(levels, v)[2], EVALUATION).astype(jnp.int32)
+
+
+def _position(levels: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(j, w, p): which two levels v lies between or beyond, how far, and the position j + w."""
+    v = v.astype(jnp.float32)
+    below = jnp.searchsorted(levels[1:-1], v, side='right').astype(jnp.int32)
+    start, end = levels[below], levels[below + 1]
+    fraction = (v - start) / (end - start)
+    return below, fraction, below.astype(jnp.float32) + fraction
+
+
+def _split(position: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """Whole and fractional part of a position that need not be whole, as additive noise leaves it."""
+    below = jnp.clip(jnp.floor(position), 0, count - 2)
+    return below.astype(jnp.int32), position - below
+
+
+def _levels_forward(how, levels, v, context):
+    return quantize_to_levels(how, levels, v, context), (levels, v, context)
+
+
+def _levels_backward(how, residuals, cotangent):
+    levels, v, context = residuals
+    cotangent = cotangent.astype(jnp.float32)
+    below, fraction, position = _position(levels, v)
+    _, inside, _, gradient, _, v_gradient = how.backward(cotangent, position, context)
+    inner = jnp.where(inside, gradient, 0.0)
+    code, code_fraction = _split(how.codes(position, context), levels.size)
+    shares = (
+        (code, cotangent * (1 - code_fraction)),
+        (code + 1, cotangent * code_fraction),
+        (below, -inner * jnp.where(inside, 1 - fraction, 0.0)),
+        (below + 1, -inner * jnp.where(inside, fraction, 0.0)),
+    )
+    levels_gradient = jnp.zeros_like(levels)
+    for index, share in shares:
+        levels_gradient = levels_gradient.at[index.reshape(-1)].add(share.reshape(-1))
+    return levels_gradient, v_gradient.astype(v.dtype), None
+
+
+quantize_to_levels.defvjp(_levels_forward, _levels_backward)
+
+
+def round_with_estimator(
+    estimator: Estimator, value: jax.Array, context: Context = EVALUATION, *, lower: int, upper: int
+) -> jax.Array:
+    """Returns clip(round(value), lower, upper) with the estimator's gradient: `quantize` with a fixed step of 1.
 
     Args:
         estimator: the backward rule.
-        value: floating-point array of any shape.
-
-    Returns:
-        Array of the same shape and dtype.
+        value: floating-point array of any shape, in the integer domain.
+        context: when and with what key.
+        lower: the smallest code.
+        upper: the largest code.
     """
-    del estimator
-    return jnp.round(value)
+    return quantize(Rounding(estimator, lower, upper), jnp.float32(1), jnp.float32(0), value, context)
 
 
-def _round_forward(estimator, value):
-    del estimator
-    return jnp.round(value), value
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def scale_gradient(factor: float, x: jax.Array) -> jax.Array:
+    """Returns x; its gradient is multiplied by `factor`."""
+    del factor
+    return x
 
 
-def _round_backward(estimator, value, cotangent):
-    return (estimator.backward(cotangent, value, jnp.round(value)),)
+scale_gradient.defvjp(lambda factor, x: (x, None), lambda factor, _, cotangent: (cotangent * factor,))
 
 
-round_with_estimator.defvjp(_round_forward, _round_backward)
+def sum_to_shape(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Returns x summed over the axes along which an array of `shape`, () or of as many axes as x, was broadcast."""
+    if shape == ():
+        return jnp.sum(x)
+    axes = tuple(axis for axis, size in enumerate(shape) if size == 1)
+    return jnp.sum(x, axis=axes, keepdims=True)

@@ -15,13 +15,16 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bqat_jax.quantization.grids import IntegerGrid
-from bqat_jax.quantization.quantizers import get_quantizer
-from bqat_jax.quantization.rounding import get_estimator
+from bqat_jax.quantization.estimators import get_estimator
+from bqat_jax.quantization.quantizers import QUANTIZERS, Quantizer
 
 NO_QUANTIZER = 'none'
-GRANULARITIES = ('tensor', 'channel')
+GRANULARITIES = ('auto', 'tensor', 'channel')
 SIGNS = ('auto', 'signed', 'unsigned')
+RESCALINGS = ('none', 'constant', 'stddev')
+OUTPUT_CHANNEL_AXIS = -1
+BATCH_AXIS = 0
+NOT_OF = {'weights': ('sign',), 'activations': ('granularity', 'rescale')}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +32,14 @@ class QuantizerSettings:
     """What a config says of one quantizer.
 
     Attributes:
-        name: the quantizer, such as 'lsq', or 'none' for full precision.
+        name: the quantizer and its options, such as 'lsq' or 'lsq:narrow=true', or 'none' for full precision.
         bits: number of bits.
-        estimator: the gradient estimator's name.
-        granularity: 'tensor' for one scale, 'channel' for one per output channel (weights only).
+        estimator: the gradient estimator and its options, such as 'ewgs:delta=0.1'.
+        granularity: 'tensor' for one scale, 'channel' for one per output channel, 'auto' for what the quantizer's paper
+            uses (weights only).
         sign: 'signed', 'unsigned', or 'auto': unsigned where the layer's input was never negative during calibration
             (weights are always signed).
+        rescale: how quantized weights are scaled again, see `bqat_jax.quantization.transform.rescale` (weights only).
 
     Raises:
         ValueError: for a value that no quantizer, estimator or grid has.
@@ -43,18 +48,54 @@ class QuantizerSettings:
     name: str
     bits: int
     estimator: str
-    granularity: str = 'tensor'
+    granularity: str = 'auto'
     sign: str = 'auto'
+    rescale: str = 'none'
 
     def __post_init__(self):
         if self.name == NO_QUANTIZER:
             return
-        get_quantizer(self.name)
-        get_estimator(self.estimator)
-        IntegerGrid(self.bits, signed=True)
-        for key, allowed in (('granularity', GRANULARITIES), ('sign', SIGNS)):
+        known = (('granularity', GRANULARITIES), ('sign', SIGNS), ('rescale', RESCALINGS))
+        for key, allowed in known:
             if getattr(self, key) not in allowed:
                 raise ValueError(f'{key}={getattr(self, key)!r}: it must be one of {", ".join(allowed)}.')
+
+    def make(self, *, of_weights: bool, signed: bool) -> Quantizer:
+        """Returns the quantizer.
+
+        Args:
+            of_weights: whether it is one of weights, or else of activations.
+            signed: whether values can be negative.
+
+        Raises:
+            ValueError: if there is no such quantizer or estimator, or the two are not defined for each other or for
+            this.
+        """
+        channel_axis = None
+        if of_weights:
+            by_default = QUANTIZERS.get(self.name.partition(':')[0]).channel_by_default
+            if self.granularity == 'channel' or (self.granularity == 'auto' and by_default):
+                channel_axis = OUTPUT_CHANNEL_AXIS
+        return QUANTIZERS.make(
+            self.name,
+            bits=self.bits,
+            signed=signed,
+            channel_axis=channel_axis,
+            batch_axis=None if of_weights else BATCH_AXIS,
+            estimator=get_estimator(self.estimator),
+        )
+
+    def check(self, *, of_weights: bool) -> None:
+        """Raises what `make` raises for every sign that there may be."""
+        signs = {'signed': [True], 'unsigned': [False], 'auto': [False, True]}
+        errors = []
+        for signed in [True] if of_weights else signs[self.sign]:
+            try:
+                self.make(of_weights=of_weights, signed=signed)
+                return
+            except ValueError as error:
+                errors.append(error)
+        raise errors[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,11 +168,14 @@ def _settings(role: str, defaults: Mapping[str, Any], changes: Mapping[str, Any]
     if not isinstance(changes, Mapping):
         raise ValueError(f"{role}={changes!r} in a quantization rule: write 'none' or a dict of settings.")
     fields = [field.name for field in dataclasses.fields(QuantizerSettings)]
-    # The sign of weights is no choice, and a layer's input has no output channels.
-    fields.remove('sign' if role == 'weights' else 'granularity')
+    # The sign of weights is no choice, and a layer's input has no output channels and is not scaled again.
+    fields = [field for field in fields if field not in NOT_OF[role]]
     _check_keys({**defaults, **changes}, fields, f'A quantizer of {role}')
     settings = QuantizerSettings(**{**defaults, **changes})
-    return None if settings.name == NO_QUANTIZER else settings
+    if settings.name == NO_QUANTIZER:
+        return None
+    settings.check(of_weights=role == 'weights')
+    return settings
 
 
 def _check_keys(given: Mapping[str, Any], known: Sequence[str], what: str) -> None:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from bqat_jax.networks.cut import CutNetwork
+from bqat_jax.quantization.rounding import EVALUATION, Context
 from bqat_jax.quantization.transform import Quantization
 from bqat_jax.replacement.plans import Plan
 
@@ -43,6 +44,7 @@ def run_backbone(
     images: jax.Array,
     *,
     train: bool,
+    context: Context = EVALUATION,
 ) -> Backbone:
     """Runs the network with its weights and layer inputs fake-quantized; with no quantizers this is the FP network.
 
@@ -54,10 +56,12 @@ def run_backbone(
         batch_stats: the network's batch statistics.
         images: normalised images, (batch, height, width, channels).
         train: with batch statistics, or else with the stored ones.
+        context: of the quantizers: progress, randomness and strengths in training.
     """
-    variables = {'params': quantization.quantize_params(quantizer_params, params), 'batch_stats': batch_stats}
+    quantized = quantization.quantize_params(quantizer_params, params, context)
+    variables = {'params': quantized, 'batch_stats': batch_stats}
     x, features, new_stats = images, [], {}
-    with quantization.quantize_inputs(quantizer_params):
+    with quantization.quantize_inputs(quantizer_params, context):
         for names in network.segments:
             x, stats = network.apply(variables, x, names, train=train)
             features.append(x)

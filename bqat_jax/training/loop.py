@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from bqat_jax.configuration import Config
 from bqat_jax.errors import UserError
 from bqat_jax.training.checkpoint import Checkpoints, Restored
+from bqat_jax.training.curvature import make_measurement
 from bqat_jax.training.evaluation import evaluate
 from bqat_jax.training.optimizer import NETWORK, QUANTIZERS, make_optimizer
 from bqat_jax.training.recorder import Recorder
@@ -85,7 +86,7 @@ def run_phase(
             def make(params, batch_stats):
                 # Copies: the step takes its state over, and the partner may keep its arrays.
                 params, batch_stats = jax.tree.map(jnp.copy, (params, batch_stats))
-                return init_state(setting.key(phase.purpose), params, batch_stats, optimizer)
+                return init_state(phase.problem, setting.key(phase.purpose), params, batch_stats, optimizer)
 
             state, start, seconds = make(*init()), 0, 0.0
         else:
@@ -112,7 +113,7 @@ def state_target(setting: Setting, phase: Phase, quantizer_shapes: Any) -> Any:
     variables = setting.abstract_variables()
     params = {NETWORK: variables['params'], QUANTIZERS: quantizer_shapes}
     shapes = jax.eval_shape(
-        lambda params, stats: init_state(jax.random.key(0), params, stats, optimizer),
+        lambda params, stats: init_state(phase.problem, jax.random.key(0), params, stats, optimizer),
         params,
         variables['batch_stats'],
     )
@@ -140,6 +141,7 @@ class _Run:
         self._seconds = 0.0  # up to the last checkpoint
         self._evaluation_step = make_evaluation_step(phase.problem, setting.mesh)
         self._speed = _Speedometer(setting.config.train.batch_size)
+        self._measure: Callable[..., Any] | None = None  # compiled when first needed
 
     def steps(self, state: TrainState, start: int, *, is_new: bool) -> float:
         """Runs the steps after `start`; returns the seconds of the phase, those of earlier processes included.
@@ -150,6 +152,7 @@ class _Run:
         optimizer, schedule = _make_optimizer(setting, phase)
         step = make_train_step(phase.problem, optimizer, schedule, setting.mesh)
         save_every = max(1, setting.steps(setting.config.checkpoint, 'every_'))
+        measure_every = self._measure_every()
         log_every = setting.config.train.log_every_steps
         if is_new:
             self._save(state, start)
@@ -158,6 +161,10 @@ class _Run:
         )
         due: tuple[int, Any] | None = None  # metrics to record
         for done, batch in enumerate(batches, start + 1):
+            if measure_every and done > 1 and (done - 1) % measure_every == 0:
+                pause = time.monotonic()
+                state = self._measure_deltas(state, done - 1)
+                self._speed.skip(time.monotonic() - pause)
             batch = jax.device_put(batch, over_batch(setting.mesh))
             state, metrics = step(state, phase.partner, setting.train_split.arrays, batch)
             if done == start + 1:
@@ -181,6 +188,35 @@ class _Run:
                 )
         self._checkpoints.wait()
         return self._seconds
+
+    def _measure_every(self) -> int:
+        """Steps between two measurements of estimators' strengths; 0 if no estimator needs one."""
+        quantizers = self._phase.problem.quantization.quantizers()
+        if not any(quantizer.estimator.needs_delta for _, _, quantizer in quantizers):
+            return 0
+        return max(1, self._setting.steps(self._setting.config.quant.trace, 'every_'))
+
+    def _measure_deltas(self, state: TrainState, done: int) -> TrainState:
+        """Returns the state with strengths measured anew on the next batches; a function of state and batches alone."""
+        setting, phase, settings = self._setting, self._phase, self._setting.trace
+        self._measure = self._measure or make_measurement(phase.problem, settings, setting.mesh)
+        batches = setting.train_split.training_batches(
+            setting.data_seed(phase.purpose), setting.config.train.batch_size, done, done + settings.batches
+        )
+        found = [
+            self._measure(
+                state,
+                phase.partner,
+                setting.train_split.arrays,
+                jax.device_put(batch, over_batch(setting.mesh)),
+                jnp.int32(number),
+            )
+            for number, batch in enumerate(batches)
+        ]
+        deltas = jax.tree.map(lambda *values: sum(values[1:], values[0]) / len(values), *found)
+        values = [value.item() for value in jax.tree.leaves(jax.device_get(deltas))]
+        self._recorder.record(done, {'mean_delta': sum(values) / len(values)})
+        return dataclasses.replace(state, deltas=deltas)
 
     def _record(self, step: int, metrics: dict[str, jax.Array]) -> None:
         values = {name: value.item() for name, value in jax.device_get(metrics).items()}

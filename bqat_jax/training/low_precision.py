@@ -8,6 +8,7 @@ from bqat_jax.data.augmentation import normalize
 from bqat_jax.data.pipeline import get_examples
 from bqat_jax.errors import UserError
 from bqat_jax.files import read_json, write_json
+from bqat_jax.quantization.quantizers import describe_quantizer
 from bqat_jax.quantization.transform import (
     LayerQuantizers,
     Quantization,
@@ -50,7 +51,7 @@ def train_low_precision(setting: Setting, partner: Partner, stop: StopRequest) -
             return setting.network.apply(partner.variables, batch, setting.network.names, train=True)
 
         signed = find_signed_inputs(run, batches, setting.layers)
-        write_json(path, _describe(build_quantization(setting.layers, signed)))
+        write_json(path, _describe(_build(setting, signed)))
     phase = low_precision_phase(setting, partner)
     quantization = phase.problem.quantization
 
@@ -62,7 +63,10 @@ def train_low_precision(setting: Setting, partner: Partner, stop: StopRequest) -
         setting.console.print('Calibrating the quantizers.')
         images = batches or _calibration_batches(setting, partner)
         params = partner.variables['params']
-        quantizers = calibrate(quantization, params, run_with, images)
+        try:
+            quantizers = calibrate(quantization, params, run_with, images)
+        except ValueError as error:
+            raise UserError(str(error)) from error
         return {NETWORK: params, QUANTIZERS: quantizers}, partner.variables['batch_stats']
 
     return phase, run_phase(setting, phase, init, quantizer_shapes(setting, quantization), stop)
@@ -85,17 +89,27 @@ def low_precision_phase(setting: Setting, partner: Partner) -> Phase:
         purpose=TRAIN,
         problem=Problem(
             network=setting.network,
-            quantization=build_quantization(setting.layers, signed),
+            quantization=_build(setting, signed),
             plan=setting.plan,
             objective=setting.objective,
             # The low-precision network starts from the partner's weights, so it sees images as the partner does.
             preprocessing=setting.preprocessing(partner.facts['mean'], partner.facts['std']),
+            steps=setting.steps(config.train),
+            regularizers=setting.regularizers,
         ),
         partner=partner.variables,
         steps=setting.steps(config.train),
         optimizer=config.optimizer,
         directory=setting.workdir / CHECKPOINTS,
     )
+
+
+def _build(setting: Setting, signed: dict[str, bool]) -> Quantization:
+    """The quantizers, where the config's are defined for their layers."""
+    try:
+        return build_quantization(setting.layers, signed)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def quantizer_shapes(setting: Setting, quantization: Quantization) -> Any:
@@ -132,17 +146,10 @@ def _describe(quantization: Quantization) -> dict[str, Any]:
     """The quantizers of every layer as JSON."""
 
     def describe(quantizer):
-        if quantizer is None:
-            return None
-        return {
-            'name': type(quantizer).__name__.lower(),
-            'bits': quantizer.bits,
-            'signed': quantizer.signed,
-            'granularity': 'tensor' if quantizer.channel_axis is None else 'channel',
-            'estimator': quantizer.estimator.name,
-        }
+        return None if quantizer is None else describe_quantizer(quantizer)
 
     def describe_layer(layer: LayerQuantizers):
-        return {'weights': describe(layer.weights), 'activations': describe(layer.activations)}
+        described = {'weights': describe(layer.weights), 'activations': describe(layer.activations)}
+        return described if layer.rescale == 'none' else {**described, 'rescale': layer.rescale}
 
     return {path: describe_layer(layer) for path, layer in quantization.layers.items()}

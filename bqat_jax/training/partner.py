@@ -48,6 +48,7 @@ class Partner:
             plan=Plan('none', ()),
             objective=Objective(distillation=0.0),
             preprocessing=setting.preprocessing(self.facts['mean'], self.facts['std']),
+            steps=setting.steps(setting.config.partner),
         )
 
 

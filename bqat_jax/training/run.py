@@ -1,5 +1,6 @@
 """A whole run: partner, calibration, block-replaced training, evaluation. What `main.py` calls."""
 
+import hashlib
 import importlib.metadata
 import platform
 import sys
@@ -20,12 +21,15 @@ from bqat_jax.training.loop import Phase, open_checkpoints, state_target
 from bqat_jax.training.low_precision import low_precision_phase, quantizer_shapes, train_low_precision
 from bqat_jax.training.optimizer import NETWORK, QUANTIZERS
 from bqat_jax.training.partner import Partner, load_partner, obtain_partner
+from bqat_jax.training.reestimation import reestimate_batch_stats
 from bqat_jax.training.setting import Setting, make_setting
 from bqat_jax.training.signals import StopRequest
 from bqat_jax.training.step import Problem, make_evaluation_step
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'tensorflow-datasets', 'grain', 'numpy')
 FULL_PRECISION_BITS = 32
+# Number of this use of randomness; see `Setting.key`.
+REESTIMATION = 4
 
 
 def train(config: Config, workdir: Path, *, name: str, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -92,6 +96,7 @@ def _write_record(setting: Setting, name: str, overrides: dict[str, Any]) -> Non
             **{package: importlib.metadata.version(package) for package in PACKAGES},
         },
         'python': sys.version.split()[0],
+        'plugins': {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in setting.plugins},
         'platform': platform.platform(),
         'devices': [device.device_kind for device in setting.mesh.devices.flat],
     }
@@ -102,7 +107,8 @@ def _finish(setting: Setting, partner: Partner, phase: Phase, restored: Restored
     """Evaluates partner and network on the test split; writes and returns the result."""
     config = setting.config
     setting.console.print('Evaluating on the test split.')
-    low = _evaluate(setting, phase.problem, restored.state.params, restored.state.batch_stats, setting.test_split)
+    batch_stats = _reestimate(setting, phase, restored)
+    low = _evaluate(setting, phase.problem, restored.state.params, batch_stats, setting.test_split)
     full_params = {NETWORK: partner.variables['params'], QUANTIZERS: {}}
     full = _evaluate(
         setting, partner.problem(setting), full_params, partner.variables['batch_stats'], setting.test_split
@@ -116,6 +122,10 @@ def _finish(setting: Setting, partner: Partner, phase: Phase, restored: Restored
         'top1': low.top1,
         'weight_bits': bits('weights'),
         'activation_bits': bits('activations'),
+        'weight_quantizer': config.quant.weights.name,
+        'weight_estimator': config.quant.weights.estimator,
+        'activation_quantizer': config.quant.activations.name,
+        'activation_estimator': config.quant.activations.estimator,
         'plan': config.replacement.plan,
         'distillation': config.replacement.distillation,
         'seed': config.seed,
@@ -129,6 +139,17 @@ def _finish(setting: Setting, partner: Partner, phase: Phase, restored: Restored
         result['validation_top1'] = restored.facts['validation_top1']
     write_json(path, result)
     return result
+
+
+def _reestimate(setting: Setting, phase: Phase, restored: Restored) -> Any:
+    """The batch statistics to evaluate with: those of the checkpoint, or estimated anew, the same in every call."""
+    count, state = setting.config.quant.reestimation_batches, restored.state
+    if not count:
+        return state.batch_stats
+    setting.console.print(f'Estimating batch-norm statistics on {count} batches.')
+    split = setting.train_split
+    batches = split.training_batches(setting.data_seed(REESTIMATION), setting.config.train.batch_size, 0, count)
+    return reestimate_batch_stats(phase.problem, state, split.arrays, batches, setting.mesh)
 
 
 def _evaluate(setting: Setting, problem: Problem, params: Any, batch_stats: Any, split: Split) -> Evaluation:

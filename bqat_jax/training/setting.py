@@ -17,10 +17,13 @@ from bqat_jax.data.sources import ImageData, Subset, load_images
 from bqat_jax.errors import UserError
 from bqat_jax.networks.cifar_resnet import CifarResNet
 from bqat_jax.networks.cut import CutNetwork
+from bqat_jax.plugins import load_plugins
 from bqat_jax.quantization.rules import LayerSettings, assign_quantizers
 from bqat_jax.quantization.transform import find_layers
 from bqat_jax.replacement.objective import Objective
 from bqat_jax.replacement.plans import Plan, prefix_weights
+from bqat_jax.training.curvature import TraceSettings
+from bqat_jax.training.regularizers import Regularizers
 from bqat_jax.training.sharding import make_mesh, replicated
 from bqat_jax.training.step import Preprocessing
 
@@ -33,6 +36,7 @@ LEAST = {
     'train.log_every_steps': 1,
     'checkpoint.keep': 1,
     'quant.calibration_batches': 1,
+    'quant.reestimation_batches': 0,
 }
 
 
@@ -50,6 +54,9 @@ class Setting:
         plan: the replacement plan.
         objective: what is minimised.
         layers: what the rules say of each layer.
+        regularizers: what is done about oscillating weights.
+        trace: how the strength of estimators that measure one is measured.
+        plugins: the user's files that were run.
     """
 
     config: Config
@@ -61,6 +68,9 @@ class Setting:
     plan: Plan
     objective: Objective
     layers: dict[str, LayerSettings]
+    regularizers: Regularizers
+    trace: TraceSettings
+    plugins: tuple[Path, ...]
 
     @property
     def description(self) -> dict[str, Any]:
@@ -150,8 +160,13 @@ def make_setting(config: Config, workdir: Path, console: rich.console.Console) -
             f'data.mean={config.data.mean}, data.std={config.data.std}: the images have {channels} channels; give one '
             'number for each, those of std positive.'
         )
+    plugins = load_plugins(config.plugins)
     try:
         network = _make_network(config, images)
+        regularizers, layers = Regularizers(**config.quant.oscillations), _assign(config, network, images)
+        for path, layer in layers.items():
+            if layer.weights is not None:
+                regularizers.check(path, layer.weights.make(of_weights=True, signed=True))
         weights = prefix_weights(config.replacement.weights, len(network.blocks))
         return Setting(
             config=config,
@@ -166,7 +181,12 @@ def make_setting(config: Config, workdir: Path, console: rich.console.Console) -
                 path_cross_entropy=config.replacement.path_cross_entropy,
                 temperature=config.replacement.temperature,
             ),
-            layers=_assign(config, network, images),
+            layers=layers,
+            regularizers=regularizers,
+            trace=TraceSettings(
+                config.quant.trace.batches, config.quant.trace.iterations, config.quant.trace.tolerance
+            ),
+            plugins=plugins,
         )
     except ValueError as error:  # what the library's parts say of a value holds for the key that gave it
         raise UserError(str(error)) from error

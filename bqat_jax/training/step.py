@@ -13,11 +13,13 @@ from jax.sharding import Mesh
 from bqat_jax.data.augmentation import augment, normalize
 from bqat_jax.data.pipeline import get_examples
 from bqat_jax.networks.cut import CutNetwork
+from bqat_jax.quantization.rounding import Context
 from bqat_jax.quantization.transform import Quantization
 from bqat_jax.replacement.objective import Objective
 from bqat_jax.replacement.paths import run_backbone, run_paths, run_teacher
 from bqat_jax.replacement.plans import Plan
 from bqat_jax.training.optimizer import NETWORK, QUANTIZERS
+from bqat_jax.training.regularizers import Regularizers, oscillation_metrics
 from bqat_jax.training.sharding import replicated
 
 
@@ -31,6 +33,8 @@ class TrainState:
         params: {'network': the network's parameters, 'quantizers': the quantizers'}.
         batch_stats: the network's batch statistics.
         opt_state: the optimizer's.
+        deltas: {layer path: {role: strength}} for quantizers whose estimator measures one; see `curvature`.
+        trackers: {layer path: tracker} of weights that may be frozen; see `regularizers`.
         first_bad_step: int32, the first step whose loss was not finite; -1 for none. Kept on the device, so that the
             loop need not wait for every loss and can still name the step.
     """
@@ -40,6 +44,8 @@ class TrainState:
     params: Any
     batch_stats: Any
     opt_state: Any
+    deltas: Any
+    trackers: Any
     first_bad_step: jax.Array
 
 
@@ -53,6 +59,9 @@ class Preprocessing:
     flip: bool
 
 
+NO_REGULARIZERS = Regularizers()
+
+
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """What is trained: the static parts of a training step.
@@ -63,6 +72,8 @@ class Problem:
         plan: which mixed-precision models run.
         objective: what is minimised.
         preprocessing: of the images.
+        steps: how many there are, for what follows a schedule.
+        regularizers: what is done about oscillating weights.
     """
 
     network: CutNetwork
@@ -70,16 +81,31 @@ class Problem:
     plan: Plan
     objective: Objective
     preprocessing: Preprocessing
+    steps: int
+    regularizers: Regularizers = NO_REGULARIZERS
+
+    def progress(self, step: jax.Array) -> jax.Array:
+        """Returns the fraction of training that is done before step number `step`, counted from 0."""
+        return step.astype(jnp.float32) / max(self.steps, 1)
 
 
-def init_state(key: jax.Array, params: Any, batch_stats: Any, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(
+    problem: Problem, key: jax.Array, params: Any, batch_stats: Any, optimizer: optax.GradientTransformation
+) -> TrainState:
     """Returns the state before the first step; params are {'network': ..., 'quantizers': ...}."""
+    deltas: dict[str, dict[str, jax.Array]] = {}
+    for path, role, quantizer in problem.quantization.quantizers():
+        if quantizer.estimator.needs_delta:
+            deltas.setdefault(path, {})[role] = jnp.float32(0)
+    trackers = problem.regularizers.init_trackers(problem.quantization, params[QUANTIZERS], params[NETWORK])
     return TrainState(
         step=jnp.int32(0),
         key=key,
         params=params,
         batch_stats=batch_stats,
         opt_state=optimizer.init(params),
+        deltas=deltas,
+        trackers=trackers,
         first_bad_step=jnp.int32(-1),
     )
 
@@ -92,6 +118,8 @@ def loss_and_metrics(
     images: jax.Array,
     labels: jax.Array,
     key: jax.Array,
+    progress: jax.Array,
+    deltas: Any,
 ) -> tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]:
     """Runs the LP backbone, the teacher and the MP paths the plan asks for, each once.
 
@@ -102,12 +130,15 @@ def loss_and_metrics(
         partner: the FP partner's variables; None if neither plan nor objective reads them.
         images: preprocessed images.
         labels: integers.
-        key: of the plan's draw.
+        key: of the plan's draw, and of the quantizers'.
+        progress: fraction of training that is done.
+        deltas: of the state.
 
     Returns:
         The loss, and (new batch statistics, metrics).
     """
-    mask, path_weights = problem.plan.draw(key)
+    plan_key, quantizer_key = jax.random.split(key)
+    mask, path_weights = problem.plan.draw(plan_key)
     backbone = run_backbone(
         problem.network,
         problem.quantization,
@@ -116,10 +147,16 @@ def loss_and_metrics(
         batch_stats,
         images,
         train=True,
+        context=Context(progress, quantizer_key, deltas),
     )
     teacher_logits = run_teacher(problem.network, partner, images) if problem.objective.needs_teacher else None
     path_logits = run_paths(problem.network, problem.plan, partner, backbone.features, mask)
     loss, metrics = problem.objective(labels, backbone.logits, teacher_logits, path_logits, path_weights)
+    if problem.regularizers.dampens:
+        metrics['loss/dampening'] = problem.regularizers.loss(
+            problem.quantization, params[QUANTIZERS], params[NETWORK], progress
+        )
+        loss = metrics['loss'] = loss + metrics['loss/dampening']
     metrics['train_top1'] = jnp.mean(jnp.argmax(backbone.logits, axis=-1) == labels, dtype=jnp.float32)
     if problem.plan.is_sampled:
         for number in range(problem.plan.num_paths):
@@ -127,30 +164,42 @@ def loss_and_metrics(
     return loss, (backbone.batch_stats, metrics)
 
 
-def make_train_step(
-    problem: Problem, optimizer: optax.GradientTransformation, schedule: optax.Schedule, mesh: Mesh
+def prepare_batch(
+    problem: Problem, state: TrainState, arrays: Any, batch: Any
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the images as the network sees them in step `state.step`, their labels, and the key for the loss."""
+    augment_key, loss_key = jax.random.split(jax.random.fold_in(state.key, state.step))
+    images, labels = get_examples(batch, arrays)
+    how = problem.preprocessing
+    images = augment(augment_key, images, crop_padding=how.crop_padding, flip=how.flip)
+    return normalize(images, how.mean, how.std), labels, loss_key
+
+
+def train_step(
+    problem: Problem, optimizer: optax.GradientTransformation, schedule: optax.Schedule
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """Returns the jitted step `step(state, partner, arrays, batch) -> state, metrics`; it takes the state over.
+    """Returns the step `step(state, partner, arrays, batch) -> state, metrics`, a pure function to be jitted.
 
     Its arguments: the state; the partner's variables, frozen, or None; the split that lives on the device, or None; the
     batch, sharded over its first axis.
     """
 
     def step(state: TrainState, partner: Any, arrays: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        augment_key, plan_key = jax.random.split(jax.random.fold_in(state.key, state.step))
-        images, labels = get_examples(batch, arrays)
-        how = problem.preprocessing
-        images = normalize(
-            augment(augment_key, images, crop_padding=how.crop_padding, flip=how.flip), how.mean, how.std
-        )
+        images, labels, key = prepare_batch(problem, state, arrays, batch)
+        progress = problem.progress(state.step)
 
         def loss_function(params):
-            return loss_and_metrics(problem, params, state.batch_stats, partner, images, labels, plan_key)
+            return loss_and_metrics(
+                problem, params, state.batch_stats, partner, images, labels, key, progress, state.deltas
+            )
 
         (loss, (batch_stats, metrics)), gradients = jax.value_and_grad(loss_function, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
         params[QUANTIZERS] = problem.quantization.constrain(params[QUANTIZERS], state.params[QUANTIZERS])
+        trackers, params[NETWORK] = problem.regularizers.freeze(
+            problem.quantization, state.trackers, params[QUANTIZERS], params[NETWORK], progress
+        )
         is_bad = (state.first_bad_step < 0) & ~jnp.isfinite(loss)
         first_bad_step = jnp.where(is_bad, state.step, state.first_bad_step)
         metrics |= {
@@ -159,6 +208,7 @@ def make_train_step(
             'l2_gradients': optax.tree.norm(gradients),
             'l2_params': optax.tree.norm(params),
             'l2_updates': optax.tree.norm(jax.tree.map(jnp.subtract, params, state.params)),
+            **oscillation_metrics(trackers),
         }
         new_state = TrainState(
             step=state.step + 1,
@@ -166,16 +216,26 @@ def make_train_step(
             params=params,
             batch_stats=batch_stats,
             opt_state=opt_state,
+            deltas=state.deltas,
+            trackers=trackers,
             first_bad_step=first_bad_step,
         )
         return new_state, metrics
 
+    return step
+
+
+def make_train_step(
+    problem: Problem, optimizer: optax.GradientTransformation, schedule: optax.Schedule, mesh: Mesh
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """Returns the jitted `train_step`; it takes the state over."""
+    step = train_step(problem, optimizer, schedule)
     # Left to itself XLA may hand a state back in another layout than it came in; pinned, it is donated in place.
     return jax.jit(step, donate_argnums=(0,), out_shardings=(replicated(mesh), replicated(mesh)))
 
 
-def make_evaluation_step(problem: Problem, mesh: Mesh) -> Callable[..., dict[str, jax.Array]]:
-    """Returns the jitted `step(params, batch_stats, arrays, batch) -> {'correct', 'examples'}`, counts of one batch.
+def evaluation_step(problem: Problem) -> Callable[..., dict[str, jax.Array]]:
+    """Returns `step(params, batch_stats, arrays, batch) -> {'correct', 'examples'}`, counts of one batch.
 
     Examples whose 'mask' in the batch is false are not counted.
     """
@@ -195,4 +255,9 @@ def make_evaluation_step(problem: Problem, mesh: Mesh) -> Callable[..., dict[str
         correct = (jnp.argmax(logits, axis=-1) == labels) & batch['mask']
         return {'correct': jnp.sum(correct), 'examples': jnp.sum(batch['mask'])}
 
-    return jax.jit(step, out_shardings=replicated(mesh))
+    return step
+
+
+def make_evaluation_step(problem: Problem, mesh: Mesh) -> Callable[..., dict[str, jax.Array]]:
+    """Returns the jitted `evaluation_step`."""
+    return jax.jit(evaluation_step(problem), out_shardings=replicated(mesh))

@@ -1,0 +1,55 @@
+"""Batch-norm statistics estimated anew after training.
+
+Oscillating weights leave the running ones behind (Nagel et al., ICML 2022, arXiv 2203.11086).
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from bqat_jax.replacement.paths import run_backbone
+from bqat_jax.training.optimizer import NETWORK, QUANTIZERS
+from bqat_jax.training.sharding import over_batch, replicated
+from bqat_jax.training.step import Problem, TrainState, prepare_batch
+
+
+def reestimate_batch_stats(problem: Problem, state: TrainState, arrays: Any, batches: Iterable[Any], mesh: Mesh) -> Any:
+    """Returns the mean of the batch statistics over training batches, by which the stored ones are replaced.
+
+    Args:
+        problem: what was trained.
+        state: with the weights; it is not changed.
+        arrays: the split that lives on the device, or None.
+        batches: of the training split, augmented as in training; at least one.
+        mesh: the devices.
+    """
+
+    def statistics(state, arrays, batch, number):
+        images, _, _ = prepare_batch(problem, dataclasses.replace(state, step=state.step + number), arrays, batch)
+
+        def updated(stored):
+            # The stored statistics and those of the batch mix linearly; with what is stored set to 0 and to 1, the
+            # share of each follows, whatever momentum the network has.
+            stats = jax.tree.map(lambda x: jnp.full_like(x, stored), state.batch_stats)
+            return run_backbone(
+                problem.network,
+                problem.quantization,
+                state.params[NETWORK],
+                state.params[QUANTIZERS],
+                stats,
+                images,
+                train=True,
+            ).batch_stats
+
+        return jax.tree.map(lambda zero, one: zero / (1 - (one - zero)), updated(0.0), updated(1.0))
+
+    run = jax.jit(statistics, out_shardings=replicated(mesh))
+    found = [
+        run(state, arrays, jax.device_put(batch, over_batch(mesh)), jnp.int32(number))
+        for number, batch in enumerate(batches)
+    ]
+    return jax.tree.map(lambda *values: sum(values[1:], values[0]) / len(values), *found)

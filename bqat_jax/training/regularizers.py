@@ -1,0 +1,157 @@
+"""What is done about oscillating weights during training, on a schedule: see `bqat_jax.quantization.oscillations`."""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from bqat_jax.quantization.oscillations import (
+    AGGREGATIONS,
+    MOST_BITS,
+    Tracker,
+    can_freeze,
+    dampening_loss,
+    freeze,
+    init_tracker,
+    track,
+)
+from bqat_jax.quantization.quantizers import QUANTIZERS, Quantizer
+from bqat_jax.quantization.transform import WEIGHT_NAME, Quantization
+
+# A weight oscillates visibly if it does so this often; the bound of the paper's figures.
+VISIBLE_FREQUENCY = 0.005
+
+
+@dataclasses.dataclass(frozen=True)
+class Regularizers:
+    """Dampening and freezing; both are off by default.
+
+    Attributes:
+        dampening: λ at the end of training; it rises from 0 by a cosine. 0 is off.
+        dampening_start: fraction of training at which it begins to rise.
+        dampening_aggregation: 'sum' or 'kernel_mean'.
+        freezing: whether oscillating weights are frozen.
+        freezing_threshold: frequency above which they are, at the end of training.
+        freezing_first_threshold: the same at the beginning, from which a cosine leads to the end's.
+        freezing_start: fraction of training at which the threshold begins to change.
+        freezing_momentum: of the moving averages.
+
+    Raises:
+        ValueError: for a value out of range.
+    """
+
+    dampening: float = 0.0
+    dampening_start: float = 0.25
+    dampening_aggregation: str = 'kernel_mean'
+    freezing: bool = False
+    freezing_threshold: float = 0.01
+    freezing_first_threshold: float = 0.1
+    freezing_start: float = 0.25
+    freezing_momentum: float = 0.001
+
+    def __post_init__(self):
+        fractions = ('dampening_start', 'freezing_start', 'freezing_momentum')
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and (value < 0 or (field.name in fractions and value > 1)):
+                most = ' and at most 1' if field.name in fractions else ''
+                raise ValueError(f'quant.oscillations.{field.name}={value}: it must be at least 0{most}.')
+        if self.dampening_aggregation not in AGGREGATIONS:
+            raise ValueError(
+                f'quant.oscillations.dampening_aggregation={self.dampening_aggregation!r}: it must be one of '
+                f'{", ".join(AGGREGATIONS)}.'
+            )
+
+    @property
+    def dampens(self) -> bool:
+        """Whether there is a dampening loss."""
+        return self.dampening > 0
+
+    def dampening_weight(self, progress: jax.Array) -> jax.Array:
+        """Returns λ when the fraction `progress` of training is done."""
+        return self.dampening * _risen(progress, self.dampening_start)
+
+    def threshold(self, progress: jax.Array) -> jax.Array:
+        """Returns the frequency above which weights are frozen when the fraction `progress` of training is done."""
+        change = self.freezing_threshold - self.freezing_first_threshold
+        return self.freezing_first_threshold + change * _risen(progress, self.freezing_start)
+
+    def loss(self, quantization: Quantization, parameters: Any, params: Any, progress: jax.Array) -> jax.Array:
+        """Returns the dampening loss of all weights, weighted."""
+        flat: Any = traverse_util.flatten_dict(params, sep='/')
+        total = jnp.float32(0)
+        for path, quantizer in _weights(quantization):
+            total += dampening_loss(
+                quantizer, parameters[path]['weights'], flat[f'{path}/{WEIGHT_NAME}'], self.dampening_aggregation
+            )
+        return self.dampening_weight(progress) * total
+
+    def init_trackers(self, quantization: Quantization, parameters: Any, params: Any) -> dict[str, Tracker]:
+        """Returns a tracker for every layer whose weights have few bits; none if nothing is frozen."""
+        if not self.freezing:
+            return {}
+        flat: Any = traverse_util.flatten_dict(params, sep='/')
+        return {
+            path: init_tracker(quantizer, parameters[path]['weights'], flat[f'{path}/{WEIGHT_NAME}'])
+            for path, quantizer in _weights(quantization)
+        }
+
+    def check(self, path: str, quantizer: Quantizer) -> None:
+        """Raises ValueError if a layer's weights are to be frozen and their quantizer does not allow it."""
+        if self.freezing and quantizer.bits <= MOST_BITS and not can_freeze(quantizer):
+            raise ValueError(
+                f'quant.oscillations.freezing: the weights of layer {path} cannot be frozen, because the quantizer '
+                f'{QUANTIZERS.describe(quantizer)!r} reads its scale off them or scales its output; take lsq, '
+                'lsq_plus, pact, nulsq, minmax or octav, or dampening.'
+            )
+
+    def freeze(
+        self,
+        quantization: Quantization,
+        trackers: dict[str, Tracker],
+        parameters: Any,
+        params: Any,
+        progress: jax.Array,
+    ) -> tuple[dict[str, Tracker], Any]:
+        """Returns trackers and network parameters after an optimizer step, with the frozen weights on their levels."""
+        flat: Any = traverse_util.flatten_dict(params, sep='/')
+        new = {}
+        for path, quantizer in _weights(quantization):
+            if path in trackers:
+                name, own = f'{path}/{WEIGHT_NAME}', parameters[path]['weights']
+                codes = quantizer.encode(own, flat[name])
+                new[path] = track(trackers[path], codes, self.freezing_momentum, self.threshold(progress))
+                flat[name] = freeze(quantizer, own, flat[name], new[path])
+        return new, traverse_util.unflatten_dict(flat, sep='/')
+
+
+def oscillation_metrics(trackers: dict[str, Tracker]) -> dict[str, jax.Array]:
+    """Returns the fractions of tracked weights that are frozen, and that visibly oscillate."""
+    if not trackers:
+        return {}
+    count = sum(tracker.codes.size for tracker in trackers.values())
+    frozen = sum((jnp.sum(tracker.is_frozen) for tracker in trackers.values()), jnp.int32(0))
+    oscillating = sum(
+        (jnp.sum((tracker.frequency > VISIBLE_FREQUENCY) & ~tracker.is_frozen) for tracker in trackers.values()),
+        jnp.int32(0),
+    )
+    return {
+        'frozen_weights': frozen.astype(jnp.float32) / count,
+        'oscillating_weights': oscillating.astype(jnp.float32) / count,
+    }
+
+
+def _weights(quantization: Quantization) -> Iterable[tuple[str, Quantizer]]:
+    """The quantizers of weights with few bits, by layer."""
+    for path, role, quantizer in quantization.quantizers():
+        if role == 'weights' and quantizer.bits <= MOST_BITS:
+            yield path, quantizer
+
+
+def _risen(progress: jax.Array, start: float) -> jax.Array:
+    """A cosine from 0 at `start` to 1 at the end of training."""
+    done = jnp.clip((progress - start) / max(1 - start, 1e-6), 0.0, 1.0)
+    return 0.5 * (1 - jnp.cos(jnp.pi * done))
