@@ -1,0 +1,1 @@
+"""Programs that compare methods; each says its command and what it writes."""
