@@ -2,14 +2,15 @@
 
 Plain QAT (no replacement, no distillation) of a narrow ResNet-8 from one full-precision partner. First and last layer
 have 8 bits and LSQ. All other weights have the quantizer and the estimator named, at 2 bits, or at 1 bit where the
-quantizer or the estimator is for one bit. Activations have the same two at 2 bits where they are defined for activations, and
-else LSQ or the identity. One learning rate for all, not tuned: a low number may mean that it does not suit.
+quantizer or the estimator is for one bit. Activations have the same two at 2 bits where they are defined for
+activations, and else LSQ or the identity. One learning rate for all, not tuned: a low number may mean that it does not suit.
 
 Command: python -m research.compare_estimators --workdir=runs/compare_estimators
 
 Writes `results.json`, to which a further call adds what is missing, and `table.md`.
 """
 
+import operator
 import statistics
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ from bqat_jax.quantization.transform import build_quantization, calibrate, find_
 from bqat_jax.replacement.objective import Objective
 from bqat_jax.replacement.plans import Plan
 from bqat_jax.training.curvature import TraceSettings, make_measurement
-from bqat_jax.training.optimizer import NETWORK, QUANTIZERS as QUANTIZER_PARAMETERS, make_optimizer
+from bqat_jax.training.optimizer import NETWORK, make_optimizer
+from bqat_jax.training.optimizer import QUANTIZERS as QUANTIZER_PARAMETERS
 from bqat_jax.training.partner import obtain_partner
 from bqat_jax.training.setting import Setting, make_setting
 from bqat_jax.training.signals import StopRequest
@@ -102,7 +104,9 @@ def run_cell(setting: Setting, partner: Any, cell: dict[str, Any], steps: int, s
     @jax.jit
     @jax.vmap
     def train(state, batches):
-        return jax.lax.scan(lambda state, index: (step(state, None, arrays, {'index': index})[0], None), state, batches)[0]
+        return jax.lax.scan(
+            lambda state, index: (step(state, None, arrays, {'index': index})[0], None), state, batches
+        )[0]
 
     @jax.jit
     @jax.vmap
@@ -123,10 +127,10 @@ def run_cell(setting: Setting, partner: Any, cell: dict[str, Any], steps: int, s
     for start in range(0, steps, every):
         if start:
             measure = make_measurement(problem, TraceSettings(batches=1), setting.mesh)
-            found = [
-                measure(jax.tree.map(lambda x: x[seed], states), None, arrays, {'index': batches[seed, start]}, jnp.int32(0))
-                for seed in range(seeds)
-            ]
+            found = []
+            for seed in range(seeds):
+                state = jax.tree.map(operator.itemgetter(seed), states)
+                found.append(measure(state, None, arrays, {'index': batches[seed, start]}, jnp.int32(0)))
             states = states.replace(deltas=jax.tree.map(lambda *values: jnp.stack(values), *found))
         states = train(states, batches[:, start : start + every])
     return [int(count) / len(test['label']) for count in correct(states)]
@@ -141,12 +145,15 @@ def write_table(path: Path, results: dict[str, Any], seeds: int) -> None:
         for quantizer in names:
             found = results.get(f'{quantizer}/{estimator}')
             if found is None:
-                cells.append('–')
+                cells.append('-')
             else:
                 spread = statistics.stdev(found) if len(set(found)) > 1 else 0.0
                 cells.append(f'{100 * statistics.mean(found):.1f} ± {100 * spread:.1f}')
         lines.append(f'| {estimator} | {" | ".join(cells)} |')
-    write_text(path, '\n'.join(lines) + f'\n\nTop-1 in percent on the test images, mean ± standard deviation of {seeds} seeds.\n')
+    write_text(
+        path,
+        '\n'.join(lines) + f'\n\nTop-1 in percent on the test images, mean ± standard deviation of {seeds} seeds.\n',
+    )
 
 
 def main(argv: list[str]) -> None:

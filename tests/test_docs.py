@@ -55,6 +55,10 @@ def test_commands_run(line, tmp_path, request, digits_dir):
         weights = str(shared / 'weights' / 'cifar10_resnet20_optionA.th')
         flags = [flag.replace('=FILE', f'={weights}') for flag in flags if '=DIR' not in flag]
         flags += ['--config.data.on_device=false', '--config.quant.calibration_batches=1']
+    if '--config.plugins=my_estimator.py' in flags:
+        (plugin,) = [block.values[0] for block in blocks('python') if "'mine'" in block.values[0]]
+        (tmp_path / 'my_estimator.py').write_text(plugin)
+        flags = [flag.replace('=my_estimator.py', f'={tmp_path}/my_estimator.py') for flag in flags]
     flags = [flag for flag in flags if not flag.startswith('--workdir')]
     flags += [f'--workdir={tmp_path}', f'--config.data.dir={directory}', '--config.train.steps=2']
     flags += ['--config.partner.steps=2', '--config.partner.optimizer.warmup_steps=0']

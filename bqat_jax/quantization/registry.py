@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-import inspect
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,15 +26,16 @@ class Registry:
         """Returns a class decorator that makes the class a frozen dataclass and known by `name`.
 
         Raises:
-            ValueError: if the name has a colon or comma, or belongs to a class from another file.
+            ValueError: if the name has a colon or comma, or belongs to a class of another module.
         """
         if not name or set(name) & set(':,= '):
             raise ValueError(f'{name!r} cannot name a {self.kind}: it must not be empty or hold any of ":,= ".')
 
         def decorate(cls: type) -> type:
             known = self._classes.get(name)
-            if known is not None and inspect.getsourcefile(known) != inspect.getsourcefile(cls):
-                raise ValueError(f'There is a {self.kind} {name!r} already, {known.__qualname__}; take another name.')
+            if known is not None and known.__module__ != cls.__module__:
+                where = f'{known.__module__}.{known.__qualname__}'
+                raise ValueError(f'There is a {self.kind} {name!r} already, {where}; take another name.')
             cls = dataclasses.dataclass(frozen=True)(cls)
             cls.name = name  # type: ignore[attr-defined]
             self._classes[name] = cls
@@ -76,6 +77,8 @@ class Registry:
             kind = type(fields[key])
             try:
                 given[key] = {'true': True, 'false': False}[value.lower()] if kind is bool else kind(value)
+                if kind is float and not math.isfinite(given[key]):
+                    raise ValueError(f'{value} is not finite')
             except (ValueError, KeyError) as error:
                 raise ValueError(
                     f'{key}={value!r} of the {self.kind} {name!r} is not understood; write it as in '

@@ -46,7 +46,7 @@ def make_problem(plan, distillation=1.0, bits=4):
     quantization = build_quantization(settings, signed)
     parameters = calibrate(quantization, VARIABLES['params'], run, [x])
     plan = Plan(plan, prefix_weights('halving', 3))
-    return Problem(NETWORK, quantization, plan, Objective(distillation), HOW), parameters
+    return Problem(NETWORK, quantization, plan, Objective(distillation), HOW, 20), parameters
 
 
 def run_steps(problem, quantizers, devices, steps, learning_rate=0.01, states=None):
@@ -56,7 +56,7 @@ def run_steps(problem, quantizers, devices, steps, learning_rate=0.01, states=No
     config.learning_rate, config.quantizers.learning_rate = learning_rate, 0.01
     optimizer, schedule = make_optimizer(config, steps, 0)
     params = {'network': VARIABLES['params'], 'quantizers': quantizers}
-    make = jax.jit(lambda p, s: init_state(jax.random.key(3), p, s, optimizer), out_shardings=replicated(mesh))
+    make = jax.jit(lambda p, s: init_state(problem, jax.random.key(3), p, s, optimizer), out_shardings=replicated(mesh))
     state = make(params, VARIABLES['batch_stats'])
     step = make_train_step(problem, optimizer, schedule, mesh)
     partner, arrays = jax.device_put((VARIABLES, ARRAYS), replicated(mesh))
@@ -71,7 +71,7 @@ def run_steps(problem, quantizers, devices, steps, learning_rate=0.01, states=No
     return state, history, before
 
 
-FULL_PRECISION_PROBLEM = Problem(NETWORK, FULL_PRECISION, Plan('none', ()), Objective(distillation=0.0), HOW)
+FULL_PRECISION_PROBLEM = Problem(NETWORK, FULL_PRECISION, Plan('none', ()), Objective(distillation=0.0), HOW, 30)
 
 
 @pytest.mark.parametrize('plan', ['full precision', 'prefix', 'prefix_sampled'])
@@ -161,9 +161,8 @@ def test_the_state_is_donated():
     mesh = make_mesh(1)
     optimizer, schedule = make_optimizer(optimizer_config(), 5, 0)
     params = {'network': VARIABLES['params'], 'quantizers': quantizers}
-    state = jax.jit(lambda p, s: init_state(jax.random.key(3), p, s, optimizer), out_shardings=replicated(mesh))(
-        params, VARIABLES['batch_stats']
-    )
+    make = jax.jit(lambda p, s: init_state(problem, jax.random.key(3), p, s, optimizer), out_shardings=replicated(mesh))
+    state = make(params, VARIABLES['batch_stats'])
     step = make_train_step(problem, optimizer, schedule, mesh)
     batch = jax.device_put({'index': np.arange(64, dtype=np.int32)}, over_batch(mesh))
     step(state, None, jax.device_put(ARRAYS, replicated(mesh)), batch)

@@ -201,7 +201,8 @@ class Quantizer(abc.ABC):
 class UniformQuantizer(Quantizer):
     """A quantizer on equidistant levels: y = output · step · (code + shift).
 
-    Subclasses say what step and shift are; some map the input first, or scale the output.
+    Subclasses say what step and shift are; some map the input first, or scale the output. Where zero lies between two
+    levels it is a tie and goes to the upper one, so that sign(0) = 1.
     """
 
     passes_bounds: ClassVar[bool] = False
@@ -240,7 +241,7 @@ class UniformQuantizer(Quantizer):
         return v
 
     def output(self, prepared: Parameters) -> jax.Array | None:
-        """A factor of the output, () float32, or None."""
+        """A factor of the output, () or (channels,), float32, or None."""
         del prepared
         return None
 
@@ -252,7 +253,7 @@ class UniformQuantizer(Quantizer):
         if factor is not None:
             mapped = mapped.astype(jnp.float32)
         y: Any = quantize(self.rounding, step, shift, mapped, context)
-        return (y if factor is None else y * factor).astype(v.dtype)
+        return (y if factor is None else y * self.broadcast(factor, v.ndim)).astype(v.dtype)
 
     def encode(self, parameters: Parameters, v: jax.Array) -> jax.Array:
         """See `Quantizer.encode`."""
@@ -266,7 +267,7 @@ class UniformQuantizer(Quantizer):
         step, shift = (self.broadcast(x, codes.ndim) for x in self.grid(prepared))
         y = (codes.astype(jnp.float32) + shift) * step
         factor = self.output(prepared)
-        return (y if factor is None else y * factor).astype(dtype)
+        return (y if factor is None else y * self.broadcast(factor, codes.ndim)).astype(dtype)
 
 
 class LevelQuantizer(Quantizer):

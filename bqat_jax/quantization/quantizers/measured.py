@@ -11,8 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from bqat_jax.quantization.grids import IntegerGrid
-from bqat_jax.quantization.quantizers.base import UniformQuantizer, register_quantizer
-from bqat_jax.quantization.quantizers.statistics import maximum_magnitude, mean_magnitude, optimal_clip
+from bqat_jax.quantization.quantizers.base import UniformQuantizer, positive_or, register_quantizer
+from bqat_jax.quantization.quantizers.statistics import (
+    maximum_magnitude,
+    mean_magnitude,
+    optimal_clip,
+    root_mean_square,
+)
 from bqat_jax.quantization.rounding import scale_gradient
 
 WEIGHTS_ALONE = (
@@ -85,7 +90,7 @@ class DoReFa(UniformQuantizer):
         if self.bits == 1:
             return {'scale': jax.lax.stop_gradient(mean_magnitude(self, v))}
         largest = jnp.max(jnp.abs(jnp.tanh(v.astype(jnp.float32))))
-        return {'largest': jnp.where(largest > 0, largest, 1.0)}
+        return {'largest': positive_or(largest, 1.0)}
 
     def grid(self, prepared):
         """See `UniformQuantizer.grid`."""
@@ -149,8 +154,7 @@ class SAWB(_FromWeights):
     def step(self, v):
         """Returns 2a / (2^bits - 1)."""
         c1, c2 = SAWB_COEFFICIENTS[self.bits]
-        x, axes = v.astype(jnp.float32), self.shared_axes(v.ndim)
-        clip = c1 * jnp.sqrt(jnp.mean(x**2, axis=axes)) + c2 * jnp.mean(jnp.abs(x), axis=axes)
+        clip = c1 * root_mean_square(self, v) + c2 * mean_magnitude(self, v)
         return jnp.where(clip > 0, clip, maximum_magnitude(self, v)) * (2 / (2**self.bits - 1))
 
 

@@ -15,12 +15,13 @@ from bqat_jax.quantization.quantizers.base import (
     register_quantizer,
 )
 from bqat_jax.quantization.quantizers.statistics import (
-    maximum_magnitude,
     mean_magnitude,
     normal_step,
     optimal_clip,
+    root_mean_square,
+    standard_deviation,
 )
-from bqat_jax.quantization.rounding import EVALUATION, quantize, scale_gradient
+from bqat_jax.quantization.rounding import EVALUATION, Rounding, quantize, scale_gradient
 
 # APoT's initial clip of normalized weights.
 APOT_WEIGHT_CLIP = 3.0
@@ -31,7 +32,9 @@ LCQ_INTERVALS = 16
 def standardize(v: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns mean and standard deviation of weights, float32, without a gradient; a constant's deviation is 1."""
     x = jax.lax.stop_gradient(v.astype(jnp.float32))
-    return jnp.mean(x), positive_or(jnp.std(x), 1.0)
+    # Of what is at most 1, since squares of large numbers overflow.
+    largest = positive_or(jnp.max(jnp.abs(x)), 1.0)
+    return jnp.mean(x / largest) * largest, positive_or(jnp.std(x / largest) * largest, 1.0)
 
 
 def additive_powers_of_two(bits: int) -> np.ndarray:
@@ -135,9 +138,8 @@ class NuLSQ(LevelQuantizer):
     def init(self, v):
         """See `Quantizer.init`."""
         grid = IntegerGrid(self.bits, self.signed)
-        x = v.astype(jnp.float32)
-        deviation = jnp.std(x) if self.signed else jnp.sqrt(2 * jnp.mean(x**2))
-        step = positive_or(deviation, maximum_magnitude(self, v)) * normal_step(grid.lower, grid.upper)
+        deviation = standard_deviation(self, v) if self.signed else math.sqrt(2) * root_mean_square(self, v)
+        step = deviation * normal_step(grid.lower, grid.upper)
         parameters = {'step_sizes': jnp.full(grid.upper, 1.0, jnp.float32) * step}
         if self.signed:
             parameters['negative_step_sizes'] = jnp.full(-grid.lower, 1.0, jnp.float32) * step
@@ -186,16 +188,27 @@ class LCQ(Quantizer):
         return not self.of_weights
 
     @property
+    def compands(self) -> bool:
+        """Whether there is anything to compand: 2-bit weights are ternary and, as in the paper, uniform."""
+        return not (self.of_weights and self.bits == 2)
+
+    @property
     def lower(self) -> int:
         """The smallest code."""
         return IntegerGrid(self.bits, self.signed, narrow=True).lower
+
+    @property
+    def rounding(self) -> Rounding:
+        """How codes are found."""
+        return Rounding(self.estimator, self.lower, self.upper, includes_bounds=True)
 
     def init(self, v):
         """See `Quantizer.init`."""
         if self.of_weights:
             mean, deviation = standardize(v)
             v = (v.astype(jnp.float32) - mean) / deviation
-        return {'clip_value': optimal_clip(self, v), 'theta': jnp.zeros(LCQ_INTERVALS, jnp.float32)}
+        parameters = {'clip_value': optimal_clip(self, v)}
+        return {**parameters, 'theta': jnp.zeros(LCQ_INTERVALS, jnp.float32)} if self.compands else parameters
 
     def prepare(self, parameters, v):
         """Adds mean and standard deviation of weights."""
@@ -208,14 +221,16 @@ class LCQ(Quantizer):
         """See `Quantizer.fake_quantize`."""
         prepared = self.prepare(parameters, v)
         units = self._units(prepared, v)
-        position, slopes = self._compress(prepared['theta'], jax.lax.stop_gradient(units))
+        position, slopes = self._compress(prepared, jax.lax.stop_gradient(units))
         # θ's way: through f, the rounding and f⁻¹.
         rounded = quantize(self.rounding, jnp.float32(1), jnp.float32(0), position, context)
         output = self._expand(slopes, rounded)
         # The way of x and α: the rounding alone. Beyond the clip α has no part in it.
         clip = prepared['clip_value']
         units = jnp.where(jnp.abs(units) < 1, units, self._units({**prepared, 'clip_value': _frozen(clip)}, v))
-        straight = jax.lax.stop_gradient(position) + (units - _frozen(units))
+        # |x| = α counts as beyond the clip, x = 0 as inside, for unsigned values too.
+        beyond = jnp.where(jnp.abs(units) < 1, 1.0, 1.0 + 1e-6)
+        straight = _frozen(position * beyond) + (units - _frozen(units))
         through = quantize(self.rounding, jnp.float32(1), jnp.float32(0), straight, context)
         output = output + (through - _frozen(through))
         return (output * self._scale(prepared)).astype(v.dtype)
@@ -223,12 +238,12 @@ class LCQ(Quantizer):
     def encode(self, parameters, v):
         """See `Quantizer.encode`."""
         prepared = self.prepare(parameters, v)
-        position, _ = self._compress(prepared['theta'], self._units(prepared, v))
+        position, _ = self._compress(prepared, self._units(prepared, v))
         return self.rounding.codes(position, EVALUATION).astype(code_dtype(self.lower))
 
     def decode(self, prepared, codes, dtype=jnp.float32):
         """See `Quantizer.decode`."""
-        _, slopes = self._compress(prepared['theta'], jnp.zeros(()))
+        _, slopes = self._compress(prepared, jnp.zeros(()))
         output = self._expand(slopes, codes.astype(jnp.float32))
         return (output * self._scale(prepared)).astype(dtype)
 
@@ -243,8 +258,9 @@ class LCQ(Quantizer):
         clip = prepared['clip_value']
         return clip * prepared['deviation'] if self.of_weights else clip
 
-    def _compress(self, theta, units):
+    def _compress(self, prepared, units):
         """n · sign · f(|units|), which goes on beyond 1 with slope 1, and the slopes of f."""
+        theta = prepared['theta'] if self.compands else jnp.zeros(LCQ_INTERVALS, jnp.float32)
         slopes = LCQ_INTERVALS * jax.nn.softmax(theta)
         size = jnp.abs(units)
         interval = jnp.clip(jnp.floor(size * LCQ_INTERVALS), 0, LCQ_INTERVALS - 1).astype(jnp.int32)
@@ -254,11 +270,14 @@ class LCQ(Quantizer):
 
     def _expand(self, slopes, codes):
         """sign · f⁻¹(|codes| / n)."""
-        size = jnp.abs(codes) * (1 / self.upper)
+        # Not jnp.sign and jnp.abs: at 0 the derivative is that of the right-hand side.
+        sign = jnp.where(codes < 0, -1.0, 1.0)
+        size = sign * codes * (1 / self.upper)
         starts = _starts(slopes)
         interval = jnp.searchsorted(starts[1:], size, side='right').astype(jnp.int32)
         expanded = interval / LCQ_INTERVALS + (size - starts[interval]) / slopes[interval]
-        return jnp.sign(codes) * jnp.where(size < 1, expanded, 1.0)
+        # Exactly 1 at the end, with the derivative from the left.
+        return sign * (expanded + _frozen(jnp.where(size < 1, 0.0, 1.0 - expanded)))
 
 
 def _starts(slopes: jax.Array) -> jax.Array:

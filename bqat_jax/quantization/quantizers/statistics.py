@@ -29,8 +29,17 @@ def maximum_magnitude(quantizer: Quantizer, v: jax.Array) -> jax.Array:
 
 def standard_deviation(quantizer: Quantizer, v: jax.Array) -> jax.Array:
     """Returns the standard deviation, as `mean_magnitude` does; of a constant it is max|v|."""
-    whole = maximum_magnitude(quantizer, v)
-    return positive_or(jnp.std(v.astype(jnp.float32), axis=quantizer.shared_axes(v.ndim)), whole)
+    largest = maximum_magnitude(quantizer, v)
+    # Of what is at most 1, since squares of large numbers overflow.
+    units = v.astype(jnp.float32) / quantizer.broadcast(largest, v.ndim)
+    return positive_or(jnp.std(units, axis=quantizer.shared_axes(v.ndim)), 1.0) * largest
+
+
+def root_mean_square(quantizer: Quantizer, v: jax.Array) -> jax.Array:
+    """Returns sqrt(mean(v²)), as `mean_magnitude` does."""
+    largest = maximum_magnitude(quantizer, v)
+    units = v.astype(jnp.float32) / quantizer.broadcast(largest, v.ndim)
+    return positive_or(jnp.sqrt(jnp.mean(units**2, axis=quantizer.shared_axes(v.ndim))), 1.0) * largest
 
 
 def _with_fallback(
