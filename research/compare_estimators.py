@@ -1,16 +1,17 @@
-"""Every gradient estimator in every quantizer, in short runs on the digits, over several seeds in one program.
+"""Every gradient estimator in every quantizer, in short runs on the digits, over several seeds.
 
 Plain QAT (no replacement, no distillation) of a narrow ResNet-8 from one full-precision partner. First and last layer
 have 8 bits and LSQ. All other weights have the quantizer and the estimator named, at 2 bits, or at 1 bit where the
 quantizer or the estimator is for one bit. Activations have the same two at 2 bits where they are defined for
-activations, and else LSQ or the identity. One learning rate for all, not tuned: a low number may mean that it does not suit.
+activations, and else LSQ or the identity. One learning rate for all, not tuned: a low number may mean that it does not
+suit.
 
 Command: python -m research.compare_estimators --workdir=runs/compare_estimators
 
 Writes `results.json`, to which a further call adds what is missing, and `table.md`.
 """
 
-import operator
+import dataclasses
 import statistics
 from pathlib import Path
 from typing import Any
@@ -94,46 +95,26 @@ def run_cell(setting: Setting, partner: Any, cell: dict[str, Any], steps: int, s
     problem = Problem(network, quantization, Plan('none', ()), Objective(distillation=0.0), how, steps)
     optimizer, schedule = make_optimizer(config.optimizer, max(steps, 1), 0)
     params = {NETWORK: params, QUANTIZER_PARAMETERS: calibrate(quantization, params, run, [images])}
-    step = train_step(problem, optimizer, schedule)
-
-    @jax.jit
-    @jax.vmap
-    def begin(key):
-        return init_state(problem, key, params, partner.variables['batch_stats'], optimizer)
-
-    @jax.jit
-    @jax.vmap
-    def train(state, batches):
-        return jax.lax.scan(
-            lambda state, index: (step(state, None, arrays, {'index': index})[0], None), state, batches
-        )[0]
-
-    @jax.jit
-    @jax.vmap
-    def correct(state):
-        batch = {'index': jnp.arange(len(test['label'])), 'mask': jnp.ones(len(test['label']), bool)}
-        return evaluation_step(problem)(state.params, state.batch_stats, test, batch)['correct']
-
-    orders = []
-    for seed in range(seeds):
-        rng = np.random.default_rng([config.seed, seed])
-        epochs = -(-steps * config.train.batch_size // len(arrays['label']))
-        order = np.concatenate([rng.permutation(len(arrays['label'])) for _ in range(max(epochs, 1))])
-        orders.append(order[: steps * config.train.batch_size].reshape(steps, config.train.batch_size))
-    batches = np.stack(orders).astype(np.int32)
-    states = begin(jax.vmap(jax.random.key)(jnp.arange(seeds, dtype=jnp.uint32)))
+    # Seeds one after another, by the same compiled programs: side by side, under vmap, convolutions of weights that
+    # differ are several times slower on a CPU.
+    begin = jax.jit(lambda key: init_state(problem, key, params, partner.variables['batch_stats'], optimizer))
+    step = jax.jit(train_step(problem, optimizer, schedule), donate_argnums=(0,))
+    evaluate = jax.jit(evaluation_step(problem))
+    measure = make_measurement(problem, TraceSettings(batches=1), setting.mesh)
     needs_delta = any(quantizer.estimator.needs_delta for _, _, quantizer in quantization.quantizers())
-    every = MEASURE_EVERY if needs_delta else max(steps, 1)
-    for start in range(0, steps, every):
-        if start:
-            measure = make_measurement(problem, TraceSettings(batches=1), setting.mesh)
-            found = []
-            for seed in range(seeds):
-                state = jax.tree.map(operator.itemgetter(seed), states)
-                found.append(measure(state, None, arrays, {'index': batches[seed, start]}, jnp.int32(0)))
-            states = states.replace(deltas=jax.tree.map(lambda *values: jnp.stack(values), *found))
-        states = train(states, batches[:, start : start + every])
-    return [int(count) / len(test['label']) for count in correct(states)]
+    everything = {'index': np.arange(len(test['label'])), 'mask': np.ones(len(test['label']), bool)}
+    found = []
+    for seed in range(seeds):
+        state = begin(jax.random.key(seed))
+        rng = np.random.default_rng([config.seed, seed])
+        for number in range(steps):
+            index = rng.choice(len(arrays['label']), config.train.batch_size, replace=False).astype(np.int32)
+            if needs_delta and number and number % MEASURE_EVERY == 0:
+                deltas = measure(state, None, arrays, {'index': index}, jnp.int32(0))
+                state = dataclasses.replace(state, deltas=deltas)
+            state, _ = step(state, None, arrays, {'index': index})
+        found.append(int(evaluate(state.params, state.batch_stats, test, everything)['correct']) / len(test['label']))
+    return found
 
 
 def write_table(path: Path, results: dict[str, Any], seeds: int) -> None:

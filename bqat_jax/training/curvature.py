@@ -107,14 +107,15 @@ def hutchinson_traces(
         count, mean, squares, _ = carry
         found = draw(count)
         count += 1
-        new = mean + (found - mean) / count
+        new = mean + (found - mean) / count.astype(jnp.float32)
         squares += (found - mean) * (found - new)
         change = jnp.max(jnp.abs(new - mean) / (jnp.abs(new) + 1e-6))
         return count, new, squares, change
 
     zeros = jnp.zeros(len(leaves), jnp.float32)
     count, mean, squares, _ = jax.lax.while_loop(proceed, step, (jnp.int32(0), zeros, zeros, jnp.float32(jnp.inf)))
-    error = jnp.sqrt(squares / (count - 1) / count)
+    drawn = count.astype(jnp.float32)
+    error = jnp.sqrt(squares / (drawn - 1) / drawn)
     return Trace(treedef.unflatten(list(mean)), treedef.unflatten(list(error)), count)
 
 

@@ -4,14 +4,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bqat_jax.quantization.rounding import Context
 from bqat_jax.quantization.rules import LayerSettings, QuantizerSettings, assign_quantizers
 from bqat_jax.quantization.transform import (
     FULL_PRECISION,
     build_quantization,
     calibrate,
+    context_of,
     find_layers,
     find_signed_inputs,
     init_quantizers,
+    rescale,
 )
 
 
@@ -150,6 +153,65 @@ def test_a_layer_that_does_not_run_is_named():
     quantization, _ = quantized()
     with pytest.raises(ValueError, match='conv'):
         init_quantizers(quantization, PARAMS, lambda params, x: x, X)
+
+
+def test_every_tensor_draws_for_itself_in_training_and_none_in_evaluation():
+    quantization, parameters = quantized(weights={**WEIGHTS, 'estimator': 'stochastic'})
+    same = {**PARAMS, 'middle': {**PARAMS['middle'], 'kernel': PARAMS['middle']['kernel'] * 0 + 0.3 * 0.1}}
+    parameters = {**parameters, 'middle': {**parameters['middle'], 'weights': {'step_size': jnp.float32(0.1)}}}
+    training = [quantization.quantize_params(parameters, same, Context(0.5, jax.random.key(k))) for k in (0, 0, 1)]
+    kernels = [np.asarray(params['middle']['kernel']) for params in training]
+    np.testing.assert_array_equal(kernels[0], kernels[1])
+    assert not np.array_equal(kernels[0], kernels[2]) and set(np.unique(kernels[0])) == {0, np.float32(0.1)}
+    np.testing.assert_array_equal(quantization.quantize_params(parameters, same)['middle']['kernel'], 0)
+    layer = quantization.layers['middle'].weights
+    keys = {
+        tuple(jax.random.key_data(context_of(Context(0.5, jax.random.key(0)), path, role, layer).key).tolist())
+        for path in ('conv', 'middle')
+        for role in ('weights', 'activations')
+    }
+    assert len(keys) == 4
+
+
+def test_every_quantizer_gets_its_own_strength():
+    quantization, parameters = quantized(weights={**WEIGHTS, 'estimator': 'ewgs_trace'})
+    deltas = {path: {'weights': jnp.float32(number)} for number, path in enumerate(('conv', 'middle', 'last'))}
+    found = context_of(Context(0.5, None, deltas), 'last', 'weights', quantization.layers['last'].weights)
+    assert float(found.delta) == 2.0 and found.key is None
+    assert (
+        context_of(Context(0.5, None, deltas), 'last', 'activations', quantization.layers['last'].activations).delta
+        is None
+    )
+    del parameters
+
+
+@pytest.mark.parametrize('how', ['none', 'constant', 'stddev'])
+def test_quantized_weights_are_scaled_again(how):
+    quantization, parameters = quantized(weights={**WEIGHTS, 'rescale': how})
+    plain, _ = quantized()
+    for path in ('conv', 'middle'):
+        kernel = PARAMS[path]['kernel']
+        got = quantization.quantize_params(parameters, PARAMS)[path]['kernel']
+        unscaled = plain.quantize_params(parameters, PARAMS)[path]['kernel']
+        wanted = {
+            'none': np.std(unscaled),
+            'constant': 1 / np.sqrt(kernel.size / kernel.shape[-2]),
+            'stddev': np.std(kernel),
+        }[how]
+        np.testing.assert_allclose(np.std(got), wanted, rtol=1e-5)
+        np.testing.assert_allclose(got * (np.std(unscaled) / wanted), unscaled, rtol=1e-4, atol=1e-6)
+
+
+def test_weights_without_spread_are_not_scaled():
+    zeros = jnp.zeros((3, 3, 1, 2))
+    for how in ('constant', 'stddev'):
+        np.testing.assert_array_equal(rescale(how, zeros, zeros), zeros)
+
+
+def test_calibration_on_what_is_not_finite_is_refused():
+    quantization, _ = quantized()
+    with pytest.raises(ValueError, match='activations of layer conv gave no finite scale'):
+        calibrate(quantization, PARAMS, run, [X.at[0, 0, 0, 0].set(jnp.nan)])
 
 
 def test_constrain_goes_to_every_quantizer():

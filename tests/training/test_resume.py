@@ -35,6 +35,14 @@ def command(digits_dir, tmp_path_factory):
         '--config.partner.steps=10',
         '--config.partner.optimizer.warmup_steps=2',
         '--config.checkpoint.every_steps=1',
+        # What keeps a state of its own, or draws: strengths, trackers, rounding.
+        '--config.quant.weights.estimator=ewgs_trace',
+        '--config.quant.trace.every_steps=20',
+        '--config.quant.trace.batches=1',
+        '--config.quant.trace.iterations=2',
+        '--config.quant.oscillations.freezing=true',
+        '--config.quant.oscillations.freezing_momentum=0.05',
+        '--config.quant.activations.estimator=stochastic',
     ]
 
     def start(workdir):

@@ -152,6 +152,31 @@ def test_a_loss_that_is_not_finite_stops_the_run(config, finished, tmp_path):
     assert [path.name for path in (tmp_path / 'run' / 'checkpoints').iterdir()] == ['0']
 
 
+def test_oscillating_weights_are_dampened_frozen_and_their_statistics_estimated_anew(config, finished, tmp_path):
+    config.partner.workdir = str(finished[1])
+    config.quant.oscillations.dampening, config.quant.oscillations.freezing = 0.1, True
+    config.quant.oscillations.freezing_momentum, config.quant.oscillations.freezing_first_threshold = 0.5, 0.2
+    config.quant.reestimation_batches = 2
+    config.optimizer.learning_rate = 0.2
+    result = train(config, tmp_path / 'run', name='digits')
+    logged = [entry for entry in metrics_of(tmp_path / 'run') if 'loss' in entry]
+    frozen = [entry['frozen_weights'] for entry in logged]
+    assert frozen == sorted(frozen) and 0 < frozen[-1] < 1 and 0 <= logged[0]['oscillating_weights'] <= 1
+    assert logged[0]['loss/dampening'] >= 0 and logged[-1]['loss/dampening'] > 0
+    assert evaluate_run(config, tmp_path / 'run')['top1'] == result['top1']
+    config.quant.reestimation_batches = 0
+    with pytest.raises(UserError, match='reestimation_batches: 2 -> 0'):
+        evaluate_run(config, tmp_path / 'run')
+
+
+def test_a_layer_that_does_not_suit_its_quantizer_is_named(config, finished, tmp_path):
+    config.partner.workdir = str(finished[1])
+    config.quant.activations.name = 'n2uq'
+    config.quant.rules = ()
+    with pytest.raises(UserError, match='Layer stem/conv: The quantizer .n2uq.*outputs begin at zero'):
+        train(config, tmp_path / 'run', name='digits')
+
+
 def test_zero_steps_evaluate_the_calibrated_network(config, finished, tmp_path):
     config.partner.workdir = str(finished[1])
     config.train.steps = 0
@@ -171,6 +196,15 @@ def test_zero_steps_evaluate_the_calibrated_network(config, finished, tmp_path):
         ('quant.weights.bits', 9, 'bits=9'),
         ('quant.weights.name', 'lsqq', 'lsqq'),
         ('quant.activations.estimator', 'ste', 'identity'),
+        ('quant.weights.estimator', 'ewgs:delt=1', "Did you mean 'delta'"),
+        ('quant.weights.estimator', 'reste', 'two levels'),
+        ('quant.weights.name', 'sawbb', "Did you mean 'sawb'"),
+        ('quant.weights.rescale', 'sat', 'constant'),
+        ('quant.activations.name', 'sawb', 'depend on its batch'),
+        ('quant.trace.batches', 0, 'quant.trace.batches=0'),
+        ('quant.oscillations.dampening', -1.0, 'quant.oscillations.dampening=-1.0'),
+        ('quant.reestimation_batches', -1, 'reestimation_batches'),
+        ('plugins', 'absent.py', 'there is no file absent.py'),
         ('quant.rules', ({'layers': 'stm/conv', 'weights': 'none'},), 'stem/conv'),
         ('data.mean', (0.1, 0.2), '1 channels'),
         ('data.name', 'digitz', 'no dataset'),

@@ -1,0 +1,73 @@
+import os
+
+import pytest
+
+from bqat_jax.errors import UserError
+from bqat_jax.plugins import load_plugins
+from bqat_jax.quantization.estimators import ESTIMATORS, get_estimator
+
+PLUGIN = """
+from bqat_jax.quantization.estimators import register_estimator
+from bqat_jax.quantization.rounding import Estimator
+
+
+@register_estimator('{name}')
+class Mine(Estimator):
+    strength: float = {strength}
+
+    def backward(self, cotangent, value, rounded, context):
+        return self.strength * cotangent
+"""
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """What a test registers is forgotten after it."""
+    monkeypatch.setattr(ESTIMATORS, '_classes', dict(ESTIMATORS._classes))
+
+
+def write(path, name='mine', strength=0.5):
+    path.write_text(PLUGIN.format(name=name, strength=strength))
+    return str(path)
+
+
+def test_what_a_plugin_registers_can_be_named(tmp_path, registry):
+    text = f'{write(tmp_path / "first.py")}, {write(tmp_path / "second.py", "theirs", 2.0)}'
+    assert [path.name for path in load_plugins(text)] == ['first.py', 'second.py']
+    assert get_estimator('mine:strength=0.25').strength == 0.25
+    assert get_estimator('theirs').strength == 2.0
+    assert load_plugins(None) == load_plugins('') == ()
+
+
+def test_a_plugin_is_run_again_only_after_a_change(tmp_path, registry):
+    text = write(tmp_path / 'changing.py')
+    load_plugins(text)
+    before = ESTIMATORS.get('mine')
+    load_plugins(text)
+    assert ESTIMATORS.get('mine') is before
+    write(tmp_path / 'changing.py', strength=3.0)
+    os.utime(text, ns=(0, 0))
+    load_plugins(text)
+    assert get_estimator('mine').strength == 3.0
+
+
+@pytest.mark.parametrize(
+    ('content', 'message'),
+    [
+        (None, 'there is no file'),
+        ('def', 'SyntaxError'),
+        ('1 / 0', 'ZeroDivisionError'),
+        (PLUGIN.format(name='identity', strength=1.0), "'identity' already"),
+        (PLUGIN.format(name='a:b', strength=1.0), 'cannot name'),
+    ],
+)
+def test_a_plugin_that_fails_is_told(tmp_path, registry, content, message):
+    path = tmp_path / 'failing.py'
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_plugins(str(path))
+    other = tmp_path / 'notes.txt'
+    other.write_text('')
+    with pytest.raises(UserError, match=r'must end in \.py'):
+        load_plugins(str(other))

@@ -1,0 +1,37 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bqat_jax.configuration import optimizer_config
+from bqat_jax.replacement.paths import run_backbone
+from bqat_jax.training.optimizer import make_optimizer
+from bqat_jax.training.reestimation import reestimate_batch_stats
+from bqat_jax.training.sharding import make_mesh
+from bqat_jax.training.step import init_state, prepare_batch
+from tests.training.test_step import ARRAYS, VARIABLES, make_problem
+
+# The network's batch norms'.
+MOMENTUM = 0.9
+
+
+def test_statistics_are_those_of_the_batches():
+    problem, quantizers = make_problem('none', distillation=0.0)
+    optimizer, _ = make_optimizer(optimizer_config(), 5, 0)
+    params = {'network': VARIABLES['params'], 'quantizers': quantizers}
+    stored = jax.tree.map(lambda x: x + 7.0, VARIABLES['batch_stats'])
+    state = init_state(problem, jax.random.key(0), params, stored, optimizer)
+    batches = [{'index': np.arange(start, start + 32, dtype=np.int32)} for start in (0, 64)]
+    found = reestimate_batch_stats(problem, state, ARRAYS, batches, make_mesh(1))
+
+    @jax.jit
+    def updated(index, number):
+        images, _, _ = prepare_batch(problem, state.replace(step=state.step + number), ARRAYS, {'index': index})
+        return run_backbone(
+            problem.network, problem.quantization, params['network'], quantizers, stored, images, train=True
+        ).batch_stats
+
+    both = [updated(batch['index'], jnp.int32(number)) for number, batch in enumerate(batches)]
+    expected = jax.tree.map(
+        lambda old, a, b: ((a - MOMENTUM * old) + (b - MOMENTUM * old)) / 2 / (1 - MOMENTUM), stored, *both
+    )
+    jax.tree.map(lambda got, want: np.testing.assert_allclose(got, want, rtol=2e-3, atol=2e-3), found, expected)

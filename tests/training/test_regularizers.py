@@ -1,0 +1,31 @@
+import numpy as np
+import pytest
+
+from bqat_jax.quantization.quantizers import LSQ, SAWB
+from bqat_jax.training.regularizers import Regularizers
+
+
+def test_schedules_rise_by_a_cosine_from_their_start():
+    regularizers = Regularizers(dampening=0.1, freezing=True)
+    for progress in (0.0, 0.1, 0.25, 0.5, 0.625, 1.0):
+        risen = (1 - np.cos(np.pi * max(progress - 0.25, 0) / 0.75)) / 2
+        now = np.float32(progress)
+        np.testing.assert_allclose(regularizers.dampening_weight(now), 0.1 * risen, atol=1e-7)
+        np.testing.assert_allclose(regularizers.threshold(now), 0.1 + (0.01 - 0.1) * risen, rtol=1e-5)
+
+
+def test_weights_whose_scale_is_read_off_them_are_not_frozen():
+    Regularizers(freezing=True).check('conv', LSQ(bits=2))
+    Regularizers(freezing=True).check('conv', SAWB(bits=8))  # so many bits are not tracked
+    Regularizers(dampening=0.1).check('conv', SAWB(bits=2))
+    with pytest.raises(ValueError, match='layer conv cannot be frozen'):
+        Regularizers(freezing=True).check('conv', SAWB(bits=2))
+
+
+@pytest.mark.parametrize(
+    ('name', 'value'),
+    [('dampening', -0.1), ('dampening_start', 1.5), ('freezing_momentum', 2.0), ('dampening_aggregation', 'mean')],
+)
+def test_values_out_of_range_are_refused(name, value):
+    with pytest.raises(ValueError, match=f'quant.oscillations.{name}'):
+        Regularizers(**{name: value})
