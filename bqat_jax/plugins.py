@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+import zlib
 from pathlib import Path
 
 from bqat_jax.errors import UserError
@@ -26,7 +27,8 @@ def load_plugins(text: str | None) -> tuple[Path, ...]:
         if not file.is_file():
             raise UserError(f'plugins={text!r}: there is no file {file}. Give the path of a Python file.')
         stamp = (str(file.resolve()), file.stat().st_mtime_ns)
-        name = f'bqat_jax_plugin_{file.stem}'
+        # Two files may have the same name.
+        name = f'bqat_jax_plugin_{file.stem}_{zlib.crc32(stamp[0].encode()):08x}'
         if getattr(sys.modules.get(name), 'stamp', None) == stamp:
             continue
         spec = importlib.util.spec_from_file_location(name, file)

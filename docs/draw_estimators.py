@@ -1,6 +1,6 @@
 """Draws every gradient estimator's backward rule at 2 bits (1 bit for those that approximate the sign).
 
-Command: python docs/draw_estimators.py docs/estimators.png
+Command: python -m docs.draw_estimators docs/estimators.png
 """
 
 import sys

@@ -6,8 +6,13 @@ import shlex
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from bqat_jax.quantization.estimators import ESTIMATORS
+from bqat_jax.quantization.quantizers import QUANTIZERS
 from tests.conftest import ROOT
 
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
@@ -82,3 +87,27 @@ def test_commands_run(line, tmp_path, request, digits_dir):
 def test_links_lead_somewhere(page):
     for target in re.findall(r'\]\((?!http)([^)#]+)\)', page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize('registry', [ESTIMATORS, QUANTIZERS], ids=lambda registry: registry.kind)
+def test_every_name_has_its_row(registry):
+    text = (ROOT / 'docs' / 'estimators.md').read_text()
+    for name in registry:
+        if registry.get(name).__module__.startswith('bqat_jax.'):
+            assert re.search(rf'^\|.*`{name}[`:]', text, re.M), f'docs/estimators.md has no row for {name}'
+
+
+def test_the_picture_is_drawn_from_the_functions(tmp_path):
+    path = tmp_path / 'picture.png'
+    subprocess.run([sys.executable, '-m', 'docs.draw_estimators', str(path)], cwd=ROOT, check=True, timeout=300)
+    assert path.stat().st_size > 10_000
+
+
+def test_the_quantizer_of_the_docs_works():
+    (code,) = [block.values[0] for block in blocks('python') if "'fixed'" in block.values[0]]
+    exec(compile(code, 'snippet', 'exec'), {})
+    quantizer = QUANTIZERS.make('fixed:step=0.5', bits=2)
+    v = jnp.array([-3.0, -0.3, 0.2, 0.3, 3.0])
+    y, pullback = jax.vjp(lambda v: quantizer.fake_quantize(quantizer.init(v), v), v)
+    np.testing.assert_array_equal(y, [-1.0, -0.5, 0.0, 0.5, 0.5])
+    np.testing.assert_array_equal(pullback(jnp.ones(5))[0], [0, 1, 1, 1, 0])

@@ -39,12 +39,10 @@ def pairs():
 def test_runs(quantizer, estimator, data, tmp_path, request):
     settings = fits(quantizer, estimator)
     flags = [f'--workdir={tmp_path}', '--config.train.steps=20', '--config.train.log_every_steps=10']
-    flags += [f'--config.quant.{role}.{key}={value}' for role, keys in settings.items() for key, value in keys.items()]
-    flags += [
-        '--config.quant.trace.every_steps=10',
-        '--config.quant.trace.batches=1',
-        '--config.quant.trace.iterations=3',
-    ]
+    for role, keys in settings.items():
+        # Of what sign a layer's input is, calibration finds out.
+        flags += [f'--config.quant.{role}.{key}={value}' for key, value in keys.items() if key != 'sign']
+    flags += [f'--config.quant.trace.{key}' for key in ('every_steps=10', 'batches=1', 'iterations=3')]
     if data == 'digits':
         flags += [f'--config.data.dir={request.getfixturevalue("digits_dir")}', '--config.partner.epochs=10']
     else:

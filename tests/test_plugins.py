@@ -51,6 +51,14 @@ def test_a_plugin_is_run_again_only_after_a_change(tmp_path, registry):
     assert get_estimator('mine').strength == 3.0
 
 
+def test_two_plugins_cannot_share_a_name(tmp_path, registry):
+    for folder in ('a', 'b'):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / 'my.py')
+    with pytest.raises(UserError, match="'mine' already"):
+        load_plugins(f'{tmp_path}/a/my.py,{tmp_path}/b/my.py')
+
+
 @pytest.mark.parametrize(
     ('content', 'message'),
     [
