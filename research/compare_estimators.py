@@ -80,7 +80,8 @@ def settings_of(quantizer: str, estimator: str) -> dict[str, Any]:
 def run_cell(setting: Setting, partner: Any, cell: dict[str, Any], steps: int, seeds: int) -> list[float]:
     """Returns the test accuracy of every seed after `steps` steps."""
     config, network = setting.config, setting.network
-    arrays, test = setting.train_split.arrays, setting.test_split.arrays
+    arrays: Any = setting.train_split.arrays
+    test: Any = setting.test_split.arrays
     how = setting.preprocessing(partner.facts['mean'], partner.facts['std'])
     images = (jnp.asarray(arrays['image'][:CALIBRATION_IMAGES], jnp.float32) / 255 - how.mean[0]) / how.std[0]
 

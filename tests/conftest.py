@@ -11,6 +11,9 @@ from pathlib import Path
 import jax
 import pytest
 
+from bqat_jax.quantization.estimators import ESTIMATORS
+from bqat_jax.quantization.quantizers import QUANTIZERS
+
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
@@ -24,6 +27,13 @@ def shared_data() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f'{SHARED} with CIFAR-10 and full-precision weights is absent')
     return SHARED
+
+
+@pytest.fixture
+def registries(monkeypatch):
+    """What a test registers is forgotten after it."""
+    for registry in (ESTIMATORS, QUANTIZERS):
+        monkeypatch.setattr(registry, '_classes', dict(registry._classes))
 
 
 @pytest.fixture(scope='session')

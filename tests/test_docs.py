@@ -34,7 +34,7 @@ def commands():
 
 
 @pytest.mark.parametrize('code', [*blocks('python')])
-def test_python_snippets_run(code):
+def test_python_snippets_run(code, registries):
     exec(compile(code, 'snippet', 'exec'), {})
 
 
@@ -103,7 +103,7 @@ def test_the_picture_is_drawn_from_the_functions(tmp_path):
     assert path.stat().st_size > 10_000
 
 
-def test_the_quantizer_of_the_docs_works():
+def test_the_quantizer_of_the_docs_works(registries):
     (code,) = [block.values[0] for block in blocks('python') if "'fixed'" in block.values[0]]
     exec(compile(code, 'snippet', 'exec'), {})
     quantizer = QUANTIZERS.make('fixed:step=0.5', bits=2)

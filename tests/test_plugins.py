@@ -20,18 +20,12 @@ class Mine(Estimator):
 """
 
 
-@pytest.fixture
-def registry(monkeypatch):
-    """What a test registers is forgotten after it."""
-    monkeypatch.setattr(ESTIMATORS, '_classes', dict(ESTIMATORS._classes))
-
-
 def write(path, name='mine', strength=0.5):
     path.write_text(PLUGIN.format(name=name, strength=strength))
     return str(path)
 
 
-def test_what_a_plugin_registers_can_be_named(tmp_path, registry):
+def test_what_a_plugin_registers_can_be_named(tmp_path, registries):
     text = f'{write(tmp_path / "first.py")}, {write(tmp_path / "second.py", "theirs", 2.0)}'
     assert [path.name for path in load_plugins(text)] == ['first.py', 'second.py']
     assert get_estimator('mine:strength=0.25').strength == 0.25
@@ -39,7 +33,7 @@ def test_what_a_plugin_registers_can_be_named(tmp_path, registry):
     assert load_plugins(None) == load_plugins('') == ()
 
 
-def test_a_plugin_is_run_again_only_after_a_change(tmp_path, registry):
+def test_a_plugin_is_run_again_only_after_a_change(tmp_path, registries):
     text = write(tmp_path / 'changing.py')
     load_plugins(text)
     before = ESTIMATORS.get('mine')
@@ -51,7 +45,7 @@ def test_a_plugin_is_run_again_only_after_a_change(tmp_path, registry):
     assert get_estimator('mine').strength == 3.0
 
 
-def test_two_plugins_cannot_share_a_name(tmp_path, registry):
+def test_two_plugins_cannot_share_a_name(tmp_path, registries):
     for folder in ('a', 'b'):
         (tmp_path / folder).mkdir()
         write(tmp_path / folder / 'my.py')
@@ -69,7 +63,7 @@ def test_two_plugins_cannot_share_a_name(tmp_path, registry):
         (PLUGIN.format(name='a:b', strength=1.0), 'cannot name'),
     ],
 )
-def test_a_plugin_that_fails_is_told(tmp_path, registry, content, message):
+def test_a_plugin_that_fails_is_told(tmp_path, registries, content, message):
     path = tmp_path / 'failing.py'
     if content is not None:
         path.write_text(content)
