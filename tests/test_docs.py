@@ -41,7 +41,7 @@ def test_python_snippets_run(code, registries):
 def test_the_first_two_commands_set_everything_up():
     first, second = [block.values[0].strip() for block in blocks('bash')][:2]
     assert first == 'python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && .venv/bin/python main.py'
-    assert second.endswith('-r requirements-dev.txt && .venv/bin/python -m pytest')
+    assert second.endswith('-r requirements-dev.txt && .venv/bin/python -m pytest -n 2')
 
 
 @pytest.mark.parametrize('line', [*commands()])

@@ -35,19 +35,11 @@ def command(digits_dir, tmp_path_factory):
         '--config.partner.steps=10',
         '--config.partner.optimizer.warmup_steps=2',
         '--config.checkpoint.every_steps=1',
-        # What keeps a state of its own, or draws: strengths, trackers, rounding.
-        '--config.quant.weights.estimator=ewgs_trace',
-        '--config.quant.trace.every_steps=20',
-        '--config.quant.trace.batches=1',
-        '--config.quant.trace.iterations=2',
-        '--config.quant.oscillations.freezing=true',
-        '--config.quant.oscillations.freezing_momentum=0.05',
-        '--config.quant.activations.estimator=stochastic',
     ]
 
-    def start(workdir):
+    def start(workdir, *more):
         return subprocess.Popen(
-            [sys.executable, 'main.py', f'--workdir={workdir}', *flags],
+            [sys.executable, 'main.py', f'--workdir={workdir}', *flags, *more],
             cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
 
@@ -79,23 +71,38 @@ def kill(process):
     process.communicate()
 
 
-def test_a_killed_run_ends_bit_for_bit_like_one_that_was_not(command, tmp_path):
+# What keeps a state of its own, or draws: trackers, rounding, strengths.
+TRACKED = (
+    '--config.quant.oscillations.freezing=true',
+    '--config.quant.oscillations.freezing_momentum=0.05',
+    '--config.quant.activations.estimator=stochastic',
+)
+MEASURED = (
+    '--config.quant.weights.estimator=ewgs_trace',
+    '--config.quant.trace.every_steps=20',
+    '--config.quant.trace.batches=1',
+    '--config.quant.trace.iterations=2',
+)
+
+
+@pytest.mark.parametrize('more', [TRACKED, pytest.param(MEASURED, marks=pytest.mark.slow)], ids=['tracked', 'measured'])
+def test_a_killed_run_ends_bit_for_bit_like_one_that_was_not(command, tmp_path, more):
     seed = random.SystemRandom().randrange(2**32)
     rng = random.Random(seed)
     print(f'moments of the kills: seed {seed}')
     whole, broken = tmp_path / 'whole', tmp_path / 'broken'
-    finish(command(whole))
+    finish(command(whole, *more))
 
-    process = command(broken)  # killed while the partner trains
+    process = command(broken, *more)  # killed while the partner trains
     wait_until(process, lambda: newest(broken / 'partner' / 'checkpoints') >= rng.randrange(0, 5))
     kill(process)
 
-    process = command(broken)  # killed at a random moment of training
+    process = command(broken, *more)  # killed at a random moment of training
     wait_until(process, lambda: newest(broken / 'checkpoints') >= rng.randrange(1, 10))
     time.sleep(rng.uniform(0, 0.1))
     kill(process)
 
-    process = command(broken)  # killed while a checkpoint is being written
+    process = command(broken, *more)  # killed while a checkpoint is being written
     before = newest(broken / 'checkpoints')
     wait_until(
         process,
@@ -107,7 +114,7 @@ def test_a_killed_run_ends_bit_for_bit_like_one_that_was_not(command, tmp_path):
     kill(process)
     assert newest(broken / 'checkpoints') < STEPS
 
-    process = command(broken)  # asked to stop
+    process = command(broken, *more)  # asked to stop
     before = newest(broken / 'checkpoints')
     wait_until(process, lambda: newest(broken / 'checkpoints') >= before + 2)
     process.send_signal(signal.SIGTERM)
@@ -115,7 +122,7 @@ def test_a_killed_run_ends_bit_for_bit_like_one_that_was_not(command, tmp_path):
     assert process.returncode == 0 and 'Stopped by SIGTERM' in output, output
     assert not (broken / 'result.json').exists()
 
-    output = finish(command(broken))
+    output = finish(command(broken, *more))
     assert 'goes on after step' in output
     (step, state), (expected_step, expected) = last_state(broken), last_state(whole)
     assert step == expected_step == STEPS

@@ -319,8 +319,8 @@ def keep_positive(new: jax.Array, old: jax.Array) -> jax.Array:
 
 
 def positive_or(scale: jax.Array, fallback: jax.Array | float) -> jax.Array:
-    """Returns `scale` where it is a positive number to divide by, else `fallback`, as for data of zeros alone."""
-    return jnp.where(scale > SMALLEST_STEP, scale, fallback)
+    """Returns `scale`, but `fallback` where it is too small to divide by, as for data of zeros alone; NaN stays."""
+    return jnp.where(scale <= SMALLEST_STEP, fallback, scale)
 
 
 def describe_quantizer(quantizer: Quantizer) -> dict[str, Any]:
