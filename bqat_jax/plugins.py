@@ -42,5 +42,5 @@ def load_plugins(text: str | None) -> tuple[Path, ...]:
         except Exception as error:
             del sys.modules[name]
             raise UserError(f'The plugin {file} failed: {type(error).__name__}: {error}') from error
-        module.stamp = stamp  # type: ignore[attr-defined]
+        vars(module)['stamp'] = stamp
     return files

@@ -31,13 +31,13 @@ class Registry:
         if not name or set(name) & set(':,= '):
             raise ValueError(f'{name!r} cannot name a {self.kind}: it must not be empty or hold any of ":,= ".')
 
-        def decorate(cls: type) -> type:
+        def decorate(cls: Any) -> Any:
             known = self._classes.get(name)
             if known is not None and known.__module__ != cls.__module__:
                 where = f'{known.__module__}.{known.__qualname__}'
                 raise ValueError(f'There is a {self.kind} {name!r} already, {where}; take another name.')
             cls = dataclasses.dataclass(frozen=True)(cls)
-            cls.name = name  # type: ignore[attr-defined]
+            cls.name = name
             self._classes[name] = cls
             return cls
 

@@ -681,16 +681,16 @@ def test_initial_scales():
     w = np.float32(rng.normal(size=SHAPE) * 0.3 + 0.05)
     x = np.abs(w) + np.float32(0.01)
     size, deviation, mean = np.abs(w).mean((0, 1)), w.std((0, 1)), w.mean((0, 1))
-    l, u = -3 * w.std(), 3 * x.std() / np.sqrt(1 - 2 / np.pi)  # noqa: E741
-    t = np.clip((w - l) / (-2 * l), 0, 1), np.clip((x - x.min()) / (u - x.min()), 0, 1)
+    low, high = -3 * w.std(), 3 * x.std() / np.sqrt(1 - 2 / np.pi)
+    t = np.clip((w - low) / (-2 * low), 0, 1), np.clip((x - x.min()) / (high - x.min()), 0, 1)
     sizes = np.abs(2 * np.rint(7 * t[0]) / 7 - 1).mean(), (np.rint(7 * t[1]) / 7).mean()
     expected = {
         ('lsq', 'w3'): {'step_size': 2 * np.abs(w).mean() / np.sqrt(3)},
         ('lsq', 'c3'): {'step_size': 2 * size / np.sqrt(3)},
         ('lsq', 'a3'): {'step_size': 2 * x.mean() / np.sqrt(7)},
         ('lsq_plus', 'c3'): {'step_size': np.maximum(np.abs(mean - 3 * deviation), np.abs(mean + 3 * deviation)) / 4},
-        ('ewgs_range', 'w3'): {'lower': l, 'upper': -l, 'output_scale': np.abs(w).mean() / sizes[0]},
-        ('ewgs_range', 'a3'): {'lower': x.min(), 'upper': u, 'output_scale': x.mean() / sizes[1]},
+        ('ewgs_range', 'w3'): {'lower': low, 'upper': -low, 'output_scale': np.abs(w).mean() / sizes[0]},
+        ('ewgs_range', 'a3'): {'lower': x.min(), 'upper': high, 'output_scale': x.mean() / sizes[1]},
         ('binary', 's1'): {'scale': np.abs(w).mean()},
         ('binary', 'a1'): {'scale': 2 * x.mean()},
         ('minmax', 'w3'): {'step_size': max(w.max() / 3, w.min() / -4)},
