@@ -66,12 +66,13 @@ def test_weights_that_are_not_frozen_stay():
     np.testing.assert_array_equal(freeze(QUANTIZER, PARAMETERS, weights, tracker), weights)
 
 
-@pytest.mark.parametrize('name', list(QUANTIZERS))
-def test_a_frozen_weight_keeps_its_code_in_every_quantizer_that_allows_it(name):
+def of_weights(name):
     cls = QUANTIZERS.get(name)
-    quantizer = cls(bits=2 if 2 in cls.bits_signed else 1)
-    if not can_freeze(quantizer):
-        return
+    return cls(bits=2 if 2 in cls.bits_signed else 1)
+
+
+@pytest.mark.parametrize('quantizer', [q for q in map(of_weights, QUANTIZERS) if can_freeze(q)], ids=lambda q: q.name)
+def test_a_frozen_weight_keeps_its_code_in_every_quantizer_that_allows_it(quantizer):
     weights = jax.random.normal(jax.random.key(0), (32,))
     parameters = quantizer.init(weights)
     tracker = init_tracker(quantizer, parameters, weights)._replace(is_frozen=jnp.ones(32, bool))
