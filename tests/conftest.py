@@ -2,8 +2,12 @@
 
 import os
 
-# Before jax is imported: eight devices to share a batch.
-os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+# Before jax is imported: eight devices to share a batch, which wait for each other however busy the machine is (XLA
+# ends the process after 40 seconds otherwise).
+os.environ['XLA_FLAGS'] = (
+    os.environ.get('XLA_FLAGS', '')
+    + ' --xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600'
+)
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 from pathlib import Path

@@ -217,10 +217,10 @@ def test_zero_steps_evaluate_the_calibrated_network(config, finished, tmp_path):
     ],
 )
 def test_values_that_cannot_work_are_refused_before_training(config, tmp_path, key, value, message):
-    section, _, name = key.rpartition('.')
+    *sections, name = key.split('.')
     target = config
-    for part in section.split('.'):
-        target = target[part]
+    for section in sections:
+        target = target[section]
     target[name] = value
     with pytest.raises(UserError, match=message):
         train(config, tmp_path / 'run', name='digits')

@@ -84,14 +84,14 @@ def test_one_device_and_eight_give_the_same_losses(plan):
     assert len(jax.tree.leaves(eight_state.params)[0].sharding.device_set) == 8
     _, from_the_same, _ = run_steps(problem, quantizers, 8, 20, states=states)
     for name in one[0]:
-        if name.startswith('loss'):
+        if name.startswith('loss') or name == 'l2_gradients':
             expected, got, apart = ([metrics[name] for metrics in run] for run in (one, from_the_same, eight))
+            assert np.median(np.abs(np.array(got) / np.array(expected) - 1)) < 1e-5, name
             # Sums in another order now and then carry a value over a rounding threshold, and all pixels of that grey
             # level with it; from there two runs of a quantized network drift apart.
-            np.testing.assert_allclose(got, expected, rtol=1e-3 if quantized else 1e-5, atol=1e-6, err_msg=name)
+            np.testing.assert_allclose(got, expected, rtol=5e-2 if quantized else 1e-4, atol=1e-6, err_msg=name)
             if name == 'loss' or not quantized:
-                np.testing.assert_allclose(apart, expected, rtol=2e-2 if quantized else 1e-4, err_msg=name)
-            assert np.median(np.abs(np.array(got) / np.array(expected) - 1)) < 1e-5, name
+                np.testing.assert_allclose(apart, expected, rtol=2e-2 if quantized else 1e-3, err_msg=name)
 
 
 def test_metrics_tell_every_loss_apart():
