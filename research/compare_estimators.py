@@ -27,7 +27,7 @@ from bqat_jax.files import read_json, write_json, write_text
 from bqat_jax.quantization.estimators import ESTIMATORS
 from bqat_jax.quantization.quantizers import QUANTIZERS
 from bqat_jax.quantization.rules import assign_quantizers
-from bqat_jax.quantization.transform import build_quantization, calibrate, find_layers
+from bqat_jax.quantization.transform import build_quantization, calibrate
 from bqat_jax.replacement.objective import Objective
 from bqat_jax.replacement.plans import Plan
 from bqat_jax.training.curvature import TraceSettings, make_measurement
@@ -89,10 +89,10 @@ def run_cell(setting: Setting, partner: Any, cell: dict[str, Any], steps: int, s
         return network.apply({**partner.variables, 'params': params}, x, network.names, train=True)
 
     params = partner.variables['params']
-    paths = find_layers(run, params, images)
-    layers = assign_quantizers(paths, cell['weights'], cell['activations'], config.quant.rules)
+    found = setting.found.quantizable
+    layers = assign_quantizers(tuple(found), cell['weights'], cell['activations'], config.quant.rules)
     # All inputs but the first layer's follow a ReLU.
-    quantization = build_quantization(layers, {path: path == paths[0] for path in paths})
+    quantization = build_quantization(found, layers, {path: path == 'stem/conv' for path in found})
     problem = Problem(network, quantization, Plan('none', ()), Objective(distillation=0.0), how, steps)
     optimizer, schedule = make_optimizer(config.optimizer, max(steps, 1), 0)
     params = {NETWORK: params, QUANTIZER_PARAMETERS: calibrate(quantization, params, run, [images])}

@@ -1,50 +1,89 @@
 """Residual networks for small images: CIFAR ResNet-20, -32, -44, -56, -110 and their shallower relatives."""
 
-from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from bqat_jax.networks.chain import block_class, compute_dtype, cut_chain, stage_blocks
 from bqat_jax.networks.cut import CutNetwork
+from bqat_jax.networks.layers import batch_norm, conv
 
 NUM_STAGES = 3
-CUTS = ('stage', 'block')
 SHORTCUTS = ('A', 'B')
-# PyTorch's defaults, with which the public weights were made; Linen counts the momentum the other way round.
-BATCH_NORM_MOMENTUM = 0.9
-BATCH_NORM_EPSILON = 1e-5
 
 
-def _conv(features: int, kernel: int, stride: int, name: str) -> nn.Conv:
-    # Symmetric padding, as in PyTorch: 'SAME' pads only one side of an even-sized image at stride 2.
-    padding = kernel // 2
-    return nn.Conv(
-        features,
-        (kernel, kernel),
-        strides=stride,
-        padding=((padding, padding), (padding, padding)),
-        use_bias=False,
-        kernel_init=nn.initializers.kaiming_normal(),
-        name=name,
-    )
+def cifar_resnet(
+    num_classes: int,
+    *,
+    depth: int,
+    width: int = 16,
+    shortcut: str = 'A',
+    preactivation: bool = False,
+    dtype: str = 'float32',
+    remat: bool = False,
+    cut: str = 'stage',
+) -> CutNetwork:
+    """Returns a ResNet of depth 6n + 2 for small images (He et al., arXiv 1512.03385, section 4.2).
 
+    Three stages of n residual blocks with 1, 2 and 4 times `width` channels; the second and third stage halve the
+    image. Parts: stem, stage1_block1, ..., head.
 
-def _batch_norm(train: bool, name: str) -> nn.BatchNorm:
-    return nn.BatchNorm(
-        use_running_average=not train, momentum=BATCH_NORM_MOMENTUM, epsilon=BATCH_NORM_EPSILON, name=name
+    Args:
+        num_classes: number of logits.
+        depth: 6n + 2.
+        width: channels of the first stage.
+        shortcut: where the shape changes, 'A' subsamples and pads channels with zeros, half of them on each side; 'B'
+            is a 1×1 convolution, with batch norm unless `preactivation`.
+        preactivation: batch norm and ReLU come before each convolution (He et al., arXiv 1603.05027).
+        dtype: of the computation, 'float32' or 'bfloat16'; parameters are float32.
+        remat: whether blocks recompute their inside in the backward pass.
+        cut: 'stage' or 'block'.
+
+    Raises:
+        ValueError: for a depth that is not 6n + 2, or another value that does not exist.
+    """
+    if depth < 8 or (depth - 2) % 6:
+        raise ValueError(f'depth={depth}: a CIFAR ResNet has 6n + 2 layers (8, 14, 20, 32, 44, 56, 110).')
+    if shortcut not in SHORTCUTS:
+        raise ValueError(f'shortcut={shortcut!r}: it must be one of {", ".join(SHORTCUTS)}.')
+    kind = compute_dtype(dtype)
+    block = block_class(PreactivationBlock if preactivation else ResidualBlock, remat)
+    stages = []
+    for number in range(NUM_STAGES):
+        strides = [2 if number else 1] + [1] * ((depth - 2) // 6 - 1)
+        makes = [partial(block, width * 2**number, stride, shortcut, kind) for stride in strides]
+        if preactivation and number == 0:  # here the block's own activation would follow the stem's
+            makes[0] = partial(makes[0], activate_shortcut=True)
+        stages.append(stage_blocks(number + 1, makes))
+    return cut_chain(
+        partial(Stem, width, kind, activate=not preactivation),
+        stages,
+        partial(Head, num_classes, kind, activate=preactivation),
+        cut,
     )
 
 
 class Stem(nn.Module):
-    """3×3 convolution, batch norm, ReLU."""
+    """3×3 convolution, then batch norm and ReLU if `activate`."""
 
     features: int
+    dtype: Any = jnp.float32
+    activate: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Maps images (batch, height, width, channels) to features."""
-        return nn.relu(_batch_norm(train, 'norm')(_conv(self.features, 3, 1, 'conv')(x)))
+        x = conv(self.features, 3, 1, 'conv', dtype=self.dtype)(x)
+        return nn.relu(batch_norm(train, 'norm', dtype=self.dtype)(x)) if self.activate else x
+
+
+def _pad_shortcut(x: jax.Array, features: int, stride: int) -> jax.Array:
+    """Option A: every stride-th pixel, with channels of zeros on both sides."""
+    missing = features - x.shape[-1]
+    return jnp.pad(x[:, ::stride, ::stride, :], ((0, 0), (0, 0), (0, 0), (missing // 2, missing - missing // 2)))
 
 
 class ResidualBlock(nn.Module):
@@ -53,109 +92,74 @@ class ResidualBlock(nn.Module):
     Attributes:
         features: channels of the output.
         stride: of the first convolution.
-        shortcut: where the shape changes, 'A' subsamples and pads channels with zeros, half of them on each side;
-            'B' is a 1×1 convolution with batch norm.
+        shortcut: 'A' or 'B', see `cifar_resnet`.
+        dtype: of the computation.
     """
 
     features: int
     stride: int
     shortcut: str
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Maps features (batch, height, width, channels) to features."""
-        y = nn.relu(_batch_norm(train, 'norm1')(_conv(self.features, 3, self.stride, 'conv1')(x)))
-        y = _batch_norm(train, 'norm2')(_conv(self.features, 3, 1, 'conv2')(y))
+        norm, convolution = partial(batch_norm, train, dtype=self.dtype), partial(conv, dtype=self.dtype)
+        y = nn.relu(norm('norm1')(convolution(self.features, 3, self.stride, 'conv1')(x)))
+        y = norm('norm2')(convolution(self.features, 3, 1, 'conv2')(y))
         if self.stride != 1 or x.shape[-1] != self.features:
             if self.shortcut == 'A':
-                x = x[:, :: self.stride, :: self.stride, :]
-                missing = self.features - x.shape[-1]
-                x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (missing // 2, missing - missing // 2)))
+                x = _pad_shortcut(x, self.features, self.stride)
             else:
-                x = _conv(self.features, 1, self.stride, 'shortcut_conv')(x)
-                x = _batch_norm(train, 'shortcut_norm')(x)
+                x = norm('shortcut_norm')(convolution(self.features, 1, self.stride, 'shortcut_conv')(x))
         return nn.relu(y + x)
 
 
+class PreactivationBlock(nn.Module):
+    """Batch norm and ReLU before each of two 3×3 convolutions (He et al., arXiv 1603.05027, figure 1b).
+
+    Attributes:
+        features: channels of the output.
+        stride: of the first convolution.
+        shortcut: 'A' or 'B', see `cifar_resnet`.
+        dtype: of the computation.
+        activate_shortcut: the shortcut starts behind the first ReLU, as in the network's first block.
+    """
+
+    features: int
+    stride: int
+    shortcut: str
+    dtype: Any = jnp.float32
+    activate_shortcut: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Maps features (batch, height, width, channels) to features."""
+        norm, convolution = partial(batch_norm, train, dtype=self.dtype), partial(conv, dtype=self.dtype)
+        active = nn.relu(norm('norm1')(x))
+        y = convolution(self.features, 3, self.stride, 'conv1')(active)
+        y = convolution(self.features, 3, 1, 'conv2')(nn.relu(norm('norm2')(y)))
+        if self.stride != 1 or x.shape[-1] != self.features:
+            if self.shortcut == 'A':
+                x = _pad_shortcut(active, self.features, self.stride)
+            else:
+                x = convolution(self.features, 1, self.stride, 'shortcut_conv')(active)
+        elif self.activate_shortcut:
+            x = active
+        return y + x
+
+
 class Head(nn.Module):
-    """Mean over the image, then a dense layer."""
+    """Batch norm and ReLU if `activate`, mean over the image, then a dense layer; logits are float32."""
 
     num_classes: int
+    dtype: Any = jnp.float32
+    activate: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Maps features (batch, height, width, channels) to logits (batch, classes)."""
-        del train
-        return nn.Dense(self.num_classes, name='dense')(jnp.mean(x, axis=(1, 2)))
-
-
-class CifarResNet(nn.Module):
-    """ResNet of depth 6n + 2 for small images (He et al., arXiv 1512.03385, section 4.2).
-
-    Three stages of n residual blocks with 1, 2 and 4 times `width` channels; the second and third stage halve the
-    image. Submodules: stem, stage1_block1, ..., head.
-
-    Attributes:
-        depth: 6n + 2.
-        num_classes: number of logits.
-        width: channels of the first stage.
-        shortcut: 'A' (no parameters) or 'B' (1×1 convolution).
-
-    Raises:
-        ValueError: for a depth that is not 6n + 2, or a shortcut that does not exist.
-    """
-
-    depth: int
-    num_classes: int
-    width: int = 16
-    shortcut: str = 'A'
-
-    def __post_init__(self):
-        if self.depth < 8 or (self.depth - 2) % 6:
-            raise ValueError(f'depth={self.depth}: a CIFAR ResNet has 6n + 2 layers (8, 14, 20, 32, 44, 56, 110).')
-        if self.shortcut not in SHORTCUTS:
-            raise ValueError(f'shortcut={self.shortcut!r}: it must be one of {", ".join(SHORTCUTS)}.')
-        super().__post_init__()
-
-    @property
-    def blocks_per_stage(self) -> int:
-        """Residual blocks in each stage."""
-        return (self.depth - 2) // 6
-
-    @property
-    def stages(self) -> tuple[tuple[str, ...], ...]:
-        """For each stage the names of its residual blocks."""
-        return tuple(
-            tuple(f'stage{stage}_block{block}' for block in range(1, self.blocks_per_stage + 1))
-            for stage in range(1, NUM_STAGES + 1)
-        )
-
-    def setup(self):
-        """Makes the submodules."""
-        self.stem = Stem(self.width)
-        for number, names in enumerate(self.stages):
-            for position, name in enumerate(names):
-                stride = 2 if number > 0 and position == 0 else 1
-                setattr(self, name, ResidualBlock(self.width * 2**number, stride, self.shortcut))
-        self.head = Head(self.num_classes)
-
-    def run(self, x: jax.Array, names: Sequence[str], train: bool) -> jax.Array:
-        """Runs the submodules called `names`, one after another."""
-        for name in names:
-            x = getattr(self, name)(x, train)
-        return x
-
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """Maps images (batch, height, width, channels) to logits (batch, classes)."""
-        return self.run(x, ('stem', *sum(self.stages, ()), 'head'), train)
-
-    def cut(self, granularity: str) -> CutNetwork:
-        """Returns this network cut into one block per stage or per residual block.
-
-        Raises:
-            ValueError: for a granularity that is neither 'stage' nor 'block'.
-        """
-        if granularity not in CUTS:
-            raise ValueError(f'cut={granularity!r}: it must be one of {", ".join(CUTS)}.')
-        blocks = self.stages if granularity == 'stage' else tuple((name,) for name in sum(self.stages, ()))
-        return CutNetwork(module=self, stem=('stem',), blocks=blocks, head=('head',))
+        if self.activate:
+            x = nn.relu(batch_norm(train, 'norm', dtype=self.dtype)(x))
+        x = nn.Dense(self.num_classes, dtype=self.dtype, name='dense')(jnp.mean(x, axis=(1, 2)))
+        return x.astype(jnp.float32)

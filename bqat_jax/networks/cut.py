@@ -1,30 +1,40 @@
 """What block replacement needs to know of a network: that it is a stem, blocks and a head, run one after another."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
+
+
+def run_submodules(module: Any, x: Any, names: Sequence[str], train: bool) -> Any:
+    """Runs a module's submodules called `names`, one after another, each as `submodule(x, train)`."""
+    for name in names:
+        x = getattr(module, name)(x, train)
+    return x
 
 
 @dataclasses.dataclass(frozen=True)
 class CutNetwork:
     """A network cut into stem, blocks and head.
 
-    The module owns named submodules that run one after another, and a method `run(x, names, train)` that runs those
-    named. The pieces are runs of such names; where the cuts lie does not change a parameter's name.
+    Each of them is one part of the network or several that run one after another; where the cuts lie does not change a
+    parameter's name.
 
     Attributes:
         module: the Linen module.
-        stem: names of the submodules before the first block.
-        blocks: for each block the names of its submodules.
-        head: names of the submodules after the last block; they give the logits.
+        stem: names of the parts before the first block.
+        blocks: for each block the names of its parts.
+        head: names of the parts after the last block; they give the logits.
+        run: `run(module, x, names, train)` runs the parts called `names` of the bound module on x.
     """
 
-    module: Any  # nn.Module does not declare `run`
+    module: nn.Module
     stem: tuple[str, ...]
     blocks: tuple[tuple[str, ...], ...]
     head: tuple[str, ...]
+    run: Callable[[Any, Any, Sequence[str], bool], Any] = run_submodules
 
     @property
     def segments(self) -> tuple[tuple[str, ...], ...]:
@@ -33,31 +43,38 @@ class CutNetwork:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All submodules, in order."""
+        """All parts, in order."""
         return sum(self.segments, ()) + self.head
 
     def init(self, key: jax.Array, image_shape: Sequence[int]) -> dict[str, Any]:
         """Returns fresh variables, 'params' and 'batch_stats', for images of shape (height, width, channels)."""
         images = jax.ShapeDtypeStruct((1, *image_shape), 'float32')
-        return self.module.lazy_init(key, images, self.names, train=False, method='run')
+        variables = self.module.lazy_init(
+            key, images, method=lambda module, x: self.run(module, x, self.names, train=False)
+        )
+        return {'batch_stats': {}, **variables}
 
-    def apply(self, variables: Any, x: jax.Array, names: Sequence[str], *, train: bool) -> tuple[jax.Array, Any]:
-        """Runs the submodules called `names`.
+    def apply(
+        self, variables: Any, x: Any, names: Sequence[str], *, train: bool, key: jax.Array | None = None
+    ) -> tuple[Any, Any]:
+        """Runs the parts called `names`.
 
         Args:
             variables: the network's variables.
             x: what enters the first of them.
             names: which to run, in order.
             train: with batch statistics, or else with the stored ones.
+            key: of dropout, for a network that has it.
 
         Returns:
-            The output, and the 'batch_stats' of those submodules, updated when `train`.
+            The output, and the network's 'batch_stats', those of these parts updated when `train`.
         """
-        mine = {
-            collection: {name: values[name] for name in names if name in values}
-            for collection, values in variables.items()
-        }
+
+        def run(module, x):
+            return self.run(module, x, tuple(names), train)
+
+        rngs = None if key is None else {'dropout': key}
         if not train:
-            return self.module.apply(mine, x, tuple(names), train=False, method='run'), mine.get('batch_stats', {})
-        output, updated = self.module.apply(mine, x, tuple(names), train=True, method='run', mutable=['batch_stats'])
+            return self.module.apply(variables, x, method=run, rngs=rngs), variables.get('batch_stats', {})
+        output, updated = self.module.apply(variables, x, method=run, mutable=['batch_stats'], rngs=rngs)
         return output, updated.get('batch_stats', {})

@@ -60,14 +60,13 @@ def run_backbone(
     """
     quantized = quantization.quantize_params(quantizer_params, params, context)
     variables = {'params': quantized, 'batch_stats': batch_stats}
-    x, features, new_stats = images, [], {}
-    with quantization.quantize_inputs(quantizer_params, context):
+    x, features = images, []
+    with quantization.quantize_inputs():
         for names in network.segments:
-            x, stats = network.apply(variables, x, names, train=train)
+            x, variables['batch_stats'] = network.apply(variables, x, names, train=train, key=context.key)
             features.append(x)
-            new_stats.update(stats)
-        logits, stats = network.apply(variables, x, network.head, train=train)
-    return Backbone(logits, features, {**new_stats, **stats})
+        logits, new_stats = network.apply(variables, x, network.head, train=train, key=context.key)
+    return Backbone(logits, features, new_stats)
 
 
 def run_teacher(network: CutNetwork, partner: Any, images: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from bqat_jax.quantization.quantizers import Quantizer
 from bqat_jax.quantization.rounding import EVALUATION, Context
-from bqat_jax.quantization.transform import Quantization, find_shapes
+from bqat_jax.quantization.transform import Quantization, find_layers
 from bqat_jax.training.optimizer import NETWORK, QUANTIZERS
 from bqat_jax.training.regularizers import Regularizers
 from bqat_jax.training.sharding import replicated
@@ -221,10 +221,12 @@ def make_measurement(problem: Problem, settings: TraceSettings, mesh: Mesh) -> C
                 state.deltas,
             )[0]
 
-        variables = {'params': state.params[NETWORK], 'batch_stats': state.batch_stats}
-        seen = find_shapes(
-            lambda v, x: problem.network.apply(v, x, problem.network.names, train=False), variables, images
-        )
+        def run(params, images):
+            variables = {'params': params, 'batch_stats': state.batch_stats}
+            return problem.network.apply(variables, images, problem.network.names, train=False)
+
+        layers = find_layers(run, state.params[NETWORK], images).quantizable
+        seen = {path: {'weights': layer.weights, 'activations': layer.input.shape} for path, layer in layers.items()}
         shapes = {path: {role: seen[path][role] for role in roles} for path, roles in state.deltas.items()}
         key = jax.random.fold_in(loss_key, MEASUREMENT)
         return measure_deltas(problem.quantization, state.params[QUANTIZERS], shapes, loss, key, settings)

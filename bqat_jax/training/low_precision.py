@@ -42,29 +42,27 @@ def train_low_precision(setting: Setting, partner: Partner, stop: StopRequest) -
         UserError: as `run_phase`.
         Stopped: as `run_phase`.
     """
+
+    def run(params, batch):
+        variables = {**partner.variables, 'params': params}
+        return setting.network.apply(variables, batch, setting.network.names, train=True)
+
     batches = None
     path = setting.workdir / QUANTIZERS_FILE
     if not path.exists():
         batches = _calibration_batches(setting, partner)
-
-        def run(batch):
-            return setting.network.apply(partner.variables, batch, setting.network.names, train=True)
-
-        signed = find_signed_inputs(run, batches, setting.layers)
+        layers = setting.found.quantizable
+        signed = find_signed_inputs(run, partner.variables['params'], batches, layers, setting.layers)
         write_json(path, _describe(_build(setting, signed)))
     phase = low_precision_phase(setting, partner)
     quantization = phase.problem.quantization
-
-    def run_with(params, batch):
-        variables = {**partner.variables, 'params': params}
-        return setting.network.apply(variables, batch, setting.network.names, train=True)
 
     def init():
         setting.console.print('Calibrating the quantizers.')
         images = batches or _calibration_batches(setting, partner)
         params = partner.variables['params']
         try:
-            quantizers = calibrate(quantization, params, run_with, images)
+            quantizers = calibrate(quantization, params, run, images)
         except ValueError as error:
             raise UserError(str(error)) from error
         return {NETWORK: params, QUANTIZERS: quantizers}, partner.variables['batch_stats']
@@ -107,7 +105,7 @@ def low_precision_phase(setting: Setting, partner: Partner) -> Phase:
 def _build(setting: Setting, signed: dict[str, bool]) -> Quantization:
     """The quantizers, where the config's are defined for their layers."""
     try:
-        return build_quantization(setting.layers, signed)
+        return build_quantization(setting.found.quantizable, setting.layers, signed)
     except ValueError as error:
         raise UserError(str(error)) from error
 

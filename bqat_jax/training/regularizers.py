@@ -19,7 +19,7 @@ from bqat_jax.quantization.oscillations import (
     track,
 )
 from bqat_jax.quantization.quantizers import QUANTIZERS, Quantizer
-from bqat_jax.quantization.transform import WEIGHT_NAME, Quantization
+from bqat_jax.quantization.transform import WEIGHT_NAME, Layer, Quantization
 
 # A weight oscillates visibly if it does so this often; the bound of the paper's figures.
 VISIBLE_FREQUENCY = 0.005
@@ -99,8 +99,14 @@ class Regularizers:
             for path, quantizer in _weights(quantization)
         }
 
-    def check(self, path: str, quantizer: Quantizer) -> None:
-        """Raises ValueError if a layer's weights are to be frozen and their quantizer does not allow it."""
+    def check(self, path: str, quantizer: Quantizer, layer: Layer) -> None:
+        """Raises ValueError if a layer's weights are to be regularized and it or its quantizer does not allow it."""
+        if (self.freezing or self.dampens) and quantizer.bits <= MOST_BITS and not layer.is_plain:
+            raise ValueError(
+                f'quant.oscillations: the weights of layer {path} can be neither dampened nor frozen, because they '
+                f'are {"stacked" if layer.stack else "not laid out with their output channels last"}; give it more '
+                f'than {MOST_BITS} bits or full precision by a rule in quant.rules, or switch both off.'
+            )
         if self.freezing and quantizer.bits <= MOST_BITS and not can_freeze(quantizer):
             raise ValueError(
                 f'quant.oscillations.freezing: the weights of layer {path} cannot be frozen, because the quantizer '

@@ -15,11 +15,11 @@ from bqat_jax.configuration import Config, duration, to_plain
 from bqat_jax.data.pipeline import Split, read_whole
 from bqat_jax.data.sources import ImageData, Subset, load_images
 from bqat_jax.errors import UserError
-from bqat_jax.networks.cifar_resnet import CifarResNet
 from bqat_jax.networks.cut import CutNetwork
+from bqat_jax.networks.registry import make_network
 from bqat_jax.plugins import load_plugins
 from bqat_jax.quantization.rules import LayerSettings, assign_quantizers
-from bqat_jax.quantization.transform import find_layers
+from bqat_jax.quantization.transform import Layers, find_layers
 from bqat_jax.replacement.objective import Objective
 from bqat_jax.replacement.plans import Plan, prefix_weights
 from bqat_jax.training.curvature import TraceSettings
@@ -27,7 +27,6 @@ from bqat_jax.training.regularizers import Regularizers
 from bqat_jax.training.sharding import make_mesh, replicated
 from bqat_jax.training.step import Preprocessing
 
-NETWORKS = {'cifar_resnet': CifarResNet}
 LEAST = {
     'seed': 0,
     'data.workers': 0,
@@ -53,6 +52,7 @@ class Setting:
         network: the network, cut into blocks.
         plan: the replacement plan.
         objective: what is minimised.
+        found: the network's layers.
         layers: what the rules say of each layer.
         regularizers: what is done about oscillating weights.
         trace: how the strength of estimators that measure one is measured.
@@ -67,6 +67,7 @@ class Setting:
     network: CutNetwork
     plan: Plan
     objective: Objective
+    found: Layers
     layers: dict[str, LayerSettings]
     regularizers: Regularizers
     trace: TraceSettings
@@ -151,8 +152,6 @@ def make_setting(config: Config, workdir: Path, console: rich.console.Console) -
             f'train.batch_size={config.train.batch_size} cannot be split over {mesh.devices.size} devices; '
             'take a multiple, or fewer devices (mesh.data).'
         )
-    if config.network.name not in NETWORKS:
-        raise UserError(f'network.name={config.network.name!r}: it must be one of {", ".join(NETWORKS)}.')
     images = load_images(config.data.name, config.data.dir, config.data.validation_fraction)
     channels = images.image_shape[-1]
     if len(config.data.mean) != channels or len(config.data.std) != channels or min(config.data.std) <= 0:
@@ -163,10 +162,15 @@ def make_setting(config: Config, workdir: Path, console: rich.console.Console) -
     plugins = load_plugins(config.plugins)
     try:
         network = _make_network(config, images)
-        regularizers, layers = Regularizers(**config.quant.oscillations), _assign(config, network, images)
+        found = find_network_layers(network, images.image_shape)
+        layers = assign_quantizers(
+            tuple(found.quantizable), config.quant.weights, config.quant.activations, config.quant.rules
+        )
+        regularizers = Regularizers(**config.quant.oscillations)
         for path, layer in layers.items():
             if layer.weights is not None:
-                regularizers.check(path, layer.weights.make(of_weights=True, signed=True))
+                quantizer = layer.weights.make(of_weights=True, signed=True)
+                regularizers.check(path, quantizer, found.quantizable[path])
         weights = prefix_weights(config.replacement.weights, len(network.blocks))
         return Setting(
             config=config,
@@ -181,6 +185,7 @@ def make_setting(config: Config, workdir: Path, console: rich.console.Console) -
                 path_cross_entropy=config.replacement.path_cross_entropy,
                 temperature=config.replacement.temperature,
             ),
+            found=found,
             layers=layers,
             regularizers=regularizers,
             trace=TraceSettings(
@@ -194,12 +199,15 @@ def make_setting(config: Config, workdir: Path, console: rich.console.Console) -
 
 def _make_network(config: Config, images: ImageData) -> CutNetwork:
     options = {key: value for key, value in config.network.items() if key != 'name'}
-    module = NETWORKS[config.network.name](num_classes=images.num_classes, **options)
-    return module.cut(config.replacement.cut)
+    return make_network(config.network.name, images.num_classes, config.replacement.cut, options)
 
 
-def _assign(config: Config, network: CutNetwork, images: ImageData) -> dict[str, LayerSettings]:
-    variables = jax.eval_shape(lambda: network.init(jax.random.key(0), images.image_shape))
-    batch = jax.ShapeDtypeStruct((1, *images.image_shape), 'float32')
-    paths = find_layers(lambda v, x: network.apply(v, x, network.names, train=False), variables, batch)
-    return assign_quantizers(paths, config.quant.weights, config.quant.activations, config.quant.rules)
+def find_network_layers(network: CutNetwork, image_shape: Sequence[int]) -> Layers:
+    """Returns the layers of a network for images of shape (height, width, channels); nothing is computed."""
+    variables: Any = jax.eval_shape(lambda: network.init(jax.random.key(0), image_shape))
+    batch = jax.ShapeDtypeStruct((1, *image_shape), 'float32')
+
+    def run(params, batch, batch_stats):
+        return network.apply({'params': params, 'batch_stats': batch_stats}, batch, network.names, train=False)
+
+    return find_layers(run, variables['params'], batch, variables['batch_stats'])

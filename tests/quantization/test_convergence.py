@@ -56,7 +56,7 @@ def fit(quantization, params, parameters, digits, learning_rate):
 
     def loss(trained, index, context):
         params, parameters = trained
-        with quantization.quantize_inputs(parameters, context):
+        with quantization.quantize_inputs():
             quantized = quantization.quantize_params(parameters, params, context)
             logits = MODEL.apply({'params': quantized}, images[index])
         return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels[index]))
@@ -86,7 +86,7 @@ def accuracy(quantization, params, parameters, digits):
 
     @jax.jit
     def run(params, parameters):
-        with quantization.quantize_inputs(parameters):
+        with quantization.quantize_inputs():
             return MODEL.apply({'params': quantization.quantize_params(parameters, params, EVALUATION)}, images)
 
     return float(np.mean(np.argmax(run(params, parameters), axis=-1) == labels))
@@ -116,10 +116,10 @@ def test_training_reaches_what_rounding_does_not(name, partner, digits):
         'bits': 2,
         'estimator': 'identity' if estimator.sign_only or estimator.weights_only else name,
     }
-    paths = find_layers(run, partner, images)
+    layers = find_layers(run, partner, images).quantizable
     first = {'layers': 'conv1', 'activations': {'bits': 8, 'estimator': 'identity'}}
-    settings = assign_quantizers(paths, weights, activations, [first])
-    quantization = build_quantization(settings, {path: path == 'conv1' for path in paths})
+    settings = assign_quantizers(tuple(layers), weights, activations, [first])
+    quantization = build_quantization(layers, settings, {path: path == 'conv1' for path in layers})
     parameters = calibrate(quantization, partner, run, [images])
     before = accuracy(quantization, partner, parameters, digits)
     after = accuracy(quantization, *fit(quantization, partner, parameters, digits, LEARNING_RATE), digits)

@@ -40,20 +40,20 @@ def run(params, x):
 
 
 def quantized(*rules, weights=WEIGHTS):
-    paths = find_layers(run, PARAMS, X)
-    settings = assign_quantizers(paths, weights, ACTIVATIONS, rules)
-    signed = find_signed_inputs(lambda x: run(PARAMS, x), [X], settings)
-    quantization = build_quantization(settings, signed)
+    layers = find_layers(run, PARAMS, X).quantizable
+    settings = assign_quantizers(tuple(layers), weights, ACTIVATIONS, rules)
+    signed = find_signed_inputs(run, PARAMS, [X], layers, settings)
+    quantization = build_quantization(layers, settings, signed)
     return quantization, calibrate(quantization, PARAMS, run, [X])
 
 
 def apply(quantization, parameters, params=PARAMS, x=X):
-    with quantization.quantize_inputs(parameters):
+    with quantization.quantize_inputs():
         return run(quantization.quantize_params(parameters, params), x)
 
 
 def test_layers_are_found_in_the_order_they_run():
-    assert find_layers(run, PARAMS, X) == ('conv', 'middle', 'last')
+    assert tuple(find_layers(run, PARAMS, X).quantizable) == ('conv', 'middle', 'last')
 
 
 def test_inputs_after_a_relu_are_unsigned():
@@ -64,7 +64,7 @@ def test_inputs_after_a_relu_are_unsigned():
 
 def test_a_sign_that_is_named_is_taken():
     layer = LayerSettings(None, QuantizerSettings('lsq', 4, 'identity', sign='unsigned'))
-    assert find_signed_inputs(lambda x: run(PARAMS, x), [X], {'conv': layer}) == {'conv': False}
+    assert find_signed_inputs(run, PARAMS, [X], {}, {'conv': layer}) == {'conv': False}
 
 
 def test_weights_and_inputs_are_quantized_as_by_hand():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from bqat_jax.networks.cifar_resnet import CifarResNet
+from bqat_jax.networks.cifar_resnet import cifar_resnet
 from bqat_jax.quantization.rules import assign_quantizers
 from bqat_jax.quantization.transform import (
     FULL_PRECISION,
@@ -19,7 +19,7 @@ from bqat_jax.replacement.objective import Objective
 from bqat_jax.replacement.paths import run_backbone, run_paths, run_teacher
 from bqat_jax.replacement.plans import Plan, prefix_weights
 
-NETWORK = CifarResNet(14, 10, width=4, shortcut='B').cut('block')  # six blocks
+NETWORK = cifar_resnet(10, depth=14, width=4, shortcut='B', cut='block')  # six blocks
 BLOCKS = len(NETWORK.blocks)
 X = jax.random.normal(jax.random.key(0), (8, 8, 8, 3))
 LABELS = jnp.arange(8)
@@ -47,10 +47,10 @@ def low_precision():
     def run(params, x):
         return NETWORK.apply({**PARTNER, 'params': params}, x, NETWORK.names, train=True)
 
-    settings = assign_quantizers(find_layers(run, PARTNER['params'], X), SETTINGS, SETTINGS, ())
-    quantization = build_quantization(
-        settings, find_signed_inputs(functools.partial(run, PARTNER['params']), [X], settings)
-    )
+    layers = find_layers(run, PARTNER['params'], X).quantizable
+    settings = assign_quantizers(tuple(layers), SETTINGS, SETTINGS, ())
+    signed = find_signed_inputs(run, PARTNER['params'], [X], layers, settings)
+    quantization = build_quantization(layers, settings, signed)
     return quantization, calibrate(quantization, PARTNER['params'], run, [X])
 
 

@@ -5,8 +5,10 @@ import pytest
 
 from bqat_jax.quantization.estimators import get_estimator
 from bqat_jax.quantization.quantizers import LSQ, PACT
-from bqat_jax.quantization.transform import LayerQuantizers, Quantization
+from bqat_jax.quantization.transform import KernelLayout, Layer, LayerQuantizers, Quantization
 from bqat_jax.training.curvature import TraceSettings, hutchinson_traces, measure_deltas
+
+LAYER = Layer('Dense', (6, 4), (), KernelLayout((0, 1)), jax.ShapeDtypeStruct((2, 6), 'float32'))
 
 
 def symmetric(seed, size):
@@ -51,7 +53,7 @@ def test_delta_follows_the_formula(sign):
     quantizer = LSQ(bits=2, estimator=get_estimator('ewgs_trace'))
     weights = jax.random.normal(jax.random.key(0), (6, 4))
     parameters = {'layer': {'weights': quantizer.init(weights)}}
-    quantization = Quantization({'layer': LayerQuantizers(quantizer, None)})
+    quantization = Quantization({'layer': LayerQuantizers(quantizer, None, LAYER)})
     curvature = jnp.asarray(np.random.default_rng(0).uniform(0.5, 2, (6, 4)), jnp.float32)
 
     def loss(quantization, parameters):
@@ -71,7 +73,7 @@ def test_delta_follows_the_formula(sign):
 
 def test_no_gradient_gives_no_delta():
     quantizer = PACT(bits=2, estimator=get_estimator('ewgs_trace'))
-    quantization = Quantization({'layer': LayerQuantizers(quantizer, None)})
+    quantization = Quantization({'layer': LayerQuantizers(quantizer, None, LAYER)})
     weights = jnp.ones((3, 3))
     parameters = {'layer': {'weights': quantizer.init(weights)}}
     found = measure_deltas(

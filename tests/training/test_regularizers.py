@@ -1,8 +1,14 @@
+import dataclasses
+
+import jax
 import numpy as np
 import pytest
 
 from bqat_jax.quantization.quantizers import LSQ, SAWB
+from bqat_jax.quantization.transform import KernelLayout, Layer
 from bqat_jax.training.regularizers import Regularizers
+
+LAYER = Layer('Dense', (6, 4), (), KernelLayout((0, 1)), jax.ShapeDtypeStruct((2, 6), 'float32'))
 
 
 def test_schedules_rise_by_a_cosine_from_their_start():
@@ -15,11 +21,16 @@ def test_schedules_rise_by_a_cosine_from_their_start():
 
 
 def test_weights_whose_scale_is_read_off_them_are_not_frozen():
-    Regularizers(freezing=True).check('conv', LSQ(bits=2))
-    Regularizers(freezing=True).check('conv', SAWB(bits=8))  # so many bits are not tracked
-    Regularizers(dampening=0.1).check('conv', SAWB(bits=2))
+    Regularizers(freezing=True).check('conv', LSQ(bits=2), LAYER)
+    Regularizers(freezing=True).check('conv', SAWB(bits=8), LAYER)  # so many bits are not tracked
+    Regularizers(dampening=0.1).check('conv', SAWB(bits=2), LAYER)
     with pytest.raises(ValueError, match='layer conv cannot be frozen'):
-        Regularizers(freezing=True).check('conv', SAWB(bits=2))
+        Regularizers(freezing=True).check('conv', SAWB(bits=2), LAYER)
+    stacked = dataclasses.replace(LAYER, stack=(3,))
+    Regularizers().check('conv', LSQ(bits=2), stacked)
+    for regularizers in (Regularizers(freezing=True), Regularizers(dampening=0.1)):
+        with pytest.raises(ValueError, match='stacked'):
+            regularizers.check('conv', LSQ(bits=2), stacked)
 
 
 @pytest.mark.parametrize(

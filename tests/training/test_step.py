@@ -5,7 +5,7 @@ import optax
 import pytest
 
 from bqat_jax.configuration import optimizer_config
-from bqat_jax.networks.cifar_resnet import CifarResNet
+from bqat_jax.networks.cifar_resnet import cifar_resnet
 from bqat_jax.quantization.rules import assign_quantizers
 from bqat_jax.quantization.transform import (
     FULL_PRECISION,
@@ -26,7 +26,7 @@ from bqat_jax.training.step import (
     make_train_step,
 )
 
-NETWORK = CifarResNet(8, 10, width=8).cut('stage')
+NETWORK = cifar_resnet(10, depth=8, width=8)
 HOW = Preprocessing((0.5,), (0.5,), crop_padding=1, flip=True)
 VARIABLES = NETWORK.init(jax.random.key(1), (8, 8, 1))
 ARRAYS = {
@@ -41,9 +41,10 @@ def make_problem(plan, distillation=1.0, bits=4):
 
     x = jnp.asarray(ARRAYS['image'][:32], jnp.float32) / 127.5 - 1
     given = {'name': 'lsq', 'bits': bits, 'estimator': 'identity'}
-    settings = assign_quantizers(find_layers(run, VARIABLES['params'], x), given, given, ())
-    signed = find_signed_inputs(lambda x: run(VARIABLES['params'], x), [x], settings)
-    quantization = build_quantization(settings, signed)
+    layers = find_layers(run, VARIABLES['params'], x).quantizable
+    settings = assign_quantizers(tuple(layers), given, given, ())
+    signed = find_signed_inputs(run, VARIABLES['params'], [x], layers, settings)
+    quantization = build_quantization(layers, settings, signed)
     parameters = calibrate(quantization, VARIABLES['params'], run, [x])
     plan = Plan(plan, prefix_weights('halving', 3))
     return Problem(NETWORK, quantization, plan, Objective(distillation), HOW, 20), parameters

@@ -1,0 +1,34 @@
+"""Quantizes a Flax Linen network from outside: finds its layers, calibrates and applies their quantizers."""
+
+from bqat_jax.quantization.transform.calibration import calibrate, find_signed_inputs, init_quantizers
+from bqat_jax.quantization.transform.layers import LAYER_TYPES, WEIGHT_NAME, KernelLayout, Layer, Layers, find_layers
+from bqat_jax.quantization.transform.operations import count_macs
+from bqat_jax.quantization.transform.quantization import (
+    FULL_PRECISION,
+    ROLES,
+    LayerQuantizers,
+    Quantization,
+    build_quantization,
+    context_of,
+    rescale,
+)
+
+__all__ = [
+    'FULL_PRECISION',
+    'LAYER_TYPES',
+    'ROLES',
+    'WEIGHT_NAME',
+    'KernelLayout',
+    'Layer',
+    'LayerQuantizers',
+    'Layers',
+    'Quantization',
+    'build_quantization',
+    'calibrate',
+    'context_of',
+    'count_macs',
+    'find_layers',
+    'find_signed_inputs',
+    'init_quantizers',
+    'rescale',
+]
