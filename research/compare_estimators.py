@@ -28,6 +28,7 @@ from bqat_jax.quantization.estimators import ESTIMATORS
 from bqat_jax.quantization.quantizers import QUANTIZERS
 from bqat_jax.quantization.rules import assign_quantizers
 from bqat_jax.quantization.transform import build_quantization, calibrate
+from bqat_jax.replacement.block_replacement import BlockReplacement
 from bqat_jax.replacement.objective import Objective
 from bqat_jax.replacement.plans import Plan
 from bqat_jax.training.curvature import TraceSettings, make_measurement
@@ -93,7 +94,8 @@ def run_cell(setting: Setting, partner: Any, cell: dict[str, Any], steps: int, s
     layers = assign_quantizers(tuple(found), cell['weights'], cell['activations'], config.quant.rules)
     # All inputs but the first layer's follow a ReLU.
     quantization = build_quantization(found, layers, {path: path == 'stem/conv' for path in found})
-    problem = Problem(network, quantization, Plan('none', ()), Objective(distillation=0.0), how, steps)
+    replacement = BlockReplacement(network, quantization, Plan('none', ()), Objective(distillation=0.0))
+    problem = Problem(replacement, how, steps)
     optimizer, schedule = make_optimizer(config.optimizer, max(steps, 1), 0)
     params = {NETWORK: params, QUANTIZER_PARAMETERS: calibrate(quantization, params, run, [images])}
     # Seeds one after another, by the same compiled programs: side by side, under vmap, convolutions of weights that

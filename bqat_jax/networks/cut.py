@@ -7,6 +7,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+# A collection of variables in which `run` may carry something out of a lifted transformation.
+CARRIED = 'carried'
+
 
 def run_submodules(module: Any, x: Any, names: Sequence[str], train: bool) -> Any:
     """Runs a module's submodules called `names`, one after another, each as `submodule(x, train)`."""
@@ -47,12 +50,22 @@ class CutNetwork:
         return sum(self.segments, ()) + self.head
 
     def init(self, key: jax.Array, image_shape: Sequence[int]) -> dict[str, Any]:
-        """Returns fresh variables, 'params' and 'batch_stats', for images of shape (height, width, channels)."""
+        """Returns fresh variables, 'params' and 'batch_stats', for images of shape (height, width, channels).
+
+        Raises:
+            ValueError: if the network has variables of other kinds.
+        """
         images = jax.ShapeDtypeStruct((1, *image_shape), 'float32')
-        variables = self.module.lazy_init(
-            key, images, method=lambda module, x: self.run(module, x, self.names, train=False)
+        variables: Any = self.module.lazy_init(
+            key, images, method=lambda module, x: self.run(module, x, self.names, False)
         )
-        return {'batch_stats': {}, **variables}
+        unknown = [name for name in variables if name not in ('params', 'batch_stats', CARRIED)]
+        if unknown:
+            raise ValueError(
+                f'The network has variables in {", ".join(unknown)}: block replacement knows what to do with '
+                "'params' and 'batch_stats' alone."
+            )
+        return {'params': variables['params'], 'batch_stats': variables.get('batch_stats', {})}
 
     def apply(
         self, variables: Any, x: Any, names: Sequence[str], *, train: bool, key: jax.Array | None = None
@@ -73,8 +86,8 @@ class CutNetwork:
         def run(module, x):
             return self.run(module, x, tuple(names), train)
 
-        rngs = None if key is None else {'dropout': key}
-        if not train:
-            return self.module.apply(variables, x, method=run, rngs=rngs), variables.get('batch_stats', {})
-        output, updated = self.module.apply(variables, x, method=run, mutable=['batch_stats'], rngs=rngs)
-        return output, updated.get('batch_stats', {})
+        # Pieces that run on their own draw differently.
+        rngs = None if key is None else {'dropout': jax.random.fold_in(key, self.names.index(names[0]))}
+        mutable = ['batch_stats', CARRIED] if train else [CARRIED]
+        output, updated = self.module.apply(variables, x, method=run, mutable=mutable, rngs=rngs)
+        return output, updated.get('batch_stats', variables.get('batch_stats', {}))

@@ -209,8 +209,9 @@ def make_measurement(problem: Problem, settings: TraceSettings, mesh: Mesh) -> C
         images, labels, loss_key = prepare_batch(problem, state, arrays, batch)
 
         def loss(quantization, quantizer_params):
+            replacement = dataclasses.replace(problem.replacement, quantization=quantization)
             return loss_and_metrics(
-                dataclasses.replace(problem, quantization=quantization, regularizers=Regularizers()),
+                dataclasses.replace(problem, replacement=replacement, regularizers=Regularizers()),
                 {NETWORK: state.params[NETWORK], QUANTIZERS: quantizer_params},
                 state.batch_stats,
                 partner,
@@ -223,12 +224,12 @@ def make_measurement(problem: Problem, settings: TraceSettings, mesh: Mesh) -> C
 
         def run(params, images):
             variables = {'params': params, 'batch_stats': state.batch_stats}
-            return problem.network.apply(variables, images, problem.network.names, train=False)
+            return problem.replacement.network.apply(variables, images, problem.replacement.network.names, train=False)
 
         layers = find_layers(run, state.params[NETWORK], images).quantizable
         seen = {path: {'weights': layer.weights, 'activations': layer.input.shape} for path, layer in layers.items()}
         shapes = {path: {role: seen[path][role] for role in roles} for path, roles in state.deltas.items()}
         key = jax.random.fold_in(loss_key, MEASUREMENT)
-        return measure_deltas(problem.quantization, state.params[QUANTIZERS], shapes, loss, key, settings)
+        return measure_deltas(problem.replacement.quantization, state.params[QUANTIZERS], shapes, loss, key, settings)
 
     return jax.jit(measure, out_shardings=replicated(mesh))

@@ -191,7 +191,7 @@ class _Run:
 
     def _measure_every(self) -> int:
         """Steps between two measurements of estimators' strengths; 0 if no estimator needs one."""
-        quantizers = self._phase.problem.quantization.quantizers()
+        quantizers = self._phase.problem.replacement.quantization.quantizers()
         if not any(quantizer.estimator.needs_delta for _, _, quantizer in quantizers):
             return 0
         return max(1, self._setting.steps(self._setting.config.quant.trace, 'every_'))

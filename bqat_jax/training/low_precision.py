@@ -17,6 +17,7 @@ from bqat_jax.quantization.transform import (
     find_signed_inputs,
     init_quantizers,
 )
+from bqat_jax.replacement.block_replacement import BlockReplacement
 from bqat_jax.training.checkpoint import Restored
 from bqat_jax.training.loop import Phase, run_phase
 from bqat_jax.training.optimizer import NETWORK, QUANTIZERS
@@ -45,7 +46,7 @@ def train_low_precision(setting: Setting, partner: Partner, stop: StopRequest) -
 
     def run(params, batch):
         variables = {**partner.variables, 'params': params}
-        return setting.network.apply(variables, batch, setting.network.names, train=True)
+        return setting.network.apply(variables, batch, setting.network.names, train=True, key=setting.key(CALIBRATION))
 
     batches = None
     path = setting.workdir / QUANTIZERS_FILE
@@ -55,7 +56,7 @@ def train_low_precision(setting: Setting, partner: Partner, stop: StopRequest) -
         signed = find_signed_inputs(run, partner.variables['params'], batches, layers, setting.layers)
         write_json(path, _describe(_build(setting, signed)))
     phase = low_precision_phase(setting, partner)
-    quantization = phase.problem.quantization
+    quantization = phase.problem.replacement.quantization
 
     def init():
         setting.console.print('Calibrating the quantizers.')
@@ -86,10 +87,7 @@ def low_precision_phase(setting: Setting, partner: Partner) -> Phase:
         name='train',
         purpose=TRAIN,
         problem=Problem(
-            network=setting.network,
-            quantization=_build(setting, signed),
-            plan=setting.plan,
-            objective=setting.objective,
+            replacement=BlockReplacement(setting.network, _build(setting, signed), setting.plan, setting.objective),
             # The low-precision network starts from the partner's weights, so it sees images as the partner does.
             preprocessing=setting.preprocessing(partner.facts['mean'], partner.facts['std']),
             steps=setting.steps(config.train),

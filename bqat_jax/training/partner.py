@@ -11,6 +11,7 @@ from bqat_jax.errors import UserError
 from bqat_jax.files import read_json, write_json
 from bqat_jax.networks.torch_weights import NAME_RULES, import_state_dict, read_state_dict
 from bqat_jax.quantization.transform import FULL_PRECISION
+from bqat_jax.replacement.block_replacement import BlockReplacement
 from bqat_jax.replacement.objective import Objective
 from bqat_jax.replacement.plans import Plan
 from bqat_jax.training.checkpoint import Checkpoints
@@ -43,10 +44,9 @@ class Partner:
     def problem(self, setting: Setting) -> Problem:
         """Returns the partner's own training: full precision, labels alone."""
         return Problem(
-            network=setting.network,
-            quantization=FULL_PRECISION,
-            plan=Plan('none', ()),
-            objective=Objective(distillation=0.0),
+            replacement=BlockReplacement(
+                setting.network, FULL_PRECISION, Plan('none', ()), Objective(distillation=0.0)
+            ),
             preprocessing=setting.preprocessing(self.facts['mean'], self.facts['std']),
             steps=setting.steps(setting.config.partner),
         )

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from bqat_jax.quantization.transform import mean_of_trees
 from bqat_jax.replacement.paths import run_backbone
 from bqat_jax.training.optimizer import NETWORK, QUANTIZERS
 from bqat_jax.training.sharding import over_batch, replicated
@@ -36,8 +37,8 @@ def reestimate_batch_stats(problem: Problem, state: TrainState, arrays: Any, bat
             # share of each follows, whatever momentum the network has.
             stats = jax.tree.map(lambda x: jnp.full_like(x, stored), state.batch_stats)
             return run_backbone(
-                problem.network,
-                problem.quantization,
+                problem.replacement.network,
+                problem.replacement.quantization,
                 state.params[NETWORK],
                 state.params[QUANTIZERS],
                 stats,
@@ -48,8 +49,9 @@ def reestimate_batch_stats(problem: Problem, state: TrainState, arrays: Any, bat
         return jax.tree.map(lambda zero, one: zero / (1 - (one - zero)), updated(0.0), updated(1.0))
 
     run = jax.jit(statistics, out_shardings=replicated(mesh))
+    # One after another: XLA's CPU devices can block each other for ever behind a long queue of programs.
     found = [
-        run(state, arrays, jax.device_put(batch, over_batch(mesh)), jnp.int32(number))
+        jax.block_until_ready(run(state, arrays, jax.device_put(batch, over_batch(mesh)), jnp.int32(number)))
         for number, batch in enumerate(batches)
     ]
-    return jax.tree.map(lambda *values: sum(values[1:], values[0]) / len(values), *found)
+    return mean_of_trees(found)

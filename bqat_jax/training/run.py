@@ -72,7 +72,7 @@ def evaluate_run(config: Config, workdir: Path) -> dict[str, Any]:
     restored = None
     if phase.directory.is_dir():
         with open_checkpoints(setting, phase.directory, read_only=True) as checkpoints:
-            shapes = quantizer_shapes(setting, phase.problem.quantization)
+            shapes = quantizer_shapes(setting, phase.problem.replacement.quantization)
             restored = checkpoints.restore_best(state_target(setting, phase, shapes))
     if restored is None:
         raise UserError(f'{workdir} holds no checkpoint of the low-precision network yet: train first (--mode=train).')

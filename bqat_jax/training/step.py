@@ -12,12 +12,7 @@ from jax.sharding import Mesh
 
 from bqat_jax.data.augmentation import augment, normalize
 from bqat_jax.data.pipeline import get_examples
-from bqat_jax.networks.cut import CutNetwork
-from bqat_jax.quantization.rounding import Context
-from bqat_jax.quantization.transform import Quantization
-from bqat_jax.replacement.objective import Objective
-from bqat_jax.replacement.paths import run_backbone, run_paths, run_teacher
-from bqat_jax.replacement.plans import Plan
+from bqat_jax.replacement.block_replacement import BlockReplacement
 from bqat_jax.training.optimizer import NETWORK, QUANTIZERS
 from bqat_jax.training.regularizers import Regularizers, oscillation_metrics
 from bqat_jax.training.sharding import replicated
@@ -67,19 +62,14 @@ class Problem:
     """What is trained: the static parts of a training step.
 
     Attributes:
-        network: the cut network.
-        quantization: its quantizers; none of them in the phase that trains the full-precision partner.
-        plan: which mixed-precision models run.
-        objective: what is minimised.
+        replacement: network, quantizers, plan and objective; no quantizers in the phase that trains the full-precision
+            partner.
         preprocessing: of the images.
         steps: how many there are, for what follows a schedule.
         regularizers: what is done about oscillating weights.
     """
 
-    network: CutNetwork
-    quantization: Quantization
-    plan: Plan
-    objective: Objective
+    replacement: BlockReplacement
     preprocessing: Preprocessing
     steps: int
     regularizers: Regularizers = NO_REGULARIZERS
@@ -94,10 +84,10 @@ def init_state(
 ) -> TrainState:
     """Returns the state before the first step; params are {'network': ..., 'quantizers': ...}."""
     deltas: dict[str, dict[str, jax.Array]] = {}
-    for path, role, quantizer in problem.quantization.quantizers():
+    for path, role, quantizer in problem.replacement.quantization.quantizers():
         if quantizer.estimator.needs_delta:
             deltas.setdefault(path, {})[role] = jnp.float32(0)
-    trackers = problem.regularizers.init_trackers(problem.quantization, params[QUANTIZERS], params[NETWORK])
+    trackers = problem.regularizers.init_trackers(problem.replacement.quantization, params[QUANTIZERS], params[NETWORK])
     return TrainState(
         step=jnp.int32(0),
         key=key,
@@ -121,7 +111,7 @@ def loss_and_metrics(
     progress: jax.Array,
     deltas: Any,
 ) -> tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]:
-    """Runs the LP backbone, the teacher and the MP paths the plan asks for, each once.
+    """Returns the loss of block replacement with what the regularizers add to it.
 
     Args:
         problem: what is trained.
@@ -137,31 +127,23 @@ def loss_and_metrics(
     Returns:
         The loss, and (new batch statistics, metrics).
     """
-    plan_key, quantizer_key = jax.random.split(key)
-    mask, path_weights = problem.plan.draw(plan_key)
-    backbone = run_backbone(
-        problem.network,
-        problem.quantization,
+    loss, (new_stats, metrics) = problem.replacement.loss(
         params[NETWORK],
         params[QUANTIZERS],
         batch_stats,
+        partner,
         images,
-        train=True,
-        context=Context(progress, quantizer_key, deltas),
+        labels,
+        key,
+        progress=progress,
+        deltas=deltas,
     )
-    teacher_logits = run_teacher(problem.network, partner, images) if problem.objective.needs_teacher else None
-    path_logits = run_paths(problem.network, problem.plan, partner, backbone.features, mask)
-    loss, metrics = problem.objective(labels, backbone.logits, teacher_logits, path_logits, path_weights)
     if problem.regularizers.dampens:
         metrics['loss/dampening'] = problem.regularizers.loss(
-            problem.quantization, params[QUANTIZERS], params[NETWORK], progress
+            problem.replacement.quantization, params[QUANTIZERS], params[NETWORK], progress
         )
         loss = metrics['loss'] = loss + metrics['loss/dampening']
-    metrics['train_top1'] = jnp.mean(jnp.argmax(backbone.logits, axis=-1) == labels, dtype=jnp.float32)
-    if problem.plan.is_sampled:
-        for number in range(problem.plan.num_paths):
-            metrics[f'path{number + 1}_lp_blocks'] = jnp.sum(mask[number])
-    return loss, (backbone.batch_stats, metrics)
+    return loss, (new_stats, metrics)
 
 
 def prepare_batch(
@@ -196,9 +178,9 @@ def train_step(
         (loss, (batch_stats, metrics)), gradients = jax.value_and_grad(loss_function, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
-        params[QUANTIZERS] = problem.quantization.constrain(params[QUANTIZERS], state.params[QUANTIZERS])
+        params[QUANTIZERS] = problem.replacement.quantization.constrain(params[QUANTIZERS], state.params[QUANTIZERS])
         trackers, params[NETWORK] = problem.regularizers.freeze(
-            problem.quantization, state.trackers, params[QUANTIZERS], params[NETWORK], progress
+            problem.replacement.quantization, state.trackers, params[QUANTIZERS], params[NETWORK], progress
         )
         is_bad = (state.first_bad_step < 0) & ~jnp.isfinite(loss)
         first_bad_step = jnp.where(is_bad, state.step, state.first_bad_step)
@@ -243,15 +225,7 @@ def evaluation_step(problem: Problem) -> Callable[..., dict[str, jax.Array]]:
     def step(params: Any, batch_stats: Any, arrays: Any, batch: Any) -> dict[str, jax.Array]:
         images, labels = get_examples(batch, arrays)
         images = normalize(images, problem.preprocessing.mean, problem.preprocessing.std)
-        logits = run_backbone(
-            problem.network,
-            problem.quantization,
-            params[NETWORK],
-            params[QUANTIZERS],
-            batch_stats,
-            images,
-            train=False,
-        ).logits
+        logits = problem.replacement.logits(params[NETWORK], params[QUANTIZERS], batch_stats, images)
         correct = (jnp.argmax(logits, axis=-1) == labels) & batch['mask']
         return {'correct': jnp.sum(correct), 'examples': jnp.sum(batch['mask'])}
 

@@ -27,7 +27,13 @@ def test_statistics_are_those_of_the_batches():
     def updated(index, number):
         images, _, _ = prepare_batch(problem, state.replace(step=state.step + number), ARRAYS, {'index': index})
         return run_backbone(
-            problem.network, problem.quantization, params['network'], quantizers, stored, images, train=True
+            problem.replacement.network,
+            problem.replacement.quantization,
+            params['network'],
+            quantizers,
+            stored,
+            images,
+            train=True,
         ).batch_stats
 
     both = [updated(batch['index'], jnp.int32(number)) for number, batch in enumerate(batches)]

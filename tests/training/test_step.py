@@ -14,6 +14,7 @@ from bqat_jax.quantization.transform import (
     find_layers,
     find_signed_inputs,
 )
+from bqat_jax.replacement.block_replacement import BlockReplacement
 from bqat_jax.replacement.objective import Objective
 from bqat_jax.replacement.plans import Plan, prefix_weights
 from bqat_jax.training.optimizer import make_optimizer
@@ -47,7 +48,7 @@ def make_problem(plan, distillation=1.0, bits=4):
     quantization = build_quantization(layers, settings, signed)
     parameters = calibrate(quantization, VARIABLES['params'], run, [x])
     plan = Plan(plan, prefix_weights('halving', 3))
-    return Problem(NETWORK, quantization, plan, Objective(distillation), HOW, 20), parameters
+    return Problem(BlockReplacement(NETWORK, quantization, plan, Objective(distillation)), HOW, 20), parameters
 
 
 def run_steps(problem, quantizers, devices, steps, learning_rate=0.01, states=None):
@@ -72,7 +73,9 @@ def run_steps(problem, quantizers, devices, steps, learning_rate=0.01, states=No
     return state, history, before
 
 
-FULL_PRECISION_PROBLEM = Problem(NETWORK, FULL_PRECISION, Plan('none', ()), Objective(distillation=0.0), HOW, 30)
+FULL_PRECISION_PROBLEM = Problem(
+    BlockReplacement(NETWORK, FULL_PRECISION, Plan('none', ()), Objective(distillation=0.0)), HOW, 30
+)
 
 
 @pytest.mark.parametrize('plan', ['full precision', 'prefix', 'prefix_sampled'])

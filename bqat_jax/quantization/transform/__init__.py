@@ -1,6 +1,11 @@
 """Quantizes a Flax Linen network from outside: finds its layers, calibrates and applies their quantizers."""
 
-from bqat_jax.quantization.transform.calibration import calibrate, find_signed_inputs, init_quantizers
+from bqat_jax.quantization.transform.calibration import (
+    calibrate,
+    find_signed_inputs,
+    init_quantizers,
+    mean_of_trees,
+)
 from bqat_jax.quantization.transform.layers import LAYER_TYPES, WEIGHT_NAME, KernelLayout, Layer, Layers, find_layers
 from bqat_jax.quantization.transform.operations import count_macs
 from bqat_jax.quantization.transform.quantization import (
@@ -30,5 +35,6 @@ __all__ = [
     'find_layers',
     'find_signed_inputs',
     'init_quantizers',
+    'mean_of_trees',
     'rescale',
 ]

@@ -7,7 +7,7 @@ layers keep their history of maxima in the same way (`flax.linen.fp8_ops`).
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -181,6 +181,12 @@ def _init_and_quantize(quantizer: Quantizer, x: jax.Array) -> jax.Array:
     return quantizer.fake_quantize(quantizer.init(x), x)
 
 
+@jax.jit
+def mean_of_trees(trees: Sequence[Any]) -> Any:
+    """Returns the mean of trees of one structure, leaf by leaf."""
+    return jax.tree.map(lambda *values: sum(values[1:], values[0]) / len(values), *trees)
+
+
 def calibrate(
     quantization: Quantization, params: Any, run: Callable[[Any, Any], Any], batches: Iterable[Any]
 ) -> dict[str, Any]:
@@ -194,7 +200,7 @@ def calibrate(
     found = [jax.block_until_ready(init(params, batch)) for batch in batches]
     if not found:
         raise ValueError('Calibration needs at least one batch.')
-    mean = jax.jit(lambda found: jax.tree.map(lambda *values: sum(values[1:], values[0]) / len(values), *found))(found)
+    mean = mean_of_trees(found)
     for path, roles in jax.device_get(mean).items():
         for role, parameters in roles.items():
             if not all(jnp.all(jnp.isfinite(x)) for x in parameters.values()):

@@ -1,0 +1,144 @@
+"""Block replacement as one object: a cut network, its quantizers, a plan, an objective, and how they run together."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bqat_jax.networks.cut import CutNetwork
+from bqat_jax.quantization.rounding import Context
+from bqat_jax.quantization.rules import assign_quantizers
+from bqat_jax.quantization.transform import (
+    Quantization,
+    build_quantization,
+    calibrate,
+    find_layers,
+    find_signed_inputs,
+)
+from bqat_jax.replacement.objective import Objective
+from bqat_jax.replacement.paths import run_backbone, run_paths, run_teacher
+from bqat_jax.replacement.plans import Plan, prefix_weights
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockReplacement:
+    """The static half of training by block replacement; all arrays are arguments.
+
+    Attributes:
+        network: the cut network.
+        quantization: its quantizers; none of them for full precision.
+        plan: which mixed-precision models run.
+        objective: what is minimised.
+    """
+
+    network: CutNetwork
+    quantization: Quantization
+    plan: Plan
+    objective: Objective
+
+    def loss(
+        self,
+        params: Any,
+        quantizer_params: Any,
+        batch_stats: Any,
+        partner: Any,
+        images: jax.Array,
+        labels: jax.Array,
+        key: jax.Array,
+        *,
+        progress: jax.Array | float = 1.0,
+        deltas: Any = None,
+    ) -> tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]:
+        """Runs the LP backbone, the teacher and the MP paths that the plan asks for, each once.
+
+        Args:
+            params: the LP network's parameters.
+            quantizer_params: parameters of its quantizers.
+            batch_stats: its batch statistics; {} if it has none.
+            partner: the FP partner's variables, {'params': ..., 'batch_stats': ...}, which get no gradient; None if
+                neither plan nor objective reads them.
+            images: as the network takes them, examples along the first axis.
+            labels: (batch,), integers.
+            key: random key of the plan's draw, of the quantizers' and of dropout.
+            progress: fraction of training that is done, for estimators with a schedule.
+            deltas: {layer path: {role: strength}} for quantizers whose estimator measures one.
+
+        Returns:
+            The loss, a scalar, and (new batch statistics, metrics).
+        """
+        plan_key, quantizer_key = jax.random.split(key)
+        mask, path_weights = self.plan.draw(plan_key)
+        backbone = run_backbone(
+            self.network,
+            self.quantization,
+            params,
+            quantizer_params,
+            batch_stats,
+            images,
+            train=True,
+            context=Context(progress, quantizer_key, deltas),
+        )
+        teacher_logits = run_teacher(self.network, partner, images) if self.objective.needs_teacher else None
+        path_logits = run_paths(self.network, self.plan, partner, backbone.features, mask)
+        loss, metrics = self.objective(labels, backbone.logits, teacher_logits, path_logits, path_weights)
+        metrics['train_top1'] = jnp.mean(jnp.argmax(backbone.logits, axis=-1) == labels, dtype=jnp.float32)
+        if self.plan.is_sampled:
+            for number in range(self.plan.num_paths):
+                metrics[f'path{number + 1}_lp_blocks'] = jnp.sum(mask[number])
+        return loss, (backbone.batch_stats, metrics)
+
+    def logits(self, params: Any, quantizer_params: Any, batch_stats: Any, images: jax.Array) -> jax.Array:
+        """Returns the LP network's logits, (batch, classes), as in evaluation."""
+        return run_backbone(
+            self.network, self.quantization, params, quantizer_params, batch_stats, images, train=False
+        ).logits
+
+
+def replace_blocks(
+    network: CutNetwork,
+    partner: Any,
+    batches: Sequence[jax.Array],
+    *,
+    weights: Mapping[str, Any],
+    activations: Mapping[str, Any],
+    rules: Sequence[Mapping[str, Any]] = (),
+    plan: str = 'prefix',
+    path_weights: str = 'halving',
+    objective: Objective | None = None,
+) -> tuple[BlockReplacement, dict[str, Any]]:
+    """Returns block replacement for a cut network, and calibrated parameters of its quantizers.
+
+    Args:
+        network: the cut network.
+        partner: the full-precision variables, {'params': ..., 'batch_stats': ...}, from which training starts.
+        batches: images to calibrate on, as the network takes them; at least one batch.
+        weights: settings of the weights' quantizers, such as {'name': 'lsq', 'bits': 2, 'estimator': 'identity'}.
+        activations: settings of the quantizers of the layers' inputs.
+        rules: which layers differ; see `bqat_jax.quantization.rules`.
+        plan: 'none', 'prefix' or 'prefix_sampled'.
+        path_weights: 'halving', 'uniform' or 'mean'.
+        objective: what is minimised; its defaults if None.
+
+    Raises:
+        ValueError: for settings, rules or plans that do not exist or do not fit the network, or without a batch.
+    """
+
+    def run(params, images):
+        variables = {'batch_stats': {}, **partner, 'params': params}
+        return network.apply(variables, images, network.names, train=True, key=jax.random.key(0))
+
+    if not batches:
+        raise ValueError('Calibration needs at least one batch.')
+    layers = find_layers(run, partner['params'], batches[0]).quantizable
+    settings = assign_quantizers(tuple(layers), weights, activations, rules)
+    signed = find_signed_inputs(run, partner['params'], batches, layers, settings)
+    quantization = build_quantization(layers, settings, signed)
+    replacement = BlockReplacement(
+        network,
+        quantization,
+        Plan(plan, prefix_weights(path_weights, len(network.blocks))),
+        Objective() if objective is None else objective,
+    )
+    return replacement, calibrate(quantization, partner['params'], run, batches)
