@@ -11,7 +11,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from bqat_jax.errors import UserError
-from bqat_jax.training.run import evaluate_run, train
+from bqat_jax.training.run import evaluate_run, import_partner, summarize_network, train
 from bqat_jax.training.signals import Stopped
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
@@ -26,7 +26,7 @@ def define_flags() -> None:
         'Recipe, with arguments after a colon: configs/digits.py:bits=2,plan=prefix',
     )
     flags.DEFINE_string('workdir', None, 'Where the run goes; runs/<config name> if not given. Run again to continue.')
-    flags.DEFINE_enum('mode', 'train', ['train', 'evaluate'], 'What to do.')
+    flags.DEFINE_enum('mode', 'train', ['train', 'evaluate', 'import', 'summary'], 'What to do.')
 
 
 def main(argv: list[str]) -> None:
@@ -36,9 +36,13 @@ def main(argv: list[str]) -> None:
     config = flags.FLAGS.config
     name = config_flags.get_config_filename(flags.FLAGS['config']).partition(':')[0]
     workdir = Path(flags.FLAGS.workdir or Path('runs') / Path(name).stem)
+    record = {'name': Path(name).stem, 'overrides': config_flags.get_override_values(flags.FLAGS['config'])}
     if flags.FLAGS.mode == 'train':
-        overrides = config_flags.get_override_values(flags.FLAGS['config'])
-        result = train(config, workdir, name=Path(name).stem, overrides=overrides)
+        result = train(config, workdir, **record)
+    elif flags.FLAGS.mode == 'import':
+        result = import_partner(config, workdir, **record)
+    elif flags.FLAGS.mode == 'summary':
+        result = summarize_network(config, workdir)
     else:
         result = evaluate_run(config, workdir)
     print('\n'.join(f'{key}: {value}' for key, value in result.items()))

@@ -49,10 +49,13 @@ def base_config() -> Config:
     config.data.flip = False  # random mirroring
 
     config.network = ml_collections.ConfigDict()
-    config.network.name = 'cifar_resnet'
+    config.network.name = 'cifar_resnet'  # another network has other options: a recipe sets config.network whole
     config.network.depth = 20  # 6n + 2
     config.network.width = 16
-    config.network.shortcut = 'A'
+    config.network.shortcut = 'A'  # or 'B': 1x1 convolutions where the shape changes
+    config.network.preactivation = False  # batch norm and ReLU before each convolution
+    config.network.dtype = 'float32'  # of the computation, or 'bfloat16'; parameters are float32
+    config.network.remat = False  # blocks recompute their inside in the backward pass: less memory, more time
 
     config.quant = ml_collections.ConfigDict()
     config.quant.weights = ml_collections.ConfigDict()
@@ -126,12 +129,14 @@ def base_config() -> Config:
 
 
 def optimizer_config() -> Config:
-    """Returns the keys of one optimizer: SGD with Nesterov momentum, cosine decay with linear warm-up."""
+    """Returns the keys of one optimizer: SGD or AdamW, cosine decay with linear warm-up."""
     config: Config = ml_collections.ConfigDict()
+    config.name = 'sgd'  # or 'adamw'; the quantizers' parameters have the same
     config.learning_rate = 0.1
-    config.momentum = 0.9
-    config.nesterov = True
-    config.weight_decay = 1e-4  # on kernels only
+    config.momentum = 0.9  # of AdamW: beta1
+    config.beta2 = 0.999  # of AdamW
+    config.nesterov = True  # of SGD
+    config.weight_decay = 1e-4  # on kernels only; SGD adds it to the gradient, AdamW decouples it
     config.warmup_steps = config_dict.placeholder(int)
     config.warmup_epochs = 0.0
     config.clip_norm = 0.0  # of the whole gradient; 0 for none

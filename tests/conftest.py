@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from bqat_jax.networks import registry as registry_of_networks
 from bqat_jax.quantization.estimators import ESTIMATORS
 from bqat_jax.quantization.quantizers import QUANTIZERS
 
@@ -36,6 +37,7 @@ def shared_data() -> Path:
 @pytest.fixture
 def registries(monkeypatch):
     """What a test registers is forgotten after it."""
+    monkeypatch.setattr(registry_of_networks, 'NETWORKS', dict(registry_of_networks.NETWORKS))
     for registry in (ESTIMATORS, QUANTIZERS):
         monkeypatch.setattr(registry, '_classes', dict(registry._classes))
 

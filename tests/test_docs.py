@@ -33,9 +33,11 @@ def commands():
                 yield pytest.param(line, id=line[:60])
 
 
-@pytest.mark.parametrize('code', [*blocks('python')])
-def test_python_snippets_run(code, registries):
-    exec(compile(code, 'snippet', 'exec'), {})
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+def test_python_snippets_run_one_after_another(page, registries):
+    names = {}
+    for code in re.findall(r'^```python\n(.*?)^```', page.read_text(), re.S | re.M):
+        exec(compile(code, page.name, 'exec'), names)
 
 
 def test_the_first_two_commands_set_everything_up():

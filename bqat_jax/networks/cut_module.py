@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -68,7 +68,7 @@ def cut_behind(
     """
     ends = tuple(ends)
     _check_count(ends)
-    pieces = _Pieces(module, ends, tuple(image_shape), call or _find_call(module))
+    pieces = _make_pieces(module, ends, tuple(image_shape), call or _find_call(module))
     pieces.check()
     return CutNetwork(module, (), tuple((name,) for name in pieces.names[:-1]), (HEAD,), pieces.run)
 
@@ -89,6 +89,39 @@ def _find_call(module: nn.Module) -> Call:
     return lambda module, x, train: module(x)
 
 
+def _make_pieces(module: nn.Module, ends: tuple[str, ...], image_shape: tuple[int, ...], call: Call) -> '_Pieces':
+    pieces = _Pieces(module, ends, image_shape, call, {})
+
+    def find(batch, train):
+        found = []
+
+        def run_unit(run, unit, piece, ends_piece):
+            del unit, piece, ends_piece
+            output = run()
+            found.append(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), output))
+            return output
+
+        def run(module, images):
+            with pieces.intercept(module, run_unit):
+                return call(module, images, train)
+
+        rngs = {'params': jax.random.key(0), 'dropout': jax.random.key(0)}
+        images = jax.ShapeDtypeStruct((batch, *image_shape), jnp.float32)
+        jax.eval_shape(lambda images: module.init(rngs, images, method=run), images)
+        return found
+
+    # How shapes grow with the batch is found here, once: `run` may stand inside somebody else's interception.
+    units = {train: jax.tree.map(_Output, find(1, train), find(2, train)) for train in (False, True)}
+    return dataclasses.replace(pieces, units=units)
+
+
+class _Output(NamedTuple):
+    """An output of a unit, for one and for two examples."""
+
+    one: jax.ShapeDtypeStruct
+    two: jax.ShapeDtypeStruct
+
+
 @dataclasses.dataclass(frozen=True)
 class _Pieces:
     """Runs pieces of a module. A unit is a submodule that is called where none of its own parts ends a block."""
@@ -97,13 +130,13 @@ class _Pieces:
     ends: tuple[str, ...]
     image_shape: tuple[int, ...]
     call: Call
-    shapes: dict[tuple[int, bool], list[Any]] = dataclasses.field(default_factory=dict)  # what `units` found
+    units: dict[bool, list[Any]]  # in training and not: the outputs of all units
 
     def run(self, module: Any, x: Any, names: Sequence[str], train: bool, standins: Any = None) -> Any:
         """Runs the consecutive pieces called `names`; the outputs of all others are `standins`, by default zeros."""
         first, last = self.names.index(names[0]), self.names.index(names[-1])
         if standins is None:
-            standins = jax.tree.map(lambda unit: jnp.zeros(unit.shape, unit.dtype), self.units(jnp.shape(x)[0], train))
+            standins = self.standins(jnp.shape(x)[0], train)
         images = x if first == 0 else jnp.zeros((jnp.shape(x)[0], *self.image_shape), jnp.float32)
         numbers = iter(range(len(standins)))
 
@@ -116,7 +149,7 @@ class _Pieces:
                 unit.put_variable(CARRIED, OUTPUT, output)
             return output
 
-        with self._intercept(module, run_unit):
+        with self.intercept(module, run_unit):
             logits = self.call(module, images, train)
         if last == len(self.ends):
             return logits
@@ -131,29 +164,16 @@ class _Pieces:
         """The names of the pieces."""
         return (*(f'block{number}' for number in range(1, len(self.ends) + 1)), HEAD)
 
-    def units(self, batch: int, train: bool) -> list[Any]:
-        """Returns the shapes of the outputs of all units, in the order of their calls."""
-        if (batch, train) in self.shapes:
-            return self.shapes[batch, train]
-        found = []
+    def standins(self, batch: int, train: bool) -> list[Any]:
+        """Returns zeros in the shapes of the outputs of all units, in the order of their calls."""
 
-        def run_unit(run, unit, piece, ends_piece):
-            del unit, piece, ends_piece
-            output = run()
-            found.append(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), output))
-            return output
+        def zeros(unit):
+            shape = [one + (batch - 1) * (two - one) for one, two in zip(unit.one.shape, unit.two.shape, strict=True)]
+            return jnp.zeros(shape, unit.one.dtype)
 
-        def run(module, images):
-            with self._intercept(module, run_unit):
-                return self.call(module, images, train)
+        return jax.tree.map(zeros, self.units[train], is_leaf=lambda x: isinstance(x, _Output))
 
-        rngs = {'params': jax.random.key(0), 'dropout': jax.random.key(0)}
-        images = jax.ShapeDtypeStruct((batch, *self.image_shape), jnp.float32)
-        jax.eval_shape(lambda images: self.module.init(rngs, images, method=run), images)
-        self.shapes[batch, train] = found
-        return found
-
-    def _intercept(self, root: Any, run_unit: Callable[..., Any]):
+    def intercept(self, root: Any, run_unit: Callable[..., Any]):
         """Calls `run_unit(run, unit, piece, ends_piece)` for every unit that `root` calls."""
         depth, state = len(root.path), {'piece': 0, 'inside': False}
 
@@ -189,7 +209,7 @@ class _Pieces:
             return run()
 
         def look(module, images):
-            with self._intercept(module, note):
+            with self.intercept(module, note):
                 return self.call(module, images, False)
 
         images = jax.ShapeDtypeStruct((1, *self.image_shape), jnp.float32)
@@ -200,7 +220,7 @@ class _Pieces:
                 f'The cut behind {self.ends[done]!r} is never reached: no submodule of that path runs after '
                 f'{"the input" if done == 0 else repr(self.ends[done - 1])}.'
             )
-        standins, x = self.units(1, False), images
+        standins, x = self.standins(1, False), images
         for name, end in zip(self.names, (*self.ends, 'the head'), strict=True):
 
             def run(variables, x, standins, name=name):

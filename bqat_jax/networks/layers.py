@@ -1,6 +1,6 @@
 """Layers as PyTorch's networks have them, so that their weights mean the same here."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -48,6 +48,24 @@ def _depthwise_init(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Arr
 
 def batch_norm(
     train: bool, name: str, *, dtype: Any, momentum: float = BATCH_NORM_MOMENTUM, epsilon: float = BATCH_NORM_EPSILON
-) -> nn.BatchNorm:
-    """Returns a batch norm over all axes but the last; statistics are float32 whatever the dtype."""
-    return nn.BatchNorm(use_running_average=not train, momentum=momentum, epsilon=epsilon, dtype=dtype, name=name)
+) -> Callable[[jax.Array], jax.Array]:
+    """Returns a batch norm over all axes but the last.
+
+    It computes in float32 whatever the dtype: XLA fuses the casts into it, and Linen's own does not run in bfloat16
+    where JAX forbids implicit promotion.
+
+    Args:
+        train: with the batch's statistics, or else with the stored ones.
+        name: of the layer.
+        dtype: of the output.
+        momentum: the part of the stored statistics that stays.
+        epsilon: added to the variance.
+    """
+
+    def normalize(x: jax.Array) -> jax.Array:
+        norm = nn.BatchNorm(
+            use_running_average=not train, momentum=momentum, epsilon=epsilon, dtype=jnp.float32, name=name
+        )
+        return norm(x.astype(jnp.float32)).astype(dtype)
+
+    return normalize

@@ -1,4 +1,4 @@
-"""The optimizer: SGD with Nesterov momentum, cosine decay and warm-up; the quantizers' parameters apart."""
+"""The optimizer: SGD or AdamW, cosine decay and warm-up; the quantizers' parameters apart."""
 
 from collections.abc import Hashable
 from typing import Any
@@ -13,6 +13,7 @@ from bqat_jax.quantization.transform import WEIGHT_NAME
 
 # The two groups of trainable parameters, the keys of `TrainState.params`.
 NETWORK, QUANTIZERS = 'network', 'quantizers'
+NAMES = ('sgd', 'adamw')
 
 
 def learning_rate_schedule(peak: float, steps: int, warmup_steps: int) -> optax.Schedule:
@@ -32,39 +33,60 @@ def learning_rate_schedule(peak: float, steps: int, warmup_steps: int) -> optax.
     return lambda step: schedule(jnp.asarray(step, jnp.float32))
 
 
+def check_optimizer(config: Config) -> None:
+    """Raises UserError if a config of an optimizer has a name that does not exist."""
+    if config.name not in NAMES:
+        raise UserError(f'optimizer.name={config.name!r}: it must be one of {", ".join(NAMES)}.')
+
+
 def make_optimizer(
     config: Config, steps: int, warmup_steps: int
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Returns the optimizer over {'network': ..., 'quantizers': ...} and the network's learning rate by step.
 
-    Weight decay is L2 regularisation added to the gradient before momentum, as PyTorch's SGD has it, on kernels alone:
-    not on biases or batch norm. The quantizers' parameters have a learning rate and a weight decay of their own.
+    Weight decay is on kernels alone: not on biases, norms, class tokens or positions. With 'sgd' it is L2
+    regularisation added to the gradient before momentum, as PyTorch's SGD has it; with 'adamw' it is decoupled from the
+    gradient, times the learning rate (arXiv 1711.05101). The quantizers' parameters have a learning rate and a weight
+    decay of their own.
 
     Args:
         config: `config.optimizer`; without `quantizers`, only the network has a learning rate.
         steps: steps of training.
         warmup_steps: of them, with a rising learning rate.
+
+    Raises:
+        UserError: for a name that does not exist, or a warm-up that does not fit.
     """
+    check_optimizer(config)
     schedule = learning_rate_schedule(config.learning_rate, steps, warmup_steps)
     groups: dict[Hashable, optax.GradientTransformation] = {
-        NETWORK: optax.chain(
-            optax.add_decayed_weights(config.weight_decay, mask=_kernels),
-            optax.sgd(schedule, config.momentum, config.nesterov),
-        ),
+        NETWORK: _make_rule(config, schedule, config.weight_decay, _kernels),
         QUANTIZERS: optax.set_to_zero(),
     }
     if 'quantizers' in config:
         own = learning_rate_schedule(config.quantizers.learning_rate, steps, warmup_steps)
-        groups[QUANTIZERS] = optax.chain(
-            optax.add_decayed_weights(config.quantizers.weight_decay),
-            optax.sgd(own, config.momentum, config.nesterov),
-        )
+        groups[QUANTIZERS] = _make_rule(config, own, config.quantizers.weight_decay, None)
     optimizer = optax.partition(groups, {NETWORK: NETWORK, QUANTIZERS: QUANTIZERS})
     if config.clip_norm > 0:
         optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
     return optimizer, schedule
 
 
+def _make_rule(
+    config: Config, schedule: optax.Schedule, weight_decay: float, mask: Any
+) -> optax.GradientTransformation:
+    """The update of one group; weight decay where the mask says so, everywhere if it is None."""
+    if config.name == 'adamw':
+        adamw = optax.adamw(schedule, config.momentum, config.beta2, weight_decay=weight_decay, mask=mask)
+        # Optax raises floats to the power of the integer step, which strict dtype promotion forbids.
+        update = jax.numpy_dtype_promotion('standard')(adamw.update)
+        return optax.GradientTransformation(adamw.init, update)
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.sgd(schedule, config.momentum, config.nesterov),
+    )
+
+
 def _kernels(params: Any) -> Any:
-    """True for kernels, false for biases and batch norm."""
+    """True for kernels, false for all else."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == WEIGHT_NAME, params)

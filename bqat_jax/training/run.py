@@ -25,6 +25,7 @@ from bqat_jax.training.reestimation import reestimate_batch_stats
 from bqat_jax.training.setting import Setting, make_setting
 from bqat_jax.training.signals import StopRequest
 from bqat_jax.training.step import Problem, make_evaluation_step
+from bqat_jax.training.summary import print_summary, summarize
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'tensorflow-datasets', 'grain', 'numpy')
 FULL_PRECISION_BITS = 32
@@ -50,9 +51,55 @@ def train(config: Config, workdir: Path, *, name: str, overrides: dict[str, Any]
         setting = make_setting(config, workdir, rich.console.Console())
         _check_config(setting)
         _write_record(setting, name, overrides or {})
+        _summarize(setting)
         partner = obtain_partner(setting, stop)
         phase, restored = train_low_precision(setting, partner, stop)
         return _finish(setting, partner, phase, restored, workdir / 'result.json')
+
+
+def summarize_network(config: Config, workdir: Path) -> dict[str, Any]:
+    """Prints what a config's network is; writes `summary.json` and returns its totals.
+
+    Raises:
+        UserError: for a config that cannot work, or a workdir that was made with another.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    setting = make_setting(config, workdir, rich.console.Console())
+    _check_config(setting)
+    return _summarize(setting)['totals']
+
+
+def import_partner(
+    config: Config, workdir: Path, *, name: str, overrides: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Imports the partner that the config names into a workdir and evaluates it; writes and returns `import.json`.
+
+    Training in the same workdir starts from it.
+
+    Args:
+        config: the resolved config.
+        workdir: where the partner is kept.
+        name: of the config, for the record.
+        overrides: what the command line changed, for the record.
+
+    Raises:
+        UserError: if the config names no partner, or what it names does not fit.
+    """
+    if not (config.partner.torch_file or config.partner.workdir):
+        raise UserError(
+            'There is nothing to import: give --config.partner.torch_file=FILE or --config.partner.workdir=DIR.'
+        )
+    workdir.mkdir(parents=True, exist_ok=True)
+    with locked(workdir), StopRequest() as stop:
+        setting = make_setting(config, workdir, rich.console.Console())
+        _check_config(setting)
+        _write_record(setting, name, overrides or {})
+        partner = obtain_partner(setting, stop)
+        setting.console.print('Evaluating on the test split.')
+        found = _evaluate_partner(setting, partner)
+        result = {'fp_top1': found.top1, 'examples_evaluated': found.examples, 'partner': partner.facts['source']}
+        write_json(workdir / 'import.json', result)
+        return result
 
 
 def evaluate_run(config: Config, workdir: Path) -> dict[str, Any]:
@@ -109,10 +156,7 @@ def _finish(setting: Setting, partner: Partner, phase: Phase, restored: Restored
     setting.console.print('Evaluating on the test split.')
     batch_stats = _reestimate(setting, phase, restored)
     low = _evaluate(setting, phase.problem, restored.state.params, batch_stats, setting.test_split)
-    full_params = {NETWORK: partner.variables['params'], QUANTIZERS: {}}
-    full = _evaluate(
-        setting, partner.problem(setting), full_params, partner.variables['batch_stats'], setting.test_split
-    )
+    full = _evaluate_partner(setting, partner)
 
     def bits(role):
         return FULL_PRECISION_BITS if config.quant[role].name == NO_QUANTIZER else config.quant[role].bits
@@ -139,6 +183,18 @@ def _finish(setting: Setting, partner: Partner, phase: Phase, restored: Restored
         result['validation_top1'] = restored.facts['validation_top1']
     write_json(path, result)
     return result
+
+
+def _summarize(setting: Setting) -> dict[str, Any]:
+    summary = summarize(setting)
+    write_json(setting.workdir / 'summary.json', summary)
+    print_summary(setting, summary)
+    return summary
+
+
+def _evaluate_partner(setting: Setting, partner: Partner) -> Evaluation:
+    params = {NETWORK: partner.variables['params'], QUANTIZERS: {}}
+    return _evaluate(setting, partner.problem(setting), params, partner.variables['batch_stats'], setting.test_split)
 
 
 def _reestimate(setting: Setting, phase: Phase, restored: Restored) -> Any:

@@ -23,6 +23,7 @@ from bqat_jax.quantization.transform import Layers, find_layers
 from bqat_jax.replacement.objective import Objective
 from bqat_jax.replacement.plans import Plan, prefix_weights
 from bqat_jax.training.curvature import TraceSettings
+from bqat_jax.training.optimizer import check_optimizer
 from bqat_jax.training.regularizers import Regularizers
 from bqat_jax.training.sharding import make_mesh, replicated
 from bqat_jax.training.step import Preprocessing
@@ -160,6 +161,8 @@ def make_setting(config: Config, workdir: Path, console: rich.console.Console) -
             'number for each, those of std positive.'
         )
     plugins = load_plugins(config.plugins)
+    check_optimizer(config.optimizer)
+    check_optimizer(config.partner.optimizer)
     try:
         network = _make_network(config, images)
         found = find_network_layers(network, images.image_shape)

@@ -187,7 +187,7 @@ def test_the_layers_of_a_stack_draw_differently():
 
 
 def test_strengths_are_not_measured_in_a_stack():
-    with pytest.raises(ValueError, match='blocks/dense: the estimator .ewgs_trace.'):
+    with pytest.raises(ValueError, match="blocks/dense: the estimator 'ewgs_trace'"):
         quantize(Scanned(), jnp.ones((8, 4)), {**LSQ, 'estimator': 'ewgs_trace'})
 
 

@@ -84,3 +84,52 @@ def test_the_schedule_rises_and_decays():
 def test_a_warm_up_that_does_not_fit_is_refused():
     with pytest.raises(UserError, match='10 steps does not fit into 10'):
         learning_rate_schedule(0.4, 10, 10)
+
+
+def test_a_step_of_adamw_is_the_formula():
+    """Loshchilov and Hutter, arXiv 1711.05101, algorithm 2, in float64; norms do not decay."""
+    steps, beta1, beta2, epsilon = 4, 0.8, 0.95, 1e-8
+    settings = config(name='adamw', learning_rate=0.1, momentum=beta1, beta2=beta2, weight_decay=0.05)
+    settings.quantizers.weight_decay = 0.01
+    gradients = jax.tree.map(lambda x: 0.3 * x, PARAMS)
+    params = run(settings, gradients, steps)
+
+    def by_hand(value, rate, decay):
+        value = np.asarray(value, np.float64)
+        gradient, first, second = 0.3 * value, 0.0, 0.0
+        for step in range(steps):
+            first = beta1 * first + (1 - beta1) * gradient
+            second = beta2 * second + (1 - beta2) * gradient**2
+            unbiased = first / (1 - beta1 ** (step + 1)), second / (1 - beta2 ** (step + 1))
+            now = rate * 0.5 * (1 + np.cos(np.pi * step / steps))
+            value = value - now * (unbiased[0] / (np.sqrt(unbiased[1]) + epsilon) + decay * value)
+        return value
+
+    network = params['network']
+    np.testing.assert_allclose(network['conv']['kernel'], by_hand([1.0, -2.0], 0.1, 0.05), rtol=1e-5)
+    np.testing.assert_allclose(network['norm']['scale'], by_hand([1.0], 0.1, 0.0), rtol=1e-5)
+    np.testing.assert_allclose(network['norm']['bias'], by_hand([0.5], 0.1, 0.0), rtol=1e-5)
+    step_size = params['quantizers']['conv']['weights']['step_size']
+    np.testing.assert_allclose(step_size, by_hand(0.1, 0.02, 0.01), rtol=1e-4)
+
+
+@pytest.mark.parametrize('name', ['sgd', 'adamw'])
+def test_weight_decay_is_on_kernels_only(name):
+    params = {
+        'stem': {
+            'patch_embed': {'kernel': jnp.ones((2, 2)), 'bias': jnp.ones(2)},
+            'class_token': jnp.ones((1, 1, 2)),
+            'positions': jnp.ones((1, 3, 2)),
+        },
+        'norm': {'scale': jnp.ones(2), 'bias': jnp.ones(2)},
+    }
+    params = {'network': params, 'quantizers': {'step_size': jnp.float32(1.0)}}
+    optimizer, _ = make_optimizer(config(name=name, weight_decay=0.5), 4, 0)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    moved = {jax.tree_util.keystr(path): bool(jnp.any(x != 0)) for path, x in jax.tree.leaves_with_path(updates)}
+    assert [path for path, has in moved.items() if has] == ["['network']['stem']['patch_embed']['kernel']"]
+
+
+def test_an_unknown_name_is_refused():
+    with pytest.raises(UserError, match=r"optimizer.name='adam': it must be one of sgd, adamw"):
+        make_optimizer(config(name='adam'), 10, 0)

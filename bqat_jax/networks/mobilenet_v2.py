@@ -1,0 +1,167 @@
+"""MobileNetV2: inverted residuals with depthwise convolutions."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from bqat_jax.networks.chain import block_class, compute_dtype, cut_chain, stage_blocks
+from bqat_jax.networks.cut import CutNetwork
+from bqat_jax.networks.layers import BATCH_NORM_EPSILON, BATCH_NORM_MOMENTUM, batch_norm, conv
+
+# Expansion, channels, blocks and first stride of each stage (Sandler et al., arXiv 1801.04381, table 2).
+STAGES = (
+    (1, 16, 1, 1),
+    (6, 24, 2, 2),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
+STEM_WIDTH, HEAD_WIDTH = 32, 1280
+CHANNEL_MULTIPLE = 8
+# How convolutions pad: as PyTorch, the same on both sides; or as TensorFlow, at the end of an even-sized image.
+PADDINGS = {'torch': None, 'tf': 'SAME'}
+
+
+def mobilenet_v2(
+    num_classes: int,
+    *,
+    width_multiplier: float = 1.0,
+    padding: str = 'torch',
+    norm_epsilon: float = BATCH_NORM_EPSILON,
+    norm_momentum: float = BATCH_NORM_MOMENTUM,
+    dtype: str = 'float32',
+    remat: bool = False,
+    cut: str = 'stage',
+) -> CutNetwork:
+    """Returns MobileNetV2 (Sandler et al., arXiv 1801.04381, table 2).
+
+    Seventeen inverted residuals in seven stages; five of them halve the image, with the stem. Parts: stem,
+    stage1_block1, ..., head. Weights that were trained in TensorFlow, Hugging Face's among them, want padding='tf' and
+    norm_epsilon=0.001.
+
+    Args:
+        num_classes: number of logits.
+        width_multiplier: of all channels; the head's 1280 do not shrink.
+        padding: of the convolutions, 'torch' (the same on both sides) or 'tf' (SAME).
+        norm_epsilon: of batch norm.
+        norm_momentum: of batch norm: the part of the running statistics that stays.
+        dtype: of the computation, 'float32' or 'bfloat16'; parameters are float32.
+        remat: whether blocks recompute their inside in the backward pass.
+        cut: 'stage' or 'block'.
+
+    Raises:
+        ValueError: for a value that does not exist.
+    """
+    if padding not in PADDINGS:
+        raise ValueError(f'padding={padding!r}: it must be one of {", ".join(PADDINGS)}.')
+    if width_multiplier <= 0:
+        raise ValueError(f'width_multiplier={width_multiplier}: it must be positive.')
+    kind = compute_dtype(dtype)
+    layer = partial(ConvNorm, padding=PADDINGS[padding], momentum=norm_momentum, epsilon=norm_epsilon, dtype=kind)
+    block = block_class(InvertedResidual, remat)
+    stages = []
+    for number, (expansion, channels, size, stride) in enumerate(STAGES, 1):
+        features = make_divisible(channels * width_multiplier)
+        strides = [stride] + [1] * (size - 1)
+        stages.append(stage_blocks(number, [partial(block, layer, expansion, features, one) for one in strides]))
+    return cut_chain(
+        partial(layer, make_divisible(STEM_WIDTH * width_multiplier), 3, 2),
+        stages,
+        partial(Head, layer, make_divisible(HEAD_WIDTH * max(1.0, width_multiplier)), num_classes, kind),
+        cut,
+    )
+
+
+def make_divisible(channels: float, multiple: int = CHANNEL_MULTIPLE) -> int:
+    """Returns the multiple of `multiple` nearest to a number of channels, but no less than nine tenths of it."""
+    rounded = max(multiple, int(channels + multiple / 2) // multiple * multiple)
+    return rounded + multiple if rounded < 0.9 * channels else rounded
+
+
+class ConvNorm(nn.Module):
+    """Convolution without bias, batch norm, and ReLU6 if `activate`; the stem is one of stride 2.
+
+    Attributes:
+        features: output channels.
+        kernel: size of the kernel.
+        stride: of the convolution.
+        groups: of channels.
+        activate: whether ReLU6 follows.
+        padding: of the convolution, see `layers.conv`.
+        momentum: of batch norm.
+        epsilon: of batch norm.
+        dtype: of the computation.
+    """
+
+    features: int
+    kernel: int = 1
+    stride: int = 1
+    groups: int = 1
+    activate: bool = True
+    padding: Any = None
+    momentum: float = BATCH_NORM_MOMENTUM
+    epsilon: float = BATCH_NORM_EPSILON
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Maps images or features (batch, height, width, channels) to features."""
+        x = conv(
+            self.features,
+            self.kernel,
+            self.stride,
+            'conv',
+            groups=self.groups,
+            padding=self.padding,
+            dtype=self.dtype,
+        )(x)
+        x = batch_norm(train, 'norm', dtype=self.dtype, momentum=self.momentum, epsilon=self.epsilon)(x)
+        return nn.relu6(x) if self.activate else x
+
+
+class InvertedResidual(nn.Module):
+    """1×1 expansion, 3×3 depthwise convolution and linear 1×1 projection, around a shortcut where the shape stays.
+
+    Attributes:
+        layer: makes a `ConvNorm`.
+        expansion: how many times as many channels the depthwise convolution has as the input; without the 1×1
+            expansion if 1.
+        features: channels of the output.
+        stride: of the depthwise convolution.
+    """
+
+    layer: Callable[..., ConvNorm]
+    expansion: int
+    features: int
+    stride: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Maps features (batch, height, width, channels) to features."""
+        inside, y = self.expansion * x.shape[-1], x
+        if self.expansion != 1:
+            y = self.layer(inside, name='expand')(y, train)
+        y = self.layer(inside, 3, self.stride, groups=inside, name='depthwise')(y, train)
+        y = self.layer(self.features, activate=False, name='project')(y, train)
+        return x + y if x.shape == y.shape else y
+
+
+class Head(nn.Module):
+    """1×1 convolution with batch norm and ReLU6, mean over the image, then a dense layer; logits are float32."""
+
+    layer: Callable[..., ConvNorm]
+    features: int
+    num_classes: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Maps features (batch, height, width, channels) to logits (batch, classes)."""
+        x = jnp.mean(self.layer(self.features, name='last')(x, train), axis=(1, 2))
+        return nn.Dense(self.num_classes, dtype=self.dtype, name='dense')(x).astype(jnp.float32)

@@ -1,0 +1,86 @@
+"""VGG-small, the plain convolutional network for small images of the low-bit literature."""
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from bqat_jax.networks.chain import block_class, compute_dtype, cut_chain, stage_blocks
+from bqat_jax.networks.cut import CutNetwork
+from bqat_jax.networks.layers import batch_norm, conv
+
+STAGE_WIDTHS = (1, 2, 4)  # times the width of the first; two convolutions each
+
+
+def vgg_small(
+    num_classes: int,
+    *,
+    width: int = 128,
+    dtype: str = 'float32',
+    remat: bool = False,
+    cut: str = 'stage',
+) -> CutNetwork:
+    """Returns VGG-small: six 3×3 convolutions and a dense layer (Zhang et al., arXiv 1807.10029, section 5.2).
+
+    Three stages of two convolutions with 1, 2 and 4 times `width` channels. Each convolution is followed by batch norm
+    and ReLU, the second of a stage then by a 2×2 max pool; so the pool sees what the ReLU gives, as in the VGG networks
+    with batch norm. The dense layer reads all pixels: its weights depend on the image's size.
+
+    Parts: stem (the first convolution), stage1_block2, stage2_block1, ..., head.
+
+    Args:
+        num_classes: number of logits.
+        width: channels of the first stage.
+        dtype: of the computation, 'float32' or 'bfloat16'; parameters are float32.
+        remat: whether blocks recompute their inside in the backward pass.
+        cut: 'stage' or 'block', a convolution each.
+
+    Raises:
+        ValueError: for a value that does not exist.
+    """
+    kind = compute_dtype(dtype)
+    block = block_class(ConvBlock, remat)
+    stages = []
+    for number, factor in enumerate(STAGE_WIDTHS, 1):
+        makes = [partial(block, width * factor, pool, kind) for pool in (False, True)]
+        stages.append(stage_blocks(number, makes))
+    stem = stages[0].pop('stage1_block1')
+    return cut_chain(stem, stages, partial(Head, num_classes, kind), cut)
+
+
+class ConvBlock(nn.Module):
+    """3×3 convolution, batch norm, ReLU, and a 2×2 max pool if `pool`.
+
+    Attributes:
+        features: channels of the output.
+        pool: whether the image is halved.
+        dtype: of the computation.
+    """
+
+    features: int
+    pool: bool
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Maps images or features (batch, height, width, channels) to features."""
+        x = conv(self.features, 3, 1, 'conv', dtype=self.dtype)(x)
+        x = nn.relu(batch_norm(train, 'norm', dtype=self.dtype)(x))
+        return nn.max_pool(x, (2, 2), strides=(2, 2)) if self.pool else x
+
+
+class Head(nn.Module):
+    """A dense layer on all pixels and channels; logits are float32."""
+
+    num_classes: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Maps features (batch, height, width, channels) to logits (batch, classes)."""
+        del train
+        # Channels before pixels, PyTorch's order, so that a dense layer's weights mean the same here.
+        x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
+        return nn.Dense(self.num_classes, dtype=self.dtype, name='dense')(x).astype(jnp.float32)

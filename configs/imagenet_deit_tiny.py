@@ -1,0 +1,59 @@
+"""DeiT-tiny on ImageNet from a full-precision partner, W4A4 by default.
+
+The recipe is that of OFQ (arXiv 2302.02210), as its authors' scripts (nbasyl/OFQ) have it for DeiT-tiny with a
+distillation token, which ours is without: AdamW from full-precision weights with the full-precision network as teacher,
+300 epochs, learning rate 5e-4 for each 512 images after 5 epochs of warm-up, weight decay 0.05 whatever the bits, no
+mixup or cutmix, weights with one scale per channel. For comparison, Q-ViT of NeurIPS 2022 (YanjingLi0202/Q-ViT) has
+LAMB at 3e-4, batch 512, no weight decay and no warm-up. The other Q-ViT (arXiv 2201.07703) was not looked at.
+
+Ours: the quantizers' learning rate of 1e-5, which is that of Adam in the code of EWGS (arXiv 2104.00903); 8 bits for
+the patch embedding and the head, the custom of convolutional networks; layers' inputs and weights are quantized with
+LSQ, where OFQ has a quantizer of its own for weights and reparametrizes queries and keys; block replacement. OFQ also
+has RandAugment and random erasing, which are not here.
+
+Partner: timm's deit_tiny_patch16_224, by --config.partner.torch_file=FILE; Hugging Face's
+facebook/deit-tiny-patch16-224 wants --config.network.norm_epsilon=1e-12. Take one: without a file the partner is
+trained first with the learning rate and weight decay above, but DeiT's accuracy needs its augmentation too.
+
+Command: python main.py --config=configs/imagenet_deit_tiny.py:bits=4,plan=prefix --config.data.dir=DIR
+"""
+
+import ml_collections
+
+from bqat_jax.configuration import Config, base_config, parse_argument
+
+
+def get_config(argument: str | None = None) -> Config:
+    """Returns the recipe; arguments: bits (of weights and activations), plan, distillation, cut."""
+    given = parse_argument(argument, bits=4, plan='prefix', distillation=1.0, cut='stage')
+    config = base_config()
+    config.data.name = 'imagenet2012'
+    config.data.mean = (0.485, 0.456, 0.406)
+    config.data.std = (0.229, 0.224, 0.225)
+    config.data.on_device = False
+    config.data.workers = 8
+    config.data.flip = True
+    config.network = ml_collections.ConfigDict(
+        {'name': 'vit', 'size': 'tiny', 'patch_size': 16, 'norm_epsilon': 1e-6, 'dtype': 'float32', 'remat': False}
+    )
+    config.quant.weights.bits = given.bits
+    config.quant.weights.granularity = 'channel'
+    config.quant.activations.bits = given.bits
+    lsq8 = {'name': 'lsq', 'bits': 8, 'estimator': 'identity'}
+    config.quant.rules = (
+        {'layers': 'stem/patch_embed', 'weights': dict(lsq8), 'activations': dict(lsq8)},
+        {'layers': 'head/dense', 'weights': dict(lsq8), 'activations': dict(lsq8)},
+    )
+    config.replacement.plan = given.plan
+    config.replacement.cut = given.cut
+    config.replacement.distillation = given.distillation
+    config.partner.epochs = 300.0
+    config.train.epochs = 300.0
+    config.train.batch_size = 512
+    for optimizer in (config.partner.optimizer, config.optimizer):
+        optimizer.name = 'adamw'
+        optimizer.learning_rate = 5e-4
+        optimizer.weight_decay = 0.05
+        optimizer.warmup_epochs = 5.0
+    config.optimizer.quantizers.learning_rate = 1e-5
+    return config
