@@ -54,9 +54,10 @@ def draw(path, leaf, generator):
 
 @functools.cache
 def drawn(case):
+    """Variables, of NumPy: what is kept must not be an array of the trace in which it is first asked for."""
     shapes = jax.eval_shape(lambda: small(case).init(jax.random.key(0), IMAGE_SHAPE))
     generator = np.random.default_rng(0)
-    return jax.tree.map_with_path(lambda path, leaf: jnp.asarray(draw(path, leaf, generator), leaf.dtype), shapes)
+    return jax.tree.map_with_path(lambda path, leaf: np.asarray(draw(path, leaf, generator), leaf.dtype), shapes)
 
 
 def compose(network, variables, x, train):
