@@ -40,6 +40,10 @@ def base_config() -> Config:
     config.data = ml_collections.ConfigDict()
     config.data.name = 'digits'  # 'digits' or a TensorFlow Datasets name
     config.data.dir = config_dict.placeholder(str)  # where prepared datasets lie; TensorFlow Datasets' default if unset
+    config.data.test_split = 'test'  # what is evaluated at the end
+    config.data.image_size = config_dict.placeholder(
+        int
+    )  # squares of so many pixels are cut out; unset: all is one size
     config.data.on_device = True  # the whole dataset lives on the device; batches are gathered inside the step
     config.data.workers = 0  # processes that decode images, when the data is not on the device
     config.data.validation_fraction = 0.0  # of the training split, held out for choosing the best checkpoint

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
+from bqat_jax.data.crops import Crop
 from bqat_jax.data.sources import Subset
 
 # Batches that reading threads keep ready in each process, when examples are decoded on the way.
@@ -31,16 +32,20 @@ class Split:
         arrays: the whole split, {'image': uint8 (examples, height, width, channels), 'label': int32 (examples,)}, if it
             lives on the device; else None.
         workers: processes that decode; 0 for threads of this one. Not read when the split lives on the device.
+        crop: how squares are cut out of encoded images; None where images come decoded.
     """
 
     source: Subset
     arrays: dict[str, Any] | None
     workers: int = 0
+    crop: Crop | None = None
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def training_batches(self, seed: int, batch_size: int, start: int, stop: int) -> Iterator[dict[str, np.ndarray]]:
+    def training_batches(
+        self, seed: int, batch_size: int, start: int, stop: int, *, random_crops: bool = True
+    ) -> Iterator[dict[str, np.ndarray]]:
         """Yields the batches number `start` to `stop - 1` of an endless shuffled reading.
 
         Args:
@@ -48,22 +53,28 @@ class Split:
             batch_size: examples per batch; batches run on over the ends of epochs.
             start: number of the first batch, counted from the beginning of training.
             stop: number after the last.
+            random_crops: whether squares are cut out at random, and not the centre; only where `crop` is given.
 
         Yields:
             {'image', 'label', 'mask'}, or {'index', 'mask'} when the split lives on the device; the mask is all true.
         """
         order = grain.MapDataset.range(len(self)).seed(seed).shuffle().repeat()
-        return self._read(order, batch_size, start, stop)
+        return self._read(order, batch_size, start, stop, random_crops)
 
     def evaluation_batches(self, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
         """Yields every example once, in order, with a 'mask' that is false where the last batch is filled up."""
         count = -(-len(self) // batch_size)
         order = grain.MapDataset.range(count * batch_size)
-        return self._read(order, batch_size, 0, count)
+        return self._read(order, batch_size, 0, count, random_crops=False)
 
-    def _read(self, order: grain.MapDataset, batch_size: int, start: int, stop: int) -> Iterator[dict[str, Any]]:
-        read = _ReadExample(None if self.arrays is not None else self.source, len(self))
-        batches = order.map(read).batch(batch_size).slice(slice(start, stop))
+    def _read(
+        self, order: grain.MapDataset, batch_size: int, start: int, stop: int, random_crops: bool
+    ) -> Iterator[dict[str, Any]]:
+        read = _ReadExample(None if self.arrays is not None else self.source, len(self), self.crop)
+        # Grain gives every position of the endless reading a generator of its own, the same after a restart.
+        is_random = self.crop is not None and random_crops
+        examples = order.random_map(read) if is_random else order.map(read)
+        batches = examples.batch(batch_size).slice(slice(start, stop))
         if self.arrays is not None:
             return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
         options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=PREFETCH_BATCHES)
@@ -81,14 +92,22 @@ class _ReadExample:
 
     source: Subset | None
     count: int
+    crop: Crop | None
 
-    def __call__(self, position: int) -> dict[str, Any]:
+    def __call__(self, position: int, generator: np.random.Generator | None = None) -> dict[str, Any]:
         number = min(position, self.count - 1)
         mask = np.bool_(position < self.count)
         if self.source is None:
             return {'index': np.int32(number), 'mask': mask}
         example = self.source[number]
-        return {'image': example['image'], 'label': np.int32(example['label']), 'mask': mask}
+        image = example['image']
+        if self.crop is not None:
+            try:
+                image = self.crop.center(image) if generator is None else self.crop.random(image, generator)
+            except OSError as error:
+                record = int(self.source.positions[number])
+                raise ValueError(f'Example {record} of its split cannot be decoded: {error}.') from error
+        return {'image': image, 'label': np.int32(example['label']), 'mask': mask}
 
 
 def read_whole(source: Subset) -> dict[str, np.ndarray]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from bqat_jax.data.crops import Crop
 from bqat_jax.data.digits import Digits
 from bqat_jax.errors import UserError
 
@@ -41,7 +42,8 @@ class ImageData:
         validation: held out of the training data; choices are made on it. May be empty.
         test: evaluated at the end, selects nothing.
         num_classes: number of classes.
-        image_shape: (height, width, channels); images are uint8.
+        image_shape: (height, width, channels) of what a network gets; images are uint8.
+        crop: how squares are cut out of encoded images; None where images come decoded, all of one size.
     """
 
     train: Subset
@@ -49,15 +51,24 @@ class ImageData:
     test: Subset
     num_classes: int
     image_shape: tuple[int, ...]
+    crop: Crop | None = None
 
 
-def load_images(name: str, directory: str | None, validation_fraction: float) -> ImageData:
+def load_images(
+    name: str,
+    directory: str | None,
+    validation_fraction: float,
+    image_size: int | None = None,
+    test_split: str = 'test',
+) -> ImageData:
     """Opens a dataset by its TensorFlow Datasets name.
 
     Args:
         name: 'digits' for the embedded digits, which prepare themselves, or a TensorFlow Datasets name.
         directory: where prepared datasets lie; None for TensorFlow Datasets' default.
         validation_fraction: how much of the training split to hold out, 0 <= fraction < 1.
+        image_size: side of the squares that are cut out of the images; None to take images of one size as they are.
+        test_split: name of the split that is evaluated at the end.
 
     Raises:
         UserError: if there is no such dataset, it is not prepared, or it is not one of labelled images.
@@ -66,10 +77,25 @@ def load_images(name: str, directory: str | None, validation_fraction: float) ->
         raise UserError(f'data.validation_fraction={validation_fraction}: it must be at least 0 and less than 1.')
     builder: Any = _open_builder(name, directory)
     features = builder.info.features
-    if features is None or not {'image', 'label'} <= set(features) or not {'train', 'test'} <= set(builder.info.splits):
-        raise UserError(f"data.name={name!r}: it needs features 'image' and 'label' and splits 'train' and 'test'.")
-    train = builder.as_data_source('train')
-    test = builder.as_data_source('test')
+    splits = set(builder.info.splits)
+    if features is None or not {'image', 'label'} <= set(features) or not {'train', test_split} <= splits:
+        raise UserError(
+            f"data.name={name!r}: it needs features 'image' and 'label' and splits 'train' and {test_split!r} "
+            f'(data.test_split); its splits: {", ".join(sorted(splits))}.'
+        )
+    shape, crop, decoders = tuple(features['image'].shape), None, {}
+    if image_size is not None:
+        if image_size < 1:
+            raise UserError(f'data.image_size={image_size}: it must be at least 1.')
+        shape = (image_size, image_size, shape[-1] or 3)
+        crop, decoders = Crop(image_size, shape[-1]), {'image': tfds.decode.SkipDecoding()}
+    elif None in shape:
+        raise UserError(
+            f'data.name={name!r} has images of many sizes: say how large squares to cut out of them '
+            '(--config.data.image_size=224).'
+        )
+    train = builder.as_data_source('train', decoders=decoders)
+    test = builder.as_data_source(test_split, decoders=decoders)
     order = np.random.default_rng(VALIDATION_SEED).permutation(len(train))
     held_out = round(validation_fraction * len(train))
     return ImageData(
@@ -77,7 +103,8 @@ def load_images(name: str, directory: str | None, validation_fraction: float) ->
         validation=Subset(train, np.sort(order[:held_out])),
         test=Subset(test, np.arange(len(test))),
         num_classes=features['label'].num_classes,
-        image_shape=tuple(features['image'].shape),
+        image_shape=shape,
+        crop=crop,
     )
 
 

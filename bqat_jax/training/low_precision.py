@@ -133,7 +133,11 @@ def _calibration_batches(setting: Setting, partner: Partner) -> list[jax.Array]:
         return normalize(get_examples(batch, arrays)[0], how.mean, how.std)
 
     batches = split.training_batches(
-        setting.data_seed(CALIBRATION), config.train.batch_size, 0, config.quant.calibration_batches
+        setting.data_seed(CALIBRATION),
+        config.train.batch_size,
+        0,
+        config.quant.calibration_batches,
+        random_crops=False,
     )
     return [images_of(jax.device_put(batch, over_batch(setting.mesh)), split.arrays) for batch in batches]
 

@@ -100,7 +100,7 @@ class Setting:
         if self.config.data.on_device:
             self.console.print(f'Reading {len(source)} images onto the device.')
             arrays = jax.device_put(read_whole(source), replicated(self.mesh))
-        return Split(source, arrays, self.config.data.workers)
+        return Split(source, arrays, self.config.data.workers, self.images.crop)
 
     @property
     def evaluation_batch_size(self) -> int:
@@ -153,7 +153,18 @@ def make_setting(config: Config, workdir: Path, console: rich.console.Console) -
             f'train.batch_size={config.train.batch_size} cannot be split over {mesh.devices.size} devices; '
             'take a multiple, or fewer devices (mesh.data).'
         )
-    images = load_images(config.data.name, config.data.dir, config.data.validation_fraction)
+    if config.data.on_device and config.data.image_size is not None:
+        raise UserError(
+            f'data.image_size={config.data.image_size}, data.on_device=True: squares are cut out on the way to the '
+            'device; give --config.data.on_device=false.'
+        )
+    images = load_images(
+        config.data.name,
+        config.data.dir,
+        config.data.validation_fraction,
+        config.data.image_size,
+        config.data.test_split,
+    )
     channels = images.image_shape[-1]
     if len(config.data.mean) != channels or len(config.data.std) != channels or min(config.data.std) <= 0:
         raise UserError(

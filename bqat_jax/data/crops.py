@@ -1,0 +1,66 @@
+"""Images of one size from photographs of any: random crops for training, the centre for evaluation; on the host."""
+
+import dataclasses
+import io
+import math
+
+import numpy as np
+from PIL import Image
+
+# Szegedy et al., arXiv 1409.4842, section 6: area 8 % to 100 %, aspect ratio 3/4 to 4/3; as torchvision has it, ten
+# tries and then the centre.
+AREA = (0.08, 1.0)
+RATIO = (3 / 4, 4 / 3)
+TRIES = 10
+# In evaluation the short side is resized to this many times the size: 256 for 224.
+MARGIN = 256 / 224
+
+
+@dataclasses.dataclass(frozen=True)
+class Crop:
+    """Decodes an image and cuts out a square.
+
+    Attributes:
+        size: side of the square in pixels.
+        channels: 1 or 3.
+    """
+
+    size: int
+    channels: int
+
+    def random(self, encoded: bytes, generator: np.random.Generator) -> np.ndarray:
+        """Returns a random part of an encoded image, resized: uint8 (size, size, channels)."""
+        image = Image.open(io.BytesIO(encoded))
+        left, top, width, height = random_box(generator, *image.size)
+        return self._cut(image, (left, top, left + width, top + height))
+
+    def center(self, encoded: bytes) -> np.ndarray:
+        """Returns the centre of an encoded image whose short side is 256/224 of the size: uint8 as in `random`."""
+        image = Image.open(io.BytesIO(encoded))
+        side = min(image.size) * self.size / round(self.size * MARGIN)
+        left, top = ((length - side) / 2 for length in image.size)
+        return self._cut(image, (left, top, left + side, top + side))
+
+    def _cut(self, image: Image.Image, box: tuple[float, float, float, float]) -> np.ndarray:
+        whole = image.size
+        # JPEG can be decoded at a half, a quarter or an eighth; not so far that the box gets smaller than the result.
+        shrink = min(box[2] - box[0], box[3] - box[1]) / self.size
+        if shrink >= 2:
+            image.draft('RGB' if self.channels == 3 else 'L', tuple(math.ceil(length / shrink) for length in whole))
+        across, down = (got / length for got, length in zip(image.size, whole, strict=True))
+        image = image.convert('RGB' if self.channels == 3 else 'L')
+        scaled = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
+        image = image.resize((self.size, self.size), Image.Resampling.BILINEAR, box=scaled)
+        return np.asarray(image, np.uint8).reshape(self.size, self.size, self.channels)
+
+
+def random_box(generator: np.random.Generator, width: int, height: int) -> tuple[int, int, int, int]:
+    """Returns (left, top, width, height) of a random part of an image; see the constants of this module."""
+    for _ in range(TRIES):
+        area = generator.uniform(*AREA) * width * height
+        ratio = math.exp(generator.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(generator.integers(width - w + 1)), int(generator.integers(height - h + 1)), w, h
+    w, h = min(width, round(height * RATIO[1])), min(height, round(width / RATIO[0]))
+    return (width - w) // 2, (height - h) // 2, w, h
