@@ -58,7 +58,9 @@ class Split:
         Yields:
             {'image', 'label', 'mask'}, or {'index', 'mask'} when the split lives on the device; the mask is all true.
         """
-        order = grain.MapDataset.range(len(self)).seed(seed).shuffle().repeat()
+        # As many epochs as are read: an endless one has a length that overflows at batch size 1.
+        epochs = max(1, -(-stop * batch_size // len(self)))
+        order = grain.MapDataset.range(len(self)).seed(seed).shuffle().repeat(epochs)
         return self._read(order, batch_size, start, stop, random_crops)
 
     def evaluation_batches(self, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
