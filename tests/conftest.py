@@ -1,13 +1,21 @@
 """Every test runs under the strictest settings: what they forbid is where quantization code goes wrong."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
-# Before jax is imported: eight devices to share a batch, which wait for each other however busy the machine is (XLA
-# ends the process after 40 seconds otherwise).
+# Before jax is imported. Eight devices to share a batch, which wait for each other however busy the machine is (XLA
+# ends the process after 40 seconds otherwise). Programs run for moments here: it does not pay to optimise them.
 os.environ['XLA_FLAGS'] = (
-    os.environ.get('XLA_FLAGS', '')
-    + ' --xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600'
+    '--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600 '
+    '--xla_backend_optimization_level=0 ' + os.environ.get('XLA_FLAGS', '')
 )
+# What one test or process has compiled the others need not.
+if 'PYTEST_XDIST_WORKER' not in os.environ:
+    os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='bqat_jax_tests_')
+    atexit.register(shutil.rmtree, os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.1'
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 from pathlib import Path

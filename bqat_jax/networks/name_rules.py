@@ -50,8 +50,8 @@ CIFAR_RESNET_RULES = (
     *_conv_norm('conv1', 'bn1', 'stem'),
     *_conv(rf'{_BLOCK}conv(\d)', rf'{_BLOCK_PATH}/conv\3'),
     *_batch_norm(rf'{_BLOCK}bn(\d)', rf'{_BLOCK_PATH}/norm\3'),
-    *_conv(rf'{_BLOCK}shortcut\.0', f'{_BLOCK_PATH}/shortcut_conv'),
-    *_batch_norm(rf'{_BLOCK}shortcut\.1', f'{_BLOCK_PATH}/shortcut_norm'),
+    *_conv(rf'{_BLOCK}(?:shortcut|downsample)\.0', f'{_BLOCK_PATH}/shortcut_conv'),
+    *_batch_norm(rf'{_BLOCK}(?:shortcut|downsample)\.1', f'{_BLOCK_PATH}/shortcut_norm'),
     *_dense('(?:linear|fc)', 'head/dense'),
 )
 

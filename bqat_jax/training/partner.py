@@ -79,7 +79,14 @@ def obtain_partner(setting: Setting, stop: StopRequest) -> Partner:
             raise UserError(f'partner.workdir={other!r} holds no finished partner (no {DIRECTORY}/{FACTS} in it).')
         partner = Partner(partner.variables, {**partner.facts, 'source': f'workdir {other}'})
     elif file:
-        rules = NAME_RULES[setting.config.network.name]
+        name = setting.config.network.name
+        if name not in NAME_RULES:
+            raise UserError(
+                f'partner.torch_file={file!r}: the names that PyTorch gives to the parameters of the network {name!r} '
+                f'are not known, only those of {", ".join(NAME_RULES)}. Train the partner here, or add rules to '
+                'bqat_jax.networks.name_rules.NAME_RULES in a plugin.'
+            )
+        rules = NAME_RULES[name]
         variables = import_state_dict(read_state_dict(file), rules, setting.abstract_variables())
         variables = jax.device_put(variables, replicated(setting.mesh))
         partner = Partner(variables, {**facts, 'source': f'PyTorch file {Path(file).name}'})

@@ -19,9 +19,11 @@ class Block(nn.Module):
 class Network(nn.Module):
     """Three blocks with ReLUs between them, all in one compact method."""
 
+    num_classes: int = 5
+
     @nn.compact
     def __call__(self, x, train=True):
         x = nn.relu(nn.BatchNorm(use_running_average=not train)(nn.Conv(4, (3, 3))(x)))
         for number in range(3):
             x = nn.relu(Block(4 * 2**number, 1 + (number > 0), name=f'layer{number}')(x, train))
-        return nn.Dense(5)(x.mean((1, 2)))
+        return nn.Dense(self.num_classes)(x.mean((1, 2)))

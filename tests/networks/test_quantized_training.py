@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from bqat_jax.replacement.block_replacement import replace_blocks
@@ -31,3 +32,22 @@ def test_a_step_of_two_and_four_bits(case):
             assert jnp.isfinite(leaf).all()
         assert all(leaf.any() for leaf in jax.tree.leaves(of_quantizers))
         assert not any(leaf.any() for leaf in jax.tree.leaves(of_partner))
+
+
+@pytest.mark.parametrize('case', all_but_slow('resnet18', 'resnet50', 'mobilenet_v2', 'vit'))
+def test_blocks_that_recompute_are_calibrated_and_trained_as_others(case):
+    """What is measured inside `nn.remat`, and what quantizes there, is as outside."""
+    partner, settings = drawn(case), {'name': 'lsq', 'bits': 4, 'estimator': 'ewgs'}
+    found = []
+    for remat in (False, True):
+        replacement, quantizers = replace_blocks(
+            small(case, remat=remat), partner, [X], weights=settings, activations=settings
+        )
+
+        def loss(quantizers, replacement=replacement):
+            return replacement.loss(
+                partner['params'], quantizers, partner['batch_stats'], partner, X, LABELS, jax.random.key(0)
+            )[0]
+
+        found.append((quantizers, *quick_jit(jax.value_and_grad(loss))(quantizers)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), *found)

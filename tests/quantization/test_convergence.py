@@ -1,5 +1,7 @@
 """Every estimator trains: W2A2 on the digits, to what rounding the full-precision network alone does not reach."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -48,6 +50,10 @@ def digits():
     return images[order], labels[order].astype(np.int32)
 
 
+# Here programs run long enough to be optimised, unlike in the other tests.
+jit_for_long_loops = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 3})
+
+
 def fit(quantization, params, parameters, digits, learning_rate):
     """Trains from the given parameters; returns the new ones."""
     images, labels = (jnp.asarray(x[:TRAINED_ON]) for x in digits)
@@ -63,7 +69,7 @@ def fit(quantization, params, parameters, digits, learning_rate):
 
     deltas = {path: dict.fromkeys(roles, DELTA) for path, roles in parameters.items()}
 
-    @jax.jit
+    @jit_for_long_loops
     def run(trained, order):
         def step(carry, inputs):
             trained, state = carry
@@ -84,7 +90,7 @@ def fit(quantization, params, parameters, digits, learning_rate):
 def accuracy(quantization, params, parameters, digits):
     images, labels = (x[TRAINED_ON:] for x in digits)
 
-    @jax.jit
+    @jit_for_long_loops
     def run(params, parameters):
         with quantization.quantize_inputs():
             return MODEL.apply({'params': quantization.quantize_params(parameters, params, EVALUATION)}, images)

@@ -3,12 +3,14 @@
 import json
 
 import jax
+import ml_collections
 import numpy as np
 import pytest
 
 from bqat_jax.errors import UserError
+from bqat_jax.files import read_json
 from bqat_jax.training.checkpoint import Checkpoints
-from bqat_jax.training.run import evaluate_run, train
+from bqat_jax.training.run import evaluate_run, import_partner, summarize_network, train
 from tests.conftest import ROOT
 from tests.test_configuration import load_recipe
 
@@ -192,7 +194,7 @@ def test_zero_steps_evaluate_the_calibrated_network(config, finished, tmp_path):
         ('replacement.weights', 'half', 'halving, uniform, mean'),
         ('replacement.temperature', 0.0, 'temperature'),
         ('network.depth', 9, '6n'),
-        ('network.name', 'resnet', 'cifar_resnet'),
+        ('network.name', 'resnett', 'cifar_resnet'),
         ('quant.weights.bits', 9, 'bits=9'),
         ('quant.weights.name', 'lsqq', 'lsqq'),
         ('quant.activations.estimator', 'ste', 'identity'),
@@ -234,6 +236,62 @@ def test_one_partner_only(config, tmp_path):
     config.partner.workdir, config.partner.torch_file = 'a', 'b'
     with pytest.raises(UserError, match='both given'):
         train(config, tmp_path / 'run', name='digits')
+
+
+def test_an_imported_partner_is_evaluated_and_trained_from(config, finished, tmp_path):
+    torch = pytest.importorskip('torch', reason='PyTorch, which reads the weights, is not installed')
+    _, workdir, first = finished
+    with pytest.raises(UserError, match='nothing to import'):
+        import_partner(config, tmp_path / 'run', name='digits')
+    config.partner.workdir = str(workdir)
+    result = import_partner(config, tmp_path / 'run', name='digits')
+    assert result['fp_top1'] == first['fp_top1'] and result['examples_evaluated'] == 360
+    assert train(config, tmp_path / 'run', name='digits')['top1'] == first['top1']
+    config.partner.workdir = None
+    torch.save({'conv1.weight': torch.zeros(4, 1, 3, 3)}, tmp_path / 'weights.pth')
+    config.partner.torch_file = str(tmp_path / 'weights.pth')
+    with pytest.raises(UserError, match='missing: params/head/dense/bias'):
+        import_partner(config, tmp_path / 'other', name='digits')
+
+
+def test_the_summary_counts_what_there_is(config, tmp_path):
+    totals = summarize_network(config, tmp_path)
+    summary = read_json(tmp_path / 'summary.json')
+    assert summary['totals'] == totals and summary['not_quantizable'] == {}
+    rows = {row['path']: row for row in summary['layers']}
+    assert [row['block'] for row in summary['layers']][:2] == ['stem', 'block 1']
+    assert rows['head/dense']['block'] == 'head'
+    stem = rows['stem/conv']
+    assert stem['kernel'] == [3, 3, 1, 4] and stem['parameters'] == 36 and stem['macs'] == 64 * 36
+    assert stem['bitops'] == stem['macs'] * 8 * 8 and stem['weights'] == 'lsq 8 bits'
+    assert rows['stage1_block1/conv1']['bitops'] == rows['stage1_block1/conv1']['macs'] * 2 * 2
+    quantized = sum(row['parameters'] for row in rows.values()) - 10  # the dense layer's bias
+    kernels_at_8 = 36 + 16 * 10
+    expected = (totals['parameters'] - quantized) * 4 + kernels_at_8 + (quantized - kernels_at_8) / 4
+    assert totals['bytes'] == expected and totals['bytes_full_precision'] == 4 * totals['parameters']
+
+
+def test_a_network_of_the_users_runs_by_its_name(config, tmp_path, registries):
+    plugin = tmp_path / 'mine.py'
+    plugin.write_text(
+        'from bqat_jax.networks.cut_module import cut_behind\n'
+        'from bqat_jax.networks.registry import register_network\n'
+        'from tests.networks.outside import Network\n'
+        "@register_network('mine')\n"
+        "def mine(num_classes, *, size=8, cut='block'):\n"
+        "    return cut_behind(Network(num_classes), ['layer0', 'layer1', 'layer2'], (size, size, 1))\n"
+    )
+    config.plugins = str(plugin)
+    config.network = ml_collections.ConfigDict({'name': 'mine'})
+    config.quant.rules = ({'layers': 'Conv_0', 'weights': {'bits': 8}, 'activations': {'bits': 8}},)
+    result = train(config, tmp_path / 'run', name='digits')
+    assert 0 <= result['top1'] <= 1
+    config.partner.torch_file = str(plugin)
+    with pytest.raises(UserError, match="network 'mine' are not known"):
+        import_partner(config, tmp_path / 'other', name='digits')
+    config.network = ml_collections.ConfigDict({'name': 'mine', 'sise': 8})
+    with pytest.raises(UserError, match="Did you mean 'size'"):
+        train(config, tmp_path / 'third', name='digits')
 
 
 def test_there_must_be_something_to_evaluate(config, tmp_path):
