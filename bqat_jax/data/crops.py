@@ -46,7 +46,8 @@ class Crop:
         # JPEG can be decoded at a half, a quarter or an eighth; not so far that the box gets smaller than the result.
         shrink = min(box[2] - box[0], box[3] - box[1]) / self.size
         if shrink >= 2:
-            image.draft('RGB' if self.channels == 3 else 'L', tuple(math.ceil(length / shrink) for length in whole))
+            least = (math.ceil(whole[0] / shrink), math.ceil(whole[1] / shrink))
+            image.draft('RGB' if self.channels == 3 else 'L', least)
         across, down = (got / length for got, length in zip(image.size, whole, strict=True))
         image = image.convert('RGB' if self.channels == 3 else 'L')
         scaled = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
