@@ -11,7 +11,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from bqat_jax.errors import UserError
-from bqat_jax.training.run import evaluate_run, import_partner, summarize_network, train
+from bqat_jax.training.run import diagnose_run, evaluate_run, import_partner, summarize_network, train
 from bqat_jax.training.signals import Stopped
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
@@ -26,7 +26,7 @@ def define_flags() -> None:
         'Recipe, with arguments after a colon: configs/digits.py:bits=2,plan=prefix',
     )
     flags.DEFINE_string('workdir', None, 'Where the run goes; runs/<config name> if not given. Run again to continue.')
-    flags.DEFINE_enum('mode', 'train', ['train', 'evaluate', 'import', 'summary'], 'What to do.')
+    flags.DEFINE_enum('mode', 'train', ['train', 'evaluate', 'import', 'summary', 'diagnose', 'sweep'], 'What to do.')
 
 
 def main(argv: list[str]) -> None:
@@ -43,6 +43,13 @@ def main(argv: list[str]) -> None:
         result = import_partner(config, workdir, **record)
     elif flags.FLAGS.mode == 'summary':
         result = summarize_network(config, workdir)
+    elif flags.FLAGS.mode == 'diagnose':
+        result = diagnose_run(config, workdir)
+    elif flags.FLAGS.mode == 'sweep':
+        # Only here: its plots take a second to load.
+        from bqat_jax.sweeps.execution import run_sweep
+
+        result = run_sweep(config, workdir, name=record['name'])
     else:
         result = evaluate_run(config, workdir)
     print('\n'.join(f'{key}: {value}' for key, value in result.items()))

@@ -22,6 +22,7 @@ SAFE_TO_CHANGE = (
     'data.on_device',
     'data.workers',
     'checkpoint.*',
+    'diagnosis.*',
     'mesh.*',
     'train.log_every_steps',
 )
@@ -36,6 +37,7 @@ def base_config() -> Config:
     config: Config = ml_collections.ConfigDict()
     config.seed = 0
     config.plugins = config_dict.placeholder(str)  # your own estimators and quantizers: Python files, by commas
+    config.sweep = config_dict.placeholder(str)  # for --mode=sweep: the file that says what is compared
 
     config.data = ml_collections.ConfigDict()
     config.data.name = 'digits'  # 'digits' or a TensorFlow Datasets name
@@ -46,6 +48,7 @@ def base_config() -> Config:
     )  # squares of so many pixels are cut out; unset: all is one size
     config.data.on_device = True  # the whole dataset lives on the device; batches are gathered inside the step
     config.data.workers = 0  # processes that decode images, when the data is not on the device
+    config.data.train_examples = config_dict.placeholder(int)  # so many of the training images, the same in every run
     config.data.validation_fraction = 0.0  # of the training split, held out for choosing the best checkpoint
     config.data.mean = (0.5,)  # normalisation: (pixel / 255 - mean) / std
     config.data.std = (0.5,)
@@ -97,13 +100,22 @@ def base_config() -> Config:
     config.quant.oscillations.freezing_momentum = 0.001  # of the moving averages
     config.quant.reestimation_batches = 0  # to estimate batch-norm statistics anew after training; 0 for none
 
-    config.replacement = ml_collections.ConfigDict()
-    config.replacement.plan = 'prefix'
-    config.replacement.cut = 'stage'  # or 'block'
-    config.replacement.paths = 1  # MP models drawn per step by the plan 'prefix_sampled'
-    config.replacement.weights = 'halving'  # or 'uniform', 'mean'
-    config.replacement.distillation = 1.0  # weight of distillation from the FP partner; 0 turns the teacher off
+    config.replacement = ml_collections.ConfigDict()  # the loss: docs/method.md; a schedule: 'linear:start=1,end=0'
+    config.replacement.plan = 'prefix'  # 'none', 'single', 'suffix', 'prefix_sampled', 'single_sampled', 'bernoulli'
+    config.replacement.cut = 'stage'  # or 'block', or the parts behind which to cut: 'stage1_block1,stage2_block3'
+    config.replacement.include_last = False  # prefixes: also the model of LP blocks alone, with the partner's head
+    config.replacement.paths = 1  # MP models per step of the plans that draw them
+    config.replacement.seed = 0  # of those draws: apart from the run's, so that seeds side by side draw as if alone
+    config.replacement.probability = 'linear:start=0.5,end=1'  # of a block of the plan 'bernoulli' to be LP
+    config.replacement.weights = 'halving'  # of MP models; or 'uniform', 'mean', or one each: '0.25,0.5'
+    config.replacement.weights_schedule = 'constant'  # a factor of them
+    config.replacement.cross_entropy = 1.0  # weight of the labels' cross entropy on the LP network; 0: soft labels only
+    config.replacement.distillation = 1.0  # weight of distillation from the FP partner to the LP network
+    config.replacement.distillation_schedule = 'constant'  # a factor of it
     config.replacement.path_cross_entropy = 1.0  # weight of the labels' cross entropy on MP paths
+    config.replacement.path_distillation = 1.0  # weight of distillation from the FP partner to MP paths
+    config.replacement.path_teaching = 0.0  # weight of distillation from MP paths to the LP network
+    config.replacement.feature_matching = 0.0  # weight of the distance of features at the ends of blocks
     config.replacement.temperature = 1.0
 
     config.train = ml_collections.ConfigDict()
@@ -111,6 +123,7 @@ def base_config() -> Config:
     config.train.epochs = 10.0
     config.train.batch_size = 128
     config.train.log_every_steps = 50
+    config.train.replicas = 1  # low-precision networks trained side by side, with the seeds seed, seed + 1, ...
 
     config.optimizer = optimizer_config()
 
@@ -121,6 +134,12 @@ def base_config() -> Config:
     config.partner.workdir = config_dict.placeholder(str)  # take the partner of an earlier run
     config.partner.optimizer = optimizer_config()
     del config.partner.optimizer.quantizers  # a full-precision network has none
+
+    config.diagnosis = ml_collections.ConfigDict()  # --mode=diagnose, and while training
+    config.diagnosis.every_steps = config_dict.placeholder(int)  # while training; unset: never
+    config.diagnosis.batches = 4  # of training images
+    config.diagnosis.samples = 8  # draws of perturbed weights for the smoothed gradient
+    config.diagnosis.oscillation_steps = 50  # training steps, made for this alone, in which weights are watched
 
     config.mesh = ml_collections.ConfigDict()
     config.mesh.data = -1  # devices that share a batch; -1 for all

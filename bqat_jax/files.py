@@ -11,17 +11,22 @@ from typing import Any
 from bqat_jax.errors import UserError
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file atomically: a reader, or a kill, finds the old content or the new, never half of it."""
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
-        with temporary.open('w', encoding='utf-8') as file:
-            file.write(text)
+        with temporary.open('wb') as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file in UTF-8, atomically."""
+    write_bytes(path, text.encode('utf-8'))
 
 
 def write_json(path: Path, value: Any) -> None:

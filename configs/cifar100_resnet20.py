@@ -35,7 +35,7 @@ def get_config(argument: str | None = None) -> Config:
     config.quant.activations.bits = given.bits
     config.replacement.plan = given.plan
     config.replacement.cut = given.cut
-    config.replacement.distillation = given.distillation
+    config.replacement.distillation = config.replacement.path_distillation = given.distillation
     config.partner.epochs = 200.0
     config.partner.optimizer.learning_rate = 0.1
     config.partner.optimizer.weight_decay = 5e-4

@@ -22,7 +22,7 @@ def get_config(argument: str | None = None) -> Config:
     config.quant.weights.bits = given.bits
     config.quant.activations.bits = given.bits
     config.replacement.plan = given.plan
-    config.replacement.distillation = given.distillation
+    config.replacement.distillation = config.replacement.path_distillation = given.distillation
     config.partner.epochs = 40.0
     config.partner.optimizer.learning_rate = 0.1
     config.partner.optimizer.warmup_epochs = 2.0

@@ -48,7 +48,7 @@ def get_config(argument: str | None = None) -> Config:
     )
     config.replacement.plan = given.plan
     config.replacement.cut = given.cut
-    config.replacement.distillation = given.distillation
+    config.replacement.distillation = config.replacement.path_distillation = given.distillation
     config.partner.epochs = 300.0
     config.train.epochs = 300.0
     config.train.batch_size = 512

@@ -58,7 +58,7 @@ def get_config(argument: str | None = None) -> Config:
     config.quant.reestimation_batches = 50
     config.replacement.plan = given.plan
     config.replacement.cut = given.cut
-    config.replacement.distillation = given.distillation
+    config.replacement.distillation = config.replacement.path_distillation = given.distillation
     config.partner.epochs = 150.0
     config.partner.optimizer.learning_rate = 0.025
     config.partner.optimizer.weight_decay = 4e-5

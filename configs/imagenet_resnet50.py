@@ -41,7 +41,7 @@ def get_config(argument: str | None = None) -> Config:
     config.quant.activations.bits = given.bits
     config.replacement.plan = given.plan
     config.replacement.cut = given.cut
-    config.replacement.distillation = given.distillation
+    config.replacement.distillation = config.replacement.path_distillation = given.distillation
     config.partner.epochs = 90.0
     config.partner.optimizer.learning_rate = 0.1
     config.partner.optimizer.nesterov = False

@@ -94,7 +94,9 @@ def run_cell(setting: Setting, partner: Any, cell: dict[str, Any], steps: int, s
     layers = assign_quantizers(tuple(found), cell['weights'], cell['activations'], config.quant.rules)
     # All inputs but the first layer's follow a ReLU.
     quantization = build_quantization(found, layers, {path: path == 'stem/conv' for path in found})
-    replacement = BlockReplacement(network, quantization, Plan('none', ()), Objective(distillation=0.0))
+    replacement = BlockReplacement(
+        network, quantization, Plan('none', len(network.blocks)), Objective(distillation=0.0)
+    )
     problem = Problem(replacement, how, steps)
     optimizer, schedule = make_optimizer(config.optimizer, max(steps, 1), 0)
     params = {NETWORK: params, QUANTIZER_PARAMETERS: calibrate(quantization, params, run, [images])}
@@ -103,7 +105,7 @@ def run_cell(setting: Setting, partner: Any, cell: dict[str, Any], steps: int, s
     begin = jax.jit(lambda key: init_state(problem, key, params, partner.variables['batch_stats'], optimizer))
     step = jax.jit(train_step(problem, optimizer, schedule), donate_argnums=(0,))
     evaluate = jax.jit(evaluation_step(problem))
-    measure = make_measurement(problem, TraceSettings(batches=1), setting.mesh)
+    measure = make_measurement(problem, TraceSettings(batches=1), setting.single)
     needs_delta = any(quantizer.estimator.needs_delta for _, _, quantizer in quantization.quantizers())
     everything = {'index': np.arange(len(test['label'])), 'mask': np.ones(len(test['label']), bool)}
     found = []

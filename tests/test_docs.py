@@ -79,7 +79,7 @@ def test_commands_run(line, tmp_path, request, digits_dir):
         check=False,
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    left = {'--mode=summary': 'summary.json', '--mode=import': 'import.json'}
+    left = {'--mode=summary': 'summary.json', '--mode=import': 'import.json', '--mode=sweep': 'sweep.json'}
     (expected,) = {left[flag] for flag in flags if flag in left} or {'result.json'}
     assert (tmp_path / expected).is_file()
     if '--config.quant.rules' in line:

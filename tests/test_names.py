@@ -50,6 +50,7 @@ def test_runs(quantizer, estimator, data, tmp_path, request):
         shared = request.getfixturevalue('shared_data')
         flags += ['--config=configs/cifar10_resnet20.py:plan=none', f'--config.data.dir={shared / "tfds"}']
         flags += [f'--config.partner.torch_file={shared / "weights" / "cifar10_resnet20_optionA.th"}']
+        flags += ['--config.data.train_examples=4096']  # 20 steps see no more
     run = subprocess.run(
         [sys.executable, 'main.py', *flags],
         cwd=ROOT,

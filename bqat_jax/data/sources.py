@@ -14,7 +14,7 @@ from bqat_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Which training images are held out for validation depends on nothing but their number: every run, whatever its
+# Which training images are taken and which are held out depends on nothing but their number: every run, whatever its
 # seed, makes its choices on the same ones.
 VALIDATION_SEED = 0
 
@@ -60,6 +60,7 @@ def load_images(
     validation_fraction: float,
     image_size: int | None = None,
     test_split: str = 'test',
+    train_examples: int | None = None,
 ) -> ImageData:
     """Opens a dataset by its TensorFlow Datasets name.
 
@@ -69,6 +70,7 @@ def load_images(
         validation_fraction: how much of the training split to hold out, 0 <= fraction < 1.
         image_size: side of the squares that are cut out of the images; None to take images of one size as they are.
         test_split: name of the split that is evaluated at the end.
+        train_examples: how many of the training images to take, before some are held out; None for all.
 
     Raises:
         UserError: if there is no such dataset, it is not prepared, or it is not one of labelled images.
@@ -97,7 +99,11 @@ def load_images(
     train = builder.as_data_source('train', decoders=decoders)
     test = builder.as_data_source(test_split, decoders=decoders)
     order = np.random.default_rng(VALIDATION_SEED).permutation(len(train))
-    held_out = round(validation_fraction * len(train))
+    if train_examples is not None:
+        if not 1 <= train_examples <= len(train):
+            raise UserError(f'data.train_examples={train_examples}: {name!r} has 1 to {len(train)}.')
+        order = order[:train_examples]
+    held_out = round(validation_fraction * len(order))
     return ImageData(
         train=Subset(train, np.sort(order[held_out:])),
         validation=Subset(train, np.sort(order[:held_out])),

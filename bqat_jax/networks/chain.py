@@ -33,22 +33,37 @@ class Chain(nn.Module):
 
 
 def cut_chain(stem: Make, stages: Sequence[Mapping[str, Make]], head: Make, cut: str) -> CutNetwork:
-    """Returns a chain cut into one block per stage or per block.
+    """Returns a chain cut into blocks.
 
     Args:
         stem: makes what comes before the first block.
         stages: for each stage its blocks by name.
         head: makes what comes after the last block.
-        cut: 'stage' or 'block'.
+        cut: 'stage', 'block', or names of blocks behind which to cut, separated by commas; what follows the last of
+            them is a block too.
 
     Raises:
         ValueError: for another cut.
     """
-    if cut not in CUTS:
-        raise ValueError(f'cut={cut!r}: it must be one of {", ".join(CUTS)}.')
-    named = [(name, make) for stage in stages for name, make in stage.items()]
-    blocks = tuple(tuple(stage) for stage in stages) if cut == 'stage' else tuple((name,) for name, _ in named)
-    return CutNetwork(Chain((('stem', stem), *named, ('head', head))), ('stem',), blocks, ('head',))
+    parts = {name: make for stage in stages for name, make in stage.items()}
+    if cut == 'stage':
+        blocks = tuple(tuple(stage) for stage in stages)
+    elif cut == 'block':
+        blocks = tuple((name,) for name in parts)
+    else:
+        blocks = _cut_behind(tuple(parts), tuple(name.strip() for name in cut.split(',')))
+    return CutNetwork(Chain((('stem', stem), *parts.items(), ('head', head))), ('stem',), blocks, ('head',))
+
+
+def _cut_behind(names: tuple[str, ...], ends: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+    positions = [names.index(end) + 1 if end in names else 0 for end in ends]
+    if 0 in positions or sorted(set(positions)) != positions:
+        raise ValueError(
+            f'cut={",".join(ends)!r}: it must be one of {", ".join(CUTS)}, or some of these, in this order, separated '
+            f'by commas: {", ".join(names)}.'
+        )
+    starts, stops = [0, *positions], [*positions, len(names)]
+    return tuple(names[start:stop] for start, stop in zip(starts, stops, strict=True) if start < stop)
 
 
 def stage_blocks(number: int, makes: Sequence[Make]) -> dict[str, Make]:

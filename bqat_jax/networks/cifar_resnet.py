@@ -40,7 +40,7 @@ def cifar_resnet(
         preactivation: batch norm and ReLU come before each convolution (He et al., arXiv 1603.05027).
         dtype: of the computation, 'float32' or 'bfloat16'; parameters are float32.
         remat: whether blocks recompute their inside in the backward pass.
-        cut: 'stage' or 'block'.
+        cut: 'stage', 'block' or names of blocks, see `chain.cut_chain`.
 
     Raises:
         ValueError: for a depth that is not 6n + 2, or another value that does not exist.

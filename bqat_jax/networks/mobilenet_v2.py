@@ -53,7 +53,7 @@ def mobilenet_v2(
         norm_momentum: of batch norm: the part of the running statistics that stays.
         dtype: of the computation, 'float32' or 'bfloat16'; parameters are float32.
         remat: whether blocks recompute their inside in the backward pass.
-        cut: 'stage' or 'block'.
+        cut: 'stage', 'block' or names of blocks, see `chain.cut_chain`.
 
     Raises:
         ValueError: for a value that does not exist.

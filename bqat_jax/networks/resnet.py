@@ -38,7 +38,7 @@ def resnet(
         width: channels of the stem.
         dtype: of the computation, 'float32' or 'bfloat16'; parameters are float32.
         remat: whether blocks recompute their inside in the backward pass.
-        cut: 'stage' or 'block'.
+        cut: 'stage', 'block' or names of blocks, see `chain.cut_chain`.
 
     Raises:
         ValueError: for a depth or another value that does not exist.

@@ -35,7 +35,7 @@ def vgg_small(
         width: channels of the first stage.
         dtype: of the computation, 'float32' or 'bfloat16'; parameters are float32.
         remat: whether blocks recompute their inside in the backward pass.
-        cut: 'stage' or 'block', a convolution each.
+        cut: 'stage', 'block' (a convolution each) or names of blocks, see `chain.cut_chain`.
 
     Raises:
         ValueError: for a value that does not exist.

@@ -40,7 +40,7 @@ def vit(
         norm_epsilon: of layer norm.
         dtype: of the computation, 'float32' or 'bfloat16'; parameters, layer norm and softmax are float32.
         remat: whether blocks recompute their inside in the backward pass.
-        cut: 'stage' (four of three blocks) or 'block'.
+        cut: 'stage' (four of three blocks), 'block' or names of blocks, see `chain.cut_chain`.
 
     Raises:
         ValueError: for a value that does not exist.

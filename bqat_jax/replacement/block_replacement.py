@@ -18,8 +18,8 @@ from bqat_jax.quantization.transform import (
     find_signed_inputs,
 )
 from bqat_jax.replacement.objective import Objective
-from bqat_jax.replacement.paths import run_backbone, run_paths, run_teacher
-from bqat_jax.replacement.plans import Plan, prefix_weights
+from bqat_jax.replacement.paths import Teacher, run_backbone, run_paths, run_teacher
+from bqat_jax.replacement.plans import Plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +31,28 @@ class BlockReplacement:
         quantization: its quantizers; none of them for full precision.
         plan: which mixed-precision models run.
         objective: what is minimised.
+
+    Raises:
+        ValueError: if nothing in the objective trains the LP network as a whole.
     """
 
     network: CutNetwork
     quantization: Quantization
     plan: Plan
     objective: Objective
+
+    def __post_init__(self):
+        if not self.objective.trains_network(self.plan.num_paths):
+            raise ValueError(
+                'The loss has no term of the low-precision network itself, whose head would not be trained: give '
+                'replacement.cross_entropy, distillation, path_teaching (with a plan that has paths) or '
+                'feature_matching a positive weight.'
+            )
+
+    @property
+    def needs_partner(self) -> bool:
+        """Whether the partner's features or logits are read."""
+        return self.objective.needs_teacher(self.plan.num_paths) or self.plan.needs_partner_features
 
     def loss(
         self,
@@ -50,6 +66,7 @@ class BlockReplacement:
         *,
         progress: jax.Array | float = 1.0,
         deltas: Any = None,
+        draw: tuple[jax.Array, jax.Array] | None = None,
     ) -> tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]:
         """Runs the LP backbone, the teacher and the MP paths that the plan asks for, each once.
 
@@ -62,14 +79,15 @@ class BlockReplacement:
             images: as the network takes them, examples along the first axis.
             labels: (batch,), integers.
             key: random key of the plan's draw, of the quantizers' and of dropout.
-            progress: fraction of training that is done, for estimators with a schedule.
+            progress: fraction of training that is done, for what follows a schedule.
             deltas: {layer path: {role: strength}} for quantizers whose estimator measures one.
+            draw: mask and weights of the MP models, from `plan.draw`; if None they are drawn from the key.
 
         Returns:
             The loss, a scalar, and (new batch statistics, metrics).
         """
         plan_key, quantizer_key = jax.random.split(key)
-        mask, path_weights = self.plan.draw(plan_key)
+        mask, path_weights = self.plan.draw(plan_key, progress) if draw is None else draw
         backbone = run_backbone(
             self.network,
             self.quantization,
@@ -80,11 +98,28 @@ class BlockReplacement:
             train=True,
             context=Context(progress, quantizer_key, deltas),
         )
-        teacher_logits = run_teacher(self.network, partner, images) if self.objective.needs_teacher else None
-        path_logits = run_paths(self.network, self.plan, partner, backbone.features, mask)
-        loss, metrics = self.objective(labels, backbone.logits, teacher_logits, path_logits, path_weights)
+        teacher = run_teacher(self.network, partner, images) if self.needs_partner else Teacher(None, [])
+        path_logits = run_paths(
+            self.network,
+            self.plan,
+            partner,
+            backbone.features,
+            mask,
+            partner_features=teacher.features,
+            run_block=backbone.run_block,
+        )
+        loss, metrics = self.objective(
+            labels,
+            backbone.logits,
+            teacher.logits,
+            path_logits,
+            path_weights,
+            features=backbone.features,
+            teacher_features=teacher.features,
+            progress=progress,
+        )
         metrics['train_top1'] = jnp.mean(jnp.argmax(backbone.logits, axis=-1) == labels, dtype=jnp.float32)
-        if self.plan.is_sampled:
+        if self.plan.is_drawn:
             for number in range(self.plan.num_paths):
                 metrics[f'path{number + 1}_lp_blocks'] = jnp.sum(mask[number])
         return loss, (backbone.batch_stats, metrics)
@@ -104,8 +139,7 @@ def replace_blocks(
     weights: Mapping[str, Any],
     activations: Mapping[str, Any],
     rules: Sequence[Mapping[str, Any]] = (),
-    plan: str = 'prefix',
-    path_weights: str = 'halving',
+    plan: Plan | str = 'prefix',
     objective: Objective | None = None,
 ) -> tuple[BlockReplacement, dict[str, Any]]:
     """Returns block replacement for a cut network, and calibrated parameters of its quantizers.
@@ -117,8 +151,7 @@ def replace_blocks(
         weights: settings of the weights' quantizers, such as {'name': 'lsq', 'bits': 2, 'estimator': 'identity'}.
         activations: settings of the quantizers of the layers' inputs.
         rules: which layers differ; see `bqat_jax.quantization.rules`.
-        plan: 'none', 'prefix' or 'prefix_sampled'.
-        path_weights: 'halving', 'uniform' or 'mean'.
+        plan: a plan, or the name of one with its defaults.
         objective: what is minimised; its defaults if None.
 
     Raises:
@@ -138,7 +171,7 @@ def replace_blocks(
     replacement = BlockReplacement(
         network,
         quantization,
-        Plan(plan, prefix_weights(path_weights, len(network.blocks))),
+        Plan(plan, len(network.blocks)) if isinstance(plan, str) else plan,
         Objective() if objective is None else objective,
     )
     return replacement, calibrate(quantization, partner['params'], run, batches)

@@ -1,9 +1,19 @@
 """Replacement plans: which blocks of each mixed-precision (MP) model of a training step are low precision.
 
 A plan says it with a mask m[k, i]: true where block i of MP model k is low precision (LP), false where it is the full-
-precision (FP) partner's. `prefix` is the reading of arXiv 2412.15846 that this project starts from, with the LP blocks
-first, as in the same team's arXiv 2411.01547. `prefix_sampled` is ours: the same expected loss at a cost that does not
-grow with the number of blocks.
+precision (FP) partner's. The head of every MP model is the partner's (ours).
+
+    none            no MP model: plain quantization-aware training, or distillation
+    prefix          all n-1 models whose first blocks are LP, every step (arXiv 2411.01547, by the same team)
+    single          all n models with one LP block, every step: the other reading of "replacement on the FP model"
+    suffix          all n-1 models whose last blocks are LP, every step: an ablation (ours)
+    prefix_sampled  k of `prefix`'s models, drawn per step, weighted so that the expected loss is the same (ours)
+    single_sampled  k of `single`'s, likewise (ours)
+    bernoulli       k models; each block is LP with a probability that may change over training, as in the module
+                    replacing of BERT-of-Theseus (arXiv 2002.02925)
+
+That MP models come from block-by-block replacement on the FP model, and run beside the LP network, is arXiv
+2412.15846's.
 """
 
 import dataclasses
@@ -13,29 +23,36 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
-PLANS = ('none', 'prefix', 'prefix_sampled')
+from bqat_jax.replacement.schedules import ALWAYS, Linear, Schedule
+
+# Plans whose models are known when the step is traced, and those whose models are drawn at run time.
+KNOWN_PLANS = ('none', 'prefix', 'single', 'suffix')
+DRAWN_PLANS = ('prefix_sampled', 'single_sampled', 'bernoulli')
+PLANS = KNOWN_PLANS + DRAWN_PLANS
 PATH_WEIGHTS = ('halving', 'uniform', 'mean')
+# Plans to which a model of LP blocks alone, with the partner's head, can be added.
+WITH_LAST = ('prefix', 'prefix_sampled')
+# Theseus' schedule: from one half to one.
+HALF_TO_ONE = Linear(start=0.5, end=1.0)
+
+Model = tuple[bool, ...]
 
 
-def prefix_weights(name: str, num_blocks: int) -> tuple[float, ...]:
-    """Returns the loss weights w_i of the MP models with i = 1 .. n-1 leading LP blocks, for n blocks.
-
-    Args:
-        name: 'halving', w_i = 1 / 2^(n-i) (Block-KD, arXiv 2411.01547); 'uniform', w_i = 1; 'mean',
-            w_i = 1 / (n-1) (both ours).
-        num_blocks: n.
+def parse_path_weights(text: str) -> str | tuple[float, ...]:
+    """Returns the weights that a config names: 'halving', 'uniform', 'mean', or numbers separated by commas.
 
     Raises:
-        ValueError: for another name.
+        ValueError: for anything else.
     """
-    count = num_blocks - 1
-    if name == 'halving':
-        return tuple(0.5 ** (num_blocks - i) for i in range(1, num_blocks))
-    if name == 'uniform':
-        return (1.0,) * count
-    if name == 'mean':
-        return (1.0 / count,) * count
-    raise ValueError(f'replacement weights {name!r}: they must be one of {", ".join(PATH_WEIGHTS)}.')
+    if text in PATH_WEIGHTS:
+        return text
+    try:
+        return tuple(float(part) for part in text.split(','))
+    except ValueError as error:
+        raise ValueError(
+            f'replacement.weights={text!r}: they must be one of {", ".join(PATH_WEIGHTS)}, or a number for each '
+            "mixed-precision model, such as '0.25,0.5'."
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,76 +60,148 @@ class Plan:
     """A replacement plan for a network of n blocks.
 
     Attributes:
-        name: 'none', no MP model; 'prefix', all n-1 models with i leading LP blocks, every step; 'prefix_sampled',
-            `num_sampled` of those drawn per step without replacement, all equally likely.
-        weights: w_i for i = 1 .. n-1, the loss weight of the model with i leading LP blocks.
-        num_sampled: models drawn per step; 'prefix_sampled' alone reads it.
+        name: one of `PLANS`.
+        num_blocks: n.
+        weights: loss weights of the models: 'halving', 1/2^f for a model with f FP blocks, which for prefixes is
+            Block-KD's 1/2^(n-i) (arXiv 2411.01547); 'uniform', 1; 'mean', 1 / their number (both ours); or a number for
+            each model.
+        num_sampled: models per step, for the plans that draw.
+        include_last: adds the model of all n LP blocks and the partner's head to the prefixes.
+        probability: of a block of 'bernoulli' to be LP.
+        schedule: a factor of all weights.
 
     Raises:
-        ValueError: for a name that does not exist, or more draws than there are models.
+        ValueError: for a value that does not exist or does not fit.
     """
 
     name: str
-    weights: tuple[float, ...]
+    num_blocks: int
+    weights: str | tuple[float, ...] = 'halving'
     num_sampled: int = 1
+    include_last: bool = False
+    probability: Schedule = HALF_TO_ONE
+    schedule: Schedule = ALWAYS
 
     def __post_init__(self):
         if self.name not in PLANS:
             raise ValueError(f'replacement plan {self.name!r}: it must be one of {", ".join(PLANS)}.')
-        if self.name != 'none' and not self.weights:
+        if self.name != 'none' and self.num_blocks < 2:
             raise ValueError(
                 f'replacement plan {self.name!r} needs a network of at least two blocks: with one there is no mixed-'
                 "precision model. Cut the network finer (replacement.cut='block') or use the plan 'none'."
             )
-        if self.is_sampled and not 1 <= self.num_sampled <= len(self.weights):
+        if self.include_last and self.name not in WITH_LAST:
             raise ValueError(
-                f'replacement.paths={self.num_sampled}: of {self.num_blocks} blocks 1 to {len(self.weights)} '
-                'prefixes can be drawn.'
+                f'replacement.include_last adds to prefixes; the plan {self.name!r} has none. It must be one of '
+                f'{", ".join(WITH_LAST)}.'
+            )
+        if self.name == 'bernoulli':
+            if self.num_sampled < 1:
+                raise ValueError(f'replacement.paths={self.num_sampled}: it must be at least 1.')
+            if not all(0 <= end <= 1 for end in self.probability.ends):
+                raise ValueError(f'replacement.probability: it goes from {self.probability.ends[0]} to '
+                                 f'{self.probability.ends[1]}, and must stay between 0 and 1.')  # fmt: skip
+        elif self.is_drawn and not 1 <= self.num_sampled <= len(self.models):
+            raise ValueError(
+                f'replacement.paths={self.num_sampled}: of {self.num_blocks} blocks 1 to {len(self.models)} models '
+                'can be drawn.'
+            )
+        if min(self.schedule.ends) < 0:
+            raise ValueError(f'replacement.weights_schedule: {min(self.schedule.ends)} is negative.')
+        self._check_weights()
+
+    def _check_weights(self):
+        if isinstance(self.weights, str):
+            if self.weights not in PATH_WEIGHTS:
+                raise ValueError(
+                    f'replacement.weights={self.weights!r}: they must be one of {", ".join(PATH_WEIGHTS)}, or a number '
+                    'for each mixed-precision model.'
+                )
+            return
+        count = self.num_sampled if self.name == 'bernoulli' else len(self.models)
+        if len(self.weights) != count or min(self.weights, default=0) < 0:
+            raise ValueError(
+                f'replacement.weights={",".join(map(str, self.weights))}: the plan {self.name!r} needs {count} '
+                'numbers, none of them negative.'
             )
 
     @property
-    def num_blocks(self) -> int:
-        """n."""
-        return len(self.weights) + 1
+    def models(self) -> tuple[Model, ...]:
+        """The models that there may be, a mask over the blocks each; none for 'bernoulli', which may have any."""
+        n = self.num_blocks
+        if self.name in WITH_LAST:
+            return tuple(tuple(i < count for i in range(n)) for count in range(1, n + self.include_last))
+        if self.name in ('single', 'single_sampled'):
+            return tuple(tuple(i == chosen for i in range(n)) for chosen in range(n))
+        if self.name == 'suffix':
+            return tuple(tuple(i >= first for i in range(n)) for first in range(1, n))
+        return ()
 
     @property
     def num_paths(self) -> int:
         """MP models per step."""
-        return {'none': 0, 'prefix': len(self.weights), 'prefix_sampled': self.num_sampled}[self.name]
+        return self.num_sampled if self.is_drawn else len(self.models)
 
     @property
-    def is_sampled(self) -> bool:
+    def is_drawn(self) -> bool:
         """Whether the mask is drawn at run time, rather than known when the step is traced."""
-        return self.name == 'prefix_sampled'
+        return self.name in DRAWN_PLANS
 
-    def draw(self, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    @property
+    def needs_partner_features(self) -> bool:
+        """Whether an LP block may run on the partner's features."""
+        return self.name == 'bernoulli' or any(not model[0] for model in self.models)
+
+    def draw(self, key: jax.Array, progress: jax.Array | float = 1.0) -> tuple[jax.Array, jax.Array]:
         """Draws the MP models of one step.
 
         Args:
             key: random key, the same on every host.
+            progress: fraction of training that is done.
 
         Returns:
-            The mask, bool (paths, blocks), and the loss weights of the paths, float32 (paths,), scaled so that their
-            expectation is that of plan 'prefix'.
+            The mask, bool (paths, blocks), and the loss weights of the paths, float32 (paths,); those of sampled plans
+            are scaled so that their expectation is that of all models together.
         """
-        if self.is_sampled:
-            # Without replacement each prefix is drawn with probability k / (n-1).
-            chosen = jax.random.choice(key, len(self.weights), (self.num_sampled,), replace=False)
-            scale = len(self.weights) / self.num_sampled
+        factor = self.schedule.at(progress)
+        if self.name == 'bernoulli':
+            mask = jax.random.bernoulli(key, self.probability.at(progress), (self.num_sampled, self.num_blocks))
+            return mask, self._bernoulli_weights(mask) * factor
+        if self.is_drawn:
+            # Without replacement each of m models is drawn with probability k / m.
+            chosen = jax.random.choice(key, len(self.models), (self.num_sampled,), replace=False)
         else:
-            chosen, scale = jnp.arange(self.num_paths), 1.0
-        return self._describe(chosen, scale)
+            chosen = jnp.arange(len(self.models))
+        mask, weights = self._describe(chosen)
+        return mask, weights * factor
 
     def outcomes(self) -> Iterator[tuple[float, jax.Array, jax.Array]]:
-        """Yields every draw there can be, up to the order of paths: its probability, mask and loss weights."""
-        if not self.is_sampled:
-            yield 1.0, *self.draw(jax.random.key(0))
-            return
-        draws = list(itertools.combinations(range(len(self.weights)), self.num_sampled))
-        for chosen in draws:
-            yield 1.0 / len(draws), *self._describe(jnp.array(chosen), len(self.weights) / self.num_sampled)
+        """Yields every draw there can be, up to the order of paths: probability, mask and loss weights.
 
-    def _describe(self, chosen: jax.Array, scale: float) -> tuple[jax.Array, jax.Array]:
-        """Mask and weights of the models with chosen + 1 leading LP blocks."""
-        mask = jnp.arange(self.num_blocks)[None, :] <= chosen[:, None]
-        return mask, jnp.asarray(self.weights, jnp.float32)[chosen] * scale
+        At the end of training; not for 'bernoulli'.
+        """
+        count = self.num_sampled if self.is_drawn else len(self.models)
+        draws = list(itertools.combinations(range(len(self.models)), count))
+        for chosen in draws:
+            mask, weights = self._describe(jnp.array(chosen, jnp.int32))
+            yield 1.0 / len(draws), mask, weights * self.schedule.at(1.0)
+
+    def _describe(self, chosen: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Mask and weights of the models with these numbers."""
+        models = jnp.array(self.models, bool).reshape(len(self.models), self.num_blocks)
+        scale = len(self.models) / self.num_sampled if self.is_drawn else 1.0
+        return models[chosen], jnp.array(self._model_weights(), jnp.float32)[chosen] * scale
+
+    def _model_weights(self) -> tuple[float, ...]:
+        if self.weights == 'halving':
+            return tuple(0.5 ** model.count(False) for model in self.models)
+        if isinstance(self.weights, str):
+            return (1.0 if self.weights == 'uniform' else 1.0 / len(self.models),) * len(self.models)
+        return self.weights
+
+    def _bernoulli_weights(self, mask: jax.Array) -> jax.Array:
+        if self.weights == 'halving':
+            return 0.5 ** jnp.sum(~mask, axis=1).astype(jnp.float32)
+        if isinstance(self.weights, str):
+            return jnp.full(self.num_sampled, 1.0 if self.weights == 'uniform' else 1.0 / self.num_sampled, jnp.float32)
+        return jnp.array(self.weights, jnp.float32)

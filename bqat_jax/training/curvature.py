@@ -12,14 +12,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from bqat_jax.quantization.quantizers import Quantizer
 from bqat_jax.quantization.rounding import EVALUATION, Context
 from bqat_jax.quantization.transform import Quantization, find_layers
 from bqat_jax.training.optimizer import NETWORK, QUANTIZERS
 from bqat_jax.training.regularizers import Regularizers
-from bqat_jax.training.sharding import replicated
+from bqat_jax.training.replicas import Replicas
 from bqat_jax.training.step import Problem, TrainState, loss_and_metrics, prepare_batch
 
 # Sets the randomness of a measurement apart from that of the step with the same key.
@@ -197,14 +196,14 @@ def with_perturbations(quantizer_params: Any, perturbations: Any) -> Any:
     }
 
 
-def make_measurement(problem: Problem, settings: TraceSettings, mesh: Mesh) -> Callable[..., Any]:
+def make_measurement(problem: Problem, settings: TraceSettings, replicas: Replicas) -> Callable[..., Any]:
     """Returns the jitted `measure(state, partner, arrays, batch, number) -> deltas`, δ of one batch as in the state.
 
     `number` tells the batches of one measurement apart. The loss is the whole of training's, on the batch as training
     would see it.
     """
 
-    def measure(state: TrainState, partner: Any, arrays: Any, batch: Any, number: jax.Array) -> Any:
+    def measure(state: TrainState, partner: Any, arrays: Any, batch: Any, number: jax.Array, draw: Any) -> Any:
         state = dataclasses.replace(state, step=state.step + number)
         images, labels, loss_key = prepare_batch(problem, state, arrays, batch)
 
@@ -220,6 +219,7 @@ def make_measurement(problem: Problem, settings: TraceSettings, mesh: Mesh) -> C
                 loss_key,
                 problem.progress(state.step),
                 state.deltas,
+                draw,
             )[0]
 
         def run(params, images):
@@ -232,4 +232,10 @@ def make_measurement(problem: Problem, settings: TraceSettings, mesh: Mesh) -> C
         key = jax.random.fold_in(loss_key, MEASUREMENT)
         return measure_deltas(problem.replacement.quantization, state.params[QUANTIZERS], shapes, loss, key, settings)
 
-    return jax.jit(measure, out_shardings=replicated(mesh))
+    of_all = replicas.over(measure, (0, None, None, 0, None, None))
+
+    def measure_all(state, partner, arrays, batch, number):
+        draw = problem.draw(state.step.reshape(-1)[0] + number)
+        return of_all(state, partner, arrays, batch, number, draw)
+
+    return replicas.jit(measure_all, (0, None, None, 0, None))

@@ -4,10 +4,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh
 
 from bqat_jax.data.pipeline import Split
-from bqat_jax.training.sharding import over_batch
+from bqat_jax.training.replicas import Replicas, values_of
 
 
 class Evaluation(NamedTuple):
@@ -28,9 +27,9 @@ def evaluate(
     batch_stats: Any,
     split: Split,
     batch_size: int,
-    mesh: Mesh,
-) -> Evaluation:
-    """Evaluates a network on a split.
+    replicas: Replicas,
+) -> tuple[Evaluation, ...]:
+    """Evaluates every replica of a network on a split.
 
     Args:
         step: from `make_evaluation_step`.
@@ -38,11 +37,14 @@ def evaluate(
         batch_stats: the network's batch statistics.
         split: what to evaluate on, not empty.
         batch_size: examples per batch, a multiple of the number of devices; the last batch is filled up and masked.
-        mesh: the devices.
+        replicas: how many there are.
     """
     counts = None
     for batch in split.evaluation_batches(batch_size):
-        found = step(params, batch_stats, split.arrays, jax.device_put(batch, over_batch(mesh)))
+        found = step(params, batch_stats, split.arrays, jax.device_put(batch, replicas.evaluation_sharding))
         counts = found if counts is None else jax.tree.map(jax.numpy.add, counts, found)
     counts = jax.device_get(counts)
-    return Evaluation(int(counts['correct']) / int(counts['examples']), int(counts['examples']))
+    return tuple(
+        Evaluation(correct / examples, int(examples))
+        for correct, examples in zip(values_of(counts['correct']), values_of(counts['examples']), strict=True)
+    )

@@ -1,9 +1,8 @@
 """One phase of a run: from its newest checkpoint, or from the beginning, to its end."""
 
 import dataclasses
-import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,12 @@ from bqat_jax.configuration import Config
 from bqat_jax.errors import UserError
 from bqat_jax.training.checkpoint import Checkpoints, Restored
 from bqat_jax.training.curvature import make_measurement
+from bqat_jax.training.diagnosis.report import diagnose
 from bqat_jax.training.evaluation import evaluate
 from bqat_jax.training.optimizer import NETWORK, QUANTIZERS, make_optimizer
 from bqat_jax.training.recorder import Recorder
-from bqat_jax.training.setting import Setting, with_sharding
-from bqat_jax.training.sharding import over_batch, replicated
+from bqat_jax.training.replicas import Replicas, values_of
+from bqat_jax.training.setting import Setting
 from bqat_jax.training.signals import Stopped, StopRequest
 from bqat_jax.training.step import (
     Problem,
@@ -41,6 +41,7 @@ class Phase:
         steps: how many.
         optimizer: its config.
         directory: of its checkpoints.
+        replicas: how many run side by side.
     """
 
     name: str
@@ -50,12 +51,23 @@ class Phase:
     steps: int
     optimizer: Config
     directory: Path
+    replicas: Replicas
+
+    def batches(self, setting: Setting, start: int, stop: int) -> Iterator[Any]:
+        """Yields the batches number `start` to `stop - 1`, on the devices."""
+        readings = [
+            setting.train_split.training_batches(
+                setting.data_seed(self.purpose, replica), setting.config.train.batch_size, start, stop
+            )
+            for replica in range(self.replicas.count)
+        ]
+        return self.replicas.batches(readings)
 
 
 def run_phase(
     setting: Setting,
     phase: Phase,
-    init: Callable[[], tuple[Any, Any]],
+    init: Callable[[int], tuple[Any, Any]],
     quantizer_shapes: Any,
     stop: StopRequest,
 ) -> Restored:
@@ -64,7 +76,7 @@ def run_phase(
     Args:
         setting: of the run.
         phase: what to do.
-        init: gives params {'network': ..., 'quantizers': ...} and batch statistics to begin with.
+        init: gives params {'network': ..., 'quantizers': ...} and batch statistics for a replica to begin with.
         quantizer_shapes: shapes and dtypes of the quantizers' parameters.
         stop: asked after every step.
 
@@ -82,13 +94,15 @@ def run_phase(
         if restored is None:
             optimizer, _ = _make_optimizer(setting, phase)
 
-            @functools.partial(jax.jit, out_shardings=replicated(setting.mesh))
-            def make(params, batch_stats):
+            def make(params, batch_stats, key):
                 # Copies: the step takes its state over, and the partner may keep its arrays.
                 params, batch_stats = jax.tree.map(jnp.copy, (params, batch_stats))
-                return init_state(phase.problem, setting.key(phase.purpose), params, batch_stats, optimizer)
+                return init_state(phase.problem, key, params, batch_stats, optimizer)
 
-            state, start, seconds = make(*init()), 0, 0.0
+            replicas, axes = phase.replicas, (0, 0, 0)
+            arguments = [(*init(number), setting.key(phase.purpose, number)) for number in range(replicas.count)]
+            state = replicas.jit(replicas.over(make, axes), axes)(*replicas.stack(arguments))
+            start, seconds = 0, 0.0
         else:
             state, start, seconds = restored.state, restored.facts['next_batch'], restored.facts['seconds']
             setting.console.print(f'Phase {phase.name} goes on after step {start} of {phase.steps}.')
@@ -117,7 +131,7 @@ def state_target(setting: Setting, phase: Phase, quantizer_shapes: Any) -> Any:
         params,
         variables['batch_stats'],
     )
-    return with_sharding(shapes, setting.mesh)
+    return phase.replicas.stacked_shapes(shapes)
 
 
 def _make_optimizer(setting: Setting, phase: Phase):
@@ -139,8 +153,8 @@ class _Run:
         self._setting, self._phase, self._checkpoints = setting, phase, checkpoints
         self._recorder, self._stop, self._began = recorder, stop, began
         self._seconds = 0.0  # up to the last checkpoint
-        self._evaluation_step = make_evaluation_step(phase.problem, setting.mesh)
-        self._speed = _Speedometer(setting.config.train.batch_size)
+        self._evaluation_step = make_evaluation_step(phase.problem, phase.replicas)
+        self._speed = _Speedometer(setting.config.train.batch_size * phase.replicas.count)
         self._measure: Callable[..., Any] | None = None  # compiled when first needed
 
     def steps(self, state: TrainState, start: int, *, is_new: bool) -> float:
@@ -150,26 +164,28 @@ class _Run:
         """
         setting, phase, stop = self._setting, self._phase, self._stop
         optimizer, schedule = _make_optimizer(setting, phase)
-        step = make_train_step(phase.problem, optimizer, schedule, setting.mesh)
+        step = make_train_step(phase.problem, optimizer, schedule, phase.replicas)
         save_every = max(1, setting.steps(setting.config.checkpoint, 'every_'))
         measure_every = self._measure_every()
         log_every = setting.config.train.log_every_steps
+        has_quantizers = bool(phase.problem.replacement.quantization.layers)
+        diagnose_every = (setting.config.diagnosis.every_steps or 0) if has_quantizers else 0
         if is_new:
             self._save(state, start)
-        batches = setting.train_split.training_batches(
-            setting.data_seed(phase.purpose), setting.config.train.batch_size, start, phase.steps
-        )
         due: tuple[int, Any] | None = None  # metrics to record
-        for done, batch in enumerate(batches, start + 1):
+        for done, batch in enumerate(phase.batches(setting, start, phase.steps), start + 1):
             if measure_every and done > 1 and (done - 1) % measure_every == 0:
                 pause = time.monotonic()
                 state = self._measure_deltas(state, done - 1)
                 self._speed.skip(time.monotonic() - pause)
-            batch = jax.device_put(batch, over_batch(setting.mesh))
             state, metrics = step(state, phase.partner, setting.train_split.arrays, batch)
             if done == start + 1:
                 jax.block_until_ready(metrics)
                 self._speed.restart(done)  # compiling does not count as speed
+            if diagnose_every and done % diagnose_every == 0:
+                pause = time.monotonic()
+                self._diagnose(state)
+                self._speed.skip(time.monotonic() - pause)
             if due is not None:
                 due = self._record(*due)
             if done % log_every == 0 or done == phase.steps:
@@ -199,55 +215,57 @@ class _Run:
     def _measure_deltas(self, state: TrainState, done: int) -> TrainState:
         """Returns the state with strengths measured anew on the next batches; a function of state and batches alone."""
         setting, phase, settings = self._setting, self._phase, self._setting.trace
-        self._measure = self._measure or make_measurement(phase.problem, settings, setting.mesh)
-        batches = setting.train_split.training_batches(
-            setting.data_seed(phase.purpose), setting.config.train.batch_size, done, done + settings.batches
-        )
+        self._measure = self._measure or make_measurement(phase.problem, settings, phase.replicas)
+        arrays = setting.train_split.arrays
         found = [
-            self._measure(
-                state,
-                phase.partner,
-                setting.train_split.arrays,
-                jax.device_put(batch, over_batch(setting.mesh)),
-                jnp.int32(number),
-            )
-            for number, batch in enumerate(batches)
+            self._measure(state, phase.partner, arrays, batch, jnp.int32(number))
+            for number, batch in enumerate(phase.batches(setting, done, done + settings.batches))
         ]
         deltas = jax.tree.map(lambda *values: sum(values[1:], values[0]) / len(values), *found)
-        values = [value.item() for value in jax.tree.leaves(jax.device_get(deltas))]
+        values = [value for leaf in jax.tree.leaves(jax.device_get(deltas)) for value in values_of(leaf)]
         self._recorder.record(done, {'mean_delta': sum(values) / len(values)})
         return dataclasses.replace(state, deltas=deltas)
 
+    def _diagnose(self, state: TrainState) -> None:
+        phase = self._phase
+        state = phase.replicas.first(state)
+        diagnose(self._setting, phase.problem, phase.partner, phase.optimizer, state)
+
     def _record(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+        """Records metrics, the mean over replicas."""
+        values = {name: values_of(value) for name, value in jax.device_get(metrics).items()}
         self._check_finite(values.pop('first_bad_step'))
+        means = {name: sum(found) / len(found) for name, found in values.items()}
         speed = self._speed.images_per_second(step)
-        self._recorder.record(step, values if speed is None else {**values, 'images_per_second': speed})
+        self._recorder.record(step, means if speed is None else {**means, 'images_per_second': speed})
 
     def _save(self, state: TrainState, step: int) -> None:
         """Saves the state, if it is sound, with its score on the validation split."""
-        self._check_finite(int(state.first_bad_step))
+        self._check_finite(values_of(state.first_bad_step))
         self._seconds = time.monotonic() - self._began
-        facts, score = {'next_batch': step, 'seconds': self._seconds}, None
+        score: float | None = None
+        facts: dict[str, Any] = {'next_batch': step, 'seconds': self._seconds}
         if self._setting.validation_split is not None:
-            score = evaluate(
+            found = evaluate(
                 self._evaluation_step,
                 state.params,
                 state.batch_stats,
                 self._setting.validation_split,
                 self._setting.evaluation_batch_size,
-                self._setting.mesh,
-            ).top1
-            facts['validation_top1'] = score
+                self._phase.replicas,
+            )
+            score = sum(one.top1 for one in found) / len(found)
+            facts['validation_top1'] = [one.top1 for one in found]
             self._recorder.record(step, {'validation_top1': score})
         self._checkpoints.save(step, state, facts, score)
 
-    def _check_finite(self, first_bad_step: int) -> None:
-        if first_bad_step < 0:
+    def _check_finite(self, first_bad_steps: list[float]) -> None:
+        bad = [int(step) for step in first_bad_steps if step >= 0]
+        if not bad:
             return
         self._checkpoints.wait()
         raise UserError(
-            f'The loss became NaN or infinite in step {first_bad_step + 1} of phase {self._phase.name}. The last good '
+            f'The loss became NaN or infinite in step {min(bad) + 1} of phase {self._phase.name}. The last good '
             f'checkpoint is that of step {self._checkpoints.latest_step} in {self._checkpoints.directory}. Lower the '
             "learning rates (optimizer.learning_rate, optimizer.quantizers.learning_rate; the partner's: "
             'partner.optimizer.learning_rate) or clip the gradient (optimizer.clip_norm), in another --workdir.'

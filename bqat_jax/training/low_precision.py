@@ -51,16 +51,16 @@ def train_low_precision(setting: Setting, partner: Partner, stop: StopRequest) -
     batches = None
     path = setting.workdir / QUANTIZERS_FILE
     if not path.exists():
-        batches = _calibration_batches(setting, partner)
+        batches = _calibration_batches(setting, partner, 0)
         layers = setting.found.quantizable
         signed = find_signed_inputs(run, partner.variables['params'], batches, layers, setting.layers)
         write_json(path, _describe(_build(setting, signed)))
     phase = low_precision_phase(setting, partner)
     quantization = phase.problem.replacement.quantization
 
-    def init():
+    def init(replica):
         setting.console.print('Calibrating the quantizers.')
-        images = batches or _calibration_batches(setting, partner)
+        images = batches if batches and replica == 0 else _calibration_batches(setting, partner, replica)
         params = partner.variables['params']
         try:
             quantizers = calibrate(quantization, params, run, images)
@@ -92,11 +92,13 @@ def low_precision_phase(setting: Setting, partner: Partner) -> Phase:
             preprocessing=setting.preprocessing(partner.facts['mean'], partner.facts['std']),
             steps=setting.steps(config.train),
             regularizers=setting.regularizers,
+            draw_seed=config.replacement.seed,
         ),
         partner=partner.variables,
         steps=setting.steps(config.train),
         optimizer=config.optimizer,
         directory=setting.workdir / CHECKPOINTS,
+        replicas=setting.replicas,
     )
 
 
@@ -123,7 +125,7 @@ def quantizer_shapes(setting: Setting, quantization: Quantization) -> Any:
     return jax.eval_shape(init, variables, batch)
 
 
-def _calibration_batches(setting: Setting, partner: Partner) -> list[jax.Array]:
+def _calibration_batches(setting: Setting, partner: Partner, replica: int) -> list[jax.Array]:
     """Normalised training images, not augmented."""
     split, config = setting.train_split, setting.config
     how = setting.preprocessing(partner.facts['mean'], partner.facts['std'])
@@ -133,7 +135,7 @@ def _calibration_batches(setting: Setting, partner: Partner) -> list[jax.Array]:
         return normalize(get_examples(batch, arrays)[0], how.mean, how.std)
 
     batches = split.training_batches(
-        setting.data_seed(CALIBRATION),
+        setting.data_seed(CALIBRATION, replica),
         config.train.batch_size,
         0,
         config.quant.calibration_batches,

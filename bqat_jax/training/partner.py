@@ -45,7 +45,7 @@ class Partner:
         """Returns the partner's own training: full precision, labels alone."""
         return Problem(
             replacement=BlockReplacement(
-                setting.network, FULL_PRECISION, Plan('none', ()), Objective(distillation=0.0)
+                setting.network, FULL_PRECISION, Plan('none', len(setting.network.blocks)), Objective(distillation=0.0)
             ),
             preprocessing=setting.preprocessing(self.facts['mean'], self.facts['std']),
             steps=setting.steps(setting.config.partner),
@@ -134,9 +134,10 @@ def _pretrain(setting: Setting, facts: dict[str, Any], stop: StopRequest) -> Par
         steps=setting.steps(config),
         optimizer=config.optimizer,
         directory=setting.workdir / DIRECTORY / 'checkpoints',
+        replicas=setting.single,
     )
 
-    def init():
+    def init(_):
         make = jax.jit(
             lambda key: setting.network.init(key, setting.images.image_shape),
             out_shardings=replicated(setting.mesh),

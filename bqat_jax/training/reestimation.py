@@ -9,24 +9,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from bqat_jax.quantization.transform import mean_of_trees
 from bqat_jax.replacement.paths import run_backbone
 from bqat_jax.training.optimizer import NETWORK, QUANTIZERS
-from bqat_jax.training.sharding import over_batch, replicated
+from bqat_jax.training.replicas import Replicas
 from bqat_jax.training.step import Problem, TrainState, prepare_batch
 
 
-def reestimate_batch_stats(problem: Problem, state: TrainState, arrays: Any, batches: Iterable[Any], mesh: Mesh) -> Any:
+def reestimate_batch_stats(
+    problem: Problem, state: TrainState, arrays: Any, batches: Iterable[Any], replicas: Replicas
+) -> Any:
     """Returns the mean of the batch statistics over training batches, by which the stored ones are replaced.
 
     Args:
         problem: what was trained.
         state: with the weights; it is not changed.
         arrays: the split that lives on the device, or None.
-        batches: of the training split, augmented as in training; at least one.
-        mesh: the devices.
+        batches: of the training split, on the devices, augmented as in training; at least one.
+        replicas: how many there are.
     """
 
     def statistics(state, arrays, batch, number):
@@ -48,10 +49,10 @@ def reestimate_batch_stats(problem: Problem, state: TrainState, arrays: Any, bat
 
         return jax.tree.map(lambda zero, one: zero / (1 - (one - zero)), updated(0.0), updated(1.0))
 
-    run = jax.jit(statistics, out_shardings=replicated(mesh))
+    axes = (0, None, 0, None)
+    run = replicas.jit(replicas.over(statistics, axes), axes)
     # One after another: XLA's CPU devices can block each other for ever behind a long queue of programs.
     found = [
-        jax.block_until_ready(run(state, arrays, jax.device_put(batch, over_batch(mesh)), jnp.int32(number)))
-        for number, batch in enumerate(batches)
+        jax.block_until_ready(run(state, arrays, batch, jnp.int32(number))) for number, batch in enumerate(batches)
     ]
     return mean_of_trees(found)

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import platform
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,19 @@ import rich.console
 
 from bqat_jax import __version__
 from bqat_jax.configuration import Config, check_resumable, to_plain
-from bqat_jax.data.pipeline import Split
 from bqat_jax.errors import UserError
 from bqat_jax.files import locked, read_json, write_json
 from bqat_jax.quantization.rules import NO_QUANTIZER
 from bqat_jax.training.checkpoint import Restored
+from bqat_jax.training.diagnosis.report import DIRECTORY as DIAGNOSES
+from bqat_jax.training.diagnosis.report import diagnose
 from bqat_jax.training.evaluation import Evaluation, evaluate
 from bqat_jax.training.loop import Phase, open_checkpoints, state_target
 from bqat_jax.training.low_precision import low_precision_phase, quantizer_shapes, train_low_precision
 from bqat_jax.training.optimizer import NETWORK, QUANTIZERS
 from bqat_jax.training.partner import Partner, load_partner, obtain_partner
 from bqat_jax.training.reestimation import reestimate_batch_stats
+from bqat_jax.training.replicas import Replicas
 from bqat_jax.training.setting import Setting, make_setting
 from bqat_jax.training.signals import StopRequest
 from bqat_jax.training.step import Problem, make_evaluation_step
@@ -33,7 +36,14 @@ FULL_PRECISION_BITS = 32
 REESTIMATION = 4
 
 
-def train(config: Config, workdir: Path, *, name: str, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
+def train(
+    config: Config,
+    workdir: Path,
+    *,
+    name: str,
+    overrides: dict[str, Any] | None = None,
+    console: rich.console.Console | None = None,
+) -> dict[str, Any]:
     """Runs a config from wherever its workdir has got to, to the end; writes and returns `result.json`.
 
     Args:
@@ -41,6 +51,7 @@ def train(config: Config, workdir: Path, *, name: str, overrides: dict[str, Any]
         workdir: everything the run leaves goes there; called again with the same, it continues.
         name: of the config, for the record.
         overrides: what the command line changed, for the record.
+        console: where progress is shown; the terminal if None.
 
     Raises:
         UserError: for a config or a workdir that cannot work, with the remedy.
@@ -48,7 +59,7 @@ def train(config: Config, workdir: Path, *, name: str, overrides: dict[str, Any]
     """
     workdir.mkdir(parents=True, exist_ok=True)
     with locked(workdir), StopRequest() as stop:
-        setting = make_setting(config, workdir, rich.console.Console())
+        setting = make_setting(config, workdir, console or rich.console.Console())
         _check_config(setting)
         _write_record(setting, name, overrides or {})
         _summarize(setting)
@@ -102,12 +113,54 @@ def import_partner(
         return result
 
 
+def prepare_partner(config: Config, workdir: Path, *, name: str, console: rich.console.Console) -> None:
+    """Trains or imports the partner alone and keeps it in a workdir, for `partner.workdir` of other runs.
+
+    Args:
+        config: the resolved config.
+        workdir: where the partner is kept; called again with the same, it continues.
+        name: of the config, for the record.
+        console: where progress is shown.
+
+    Raises:
+        UserError: for a config or a workdir that cannot work, with the remedy.
+        Stopped: if SIGTERM or SIGINT came; a checkpoint is saved.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    with locked(workdir), StopRequest() as stop:
+        setting = make_setting(config, workdir, console)
+        _check_config(setting)
+        _write_record(setting, name, {})
+        obtain_partner(setting, stop)
+
+
 def evaluate_run(config: Config, workdir: Path) -> dict[str, Any]:
     """Evaluates the checkpoint that counts in a workdir on the test split; writes and returns `evaluation.json`.
 
     Raises:
         UserError: if the workdir holds no run of this config.
     """
+    setting, partner, phase, restored = _open_run(config, workdir)
+    return _finish(setting, partner, phase, restored, workdir / 'evaluation.json')
+
+
+def diagnose_run(config: Config, workdir: Path) -> dict[str, Any]:
+    """Diagnoses the checkpoint that counts in a workdir; writes files in `diagnosis/` and returns their names.
+
+    Of seeds side by side the first is diagnosed.
+
+    Raises:
+        UserError: if the workdir holds no run of this config.
+    """
+    setting, partner, phase, restored = _open_run(config, workdir)
+    setting.console.print('Measuring gradients, features and quantizers.')
+    state = phase.replicas.first(restored.state)
+    found = diagnose(setting, phase.problem, partner.variables, phase.optimizer, state)
+    return {kind: str(workdir / DIAGNOSES / f'step_{found["step"]}.{kind}') for kind in ('json', 'png')}
+
+
+def _open_run(config: Config, workdir: Path) -> tuple[Setting, Partner, Phase, Restored]:
+    """The checkpoint that counts in a workdir, and what it is a checkpoint of."""
     if not (workdir / 'config.json').is_file():
         raise UserError(f'{workdir} holds no run (no config.json in it): train first (--mode=train).')
     setting = make_setting(config, workdir, rich.console.Console())
@@ -123,7 +176,7 @@ def evaluate_run(config: Config, workdir: Path) -> dict[str, Any]:
             restored = checkpoints.restore_best(state_target(setting, phase, shapes))
     if restored is None:
         raise UserError(f'{workdir} holds no checkpoint of the low-precision network yet: train first (--mode=train).')
-    return _finish(setting, partner, phase, restored, workdir / 'evaluation.json')
+    return setting, partner, phase, restored
 
 
 def _check_config(setting: Setting) -> None:
@@ -155,7 +208,7 @@ def _finish(setting: Setting, partner: Partner, phase: Phase, restored: Restored
     config = setting.config
     setting.console.print('Evaluating on the test split.')
     batch_stats = _reestimate(setting, phase, restored)
-    low = _evaluate(setting, phase.problem, restored.state.params, batch_stats, setting.test_split)
+    low = _evaluate(setting, phase.problem, restored.state.params, batch_stats, phase.replicas)
     full = _evaluate_partner(setting, partner)
 
     def bits(role):
@@ -163,7 +216,7 @@ def _finish(setting: Setting, partner: Partner, phase: Phase, restored: Restored
 
     result = {
         'fp_top1': full.top1,
-        'top1': low.top1,
+        **_of_seeds(setting, 'top1', [one.top1 for one in low]),
         'weight_bits': bits('weights'),
         'activation_bits': bits('activations'),
         'weight_quantizer': config.quant.weights.name,
@@ -176,13 +229,21 @@ def _finish(setting: Setting, partner: Partner, phase: Phase, restored: Restored
         'steps': phase.steps,
         'checkpoint_step': restored.step,
         'seconds': round(restored.facts['seconds'], 2),
-        'examples_evaluated': low.examples,
+        'examples_evaluated': low[0].examples,
         'partner': partner.facts['source'],
     }
     if 'validation_top1' in restored.facts:
-        result['validation_top1'] = restored.facts['validation_top1']
+        result |= _of_seeds(setting, 'validation_top1', restored.facts['validation_top1'])
     write_json(path, result)
     return result
+
+
+def _of_seeds(setting: Setting, name: str, values: list[float]) -> dict[str, Any]:
+    """A value; of seeds side by side the mean, the standard deviation and all of them."""
+    if len(values) == 1:
+        return {name: values[0]}
+    by_seed = {str(seed): value for seed, value in zip(setting.seeds, values, strict=True)}
+    return {name: statistics.mean(values), f'{name}_std': statistics.stdev(values), f'{name}_by_seed': by_seed}
 
 
 def _summarize(setting: Setting) -> dict[str, Any]:
@@ -194,7 +255,8 @@ def _summarize(setting: Setting) -> dict[str, Any]:
 
 def _evaluate_partner(setting: Setting, partner: Partner) -> Evaluation:
     params = {NETWORK: partner.variables['params'], QUANTIZERS: {}}
-    return _evaluate(setting, partner.problem(setting), params, partner.variables['batch_stats'], setting.test_split)
+    batch_stats = partner.variables['batch_stats']
+    return _evaluate(setting, partner.problem(setting), params, batch_stats, setting.single)[0]
 
 
 def _reestimate(setting: Setting, phase: Phase, restored: Restored) -> Any:
@@ -203,11 +265,16 @@ def _reestimate(setting: Setting, phase: Phase, restored: Restored) -> Any:
     if not count:
         return state.batch_stats
     setting.console.print(f'Estimating batch-norm statistics on {count} batches.')
-    split = setting.train_split
-    batches = split.training_batches(setting.data_seed(REESTIMATION), setting.config.train.batch_size, 0, count)
-    return reestimate_batch_stats(phase.problem, state, split.arrays, batches, setting.mesh)
+    split, replicas = setting.train_split, phase.replicas
+    readings = [
+        split.training_batches(setting.data_seed(REESTIMATION, replica), setting.config.train.batch_size, 0, count)
+        for replica in range(replicas.count)
+    ]
+    return reestimate_batch_stats(phase.problem, state, split.arrays, replicas.batches(readings), replicas)
 
 
-def _evaluate(setting: Setting, problem: Problem, params: Any, batch_stats: Any, split: Split) -> Evaluation:
-    step = make_evaluation_step(problem, setting.mesh)
-    return evaluate(step, params, batch_stats, split, setting.evaluation_batch_size, setting.mesh)
+def _evaluate(
+    setting: Setting, problem: Problem, params: Any, batch_stats: Any, replicas: Replicas
+) -> tuple[Evaluation, ...]:
+    step = make_evaluation_step(problem, replicas)
+    return evaluate(step, params, batch_stats, setting.test_split, setting.evaluation_batch_size, replicas)

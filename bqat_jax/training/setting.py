@@ -19,12 +19,16 @@ from bqat_jax.networks.cut import CutNetwork
 from bqat_jax.networks.registry import make_network
 from bqat_jax.plugins import load_plugins
 from bqat_jax.quantization.rules import LayerSettings, assign_quantizers
-from bqat_jax.quantization.transform import Layers, find_layers
-from bqat_jax.replacement.objective import Objective
-from bqat_jax.replacement.plans import Plan, prefix_weights
+from bqat_jax.quantization.transform import FULL_PRECISION, Layers, find_layers
+from bqat_jax.replacement.block_replacement import BlockReplacement
+from bqat_jax.replacement.objective import WEIGHTS, Objective
+from bqat_jax.replacement.plans import Plan, parse_path_weights
+from bqat_jax.replacement.schedules import get_schedule
 from bqat_jax.training.curvature import TraceSettings
+from bqat_jax.training.diagnosis.measurement import DiagnosisSettings
 from bqat_jax.training.optimizer import check_optimizer
 from bqat_jax.training.regularizers import Regularizers
+from bqat_jax.training.replicas import Replicas
 from bqat_jax.training.sharding import make_mesh, replicated
 from bqat_jax.training.step import Preprocessing
 
@@ -33,10 +37,12 @@ LEAST = {
     'data.workers': 0,
     'data.crop_padding': 0,
     'train.batch_size': 1,
+    'train.replicas': 1,
     'train.log_every_steps': 1,
     'checkpoint.keep': 1,
     'quant.calibration_batches': 1,
     'quant.reestimation_batches': 0,
+    'replacement.seed': 0,
 }
 
 
@@ -57,6 +63,7 @@ class Setting:
         layers: what the rules say of each layer.
         regularizers: what is done about oscillating weights.
         trace: how the strength of estimators that measure one is measured.
+        diagnosis: how much is measured by a diagnosis.
         plugins: the user's files that were run.
     """
 
@@ -72,6 +79,7 @@ class Setting:
     layers: dict[str, LayerSettings]
     regularizers: Regularizers
     trace: TraceSettings
+    diagnosis: DiagnosisSettings
     plugins: tuple[Path, ...]
 
     @property
@@ -116,25 +124,33 @@ class Setting:
         """Returns the preprocessing of images, with this normalisation."""
         return Preprocessing(tuple(mean), tuple(std), self.config.data.crop_padding, self.config.data.flip)
 
-    def key(self, purpose: int) -> jax.Array:
-        """Returns the random key for a purpose, a number that no other use of randomness has."""
-        return jax.random.fold_in(jax.random.key(self.config.seed), purpose)
+    @property
+    def seeds(self) -> range:
+        """The seeds of the replicas."""
+        return range(self.config.seed, self.config.seed + self.config.train.replicas)
 
-    def data_seed(self, purpose: int) -> int:
+    @property
+    def single(self) -> Replicas:
+        """A single run on all devices."""
+        return Replicas(1, self.mesh)
+
+    @property
+    def replicas(self) -> Replicas:
+        """The low-precision networks that are trained side by side."""
+        return Replicas(self.config.train.replicas, self.mesh)
+
+    def key(self, purpose: int, replica: int = 0) -> jax.Array:
+        """Returns the random key for a purpose, a number that no other use of randomness has."""
+        return jax.random.fold_in(jax.random.key(self.seeds[replica]), purpose)
+
+    def data_seed(self, purpose: int, replica: int = 0) -> int:
         """Returns the seed of the order of examples for a purpose."""
-        return int(np.random.SeedSequence([self.config.seed, purpose]).generate_state(1)[0])
+        return int(np.random.SeedSequence([self.seeds[replica], purpose]).generate_state(1)[0])
 
     def abstract_variables(self) -> Any:
         """Returns the shapes, dtypes and shardings of the network's variables."""
-        return with_sharding(
-            jax.eval_shape(lambda: self.network.init(jax.random.key(0), self.images.image_shape)), self.mesh
-        )
-
-
-def with_sharding(shapes: Any, mesh: Mesh) -> Any:
-    """Returns a tree of shapes and dtypes with the sharding that the state has."""
-    where = replicated(mesh)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes)
+        shapes = jax.eval_shape(lambda: self.network.init(jax.random.key(0), self.images.image_shape))
+        return self.single.stacked_shapes(shapes)
 
 
 def make_setting(config: Config, workdir: Path, console: rich.console.Console) -> Setting:
@@ -153,6 +169,11 @@ def make_setting(config: Config, workdir: Path, console: rich.console.Console) -
             f'train.batch_size={config.train.batch_size} cannot be split over {mesh.devices.size} devices; '
             'take a multiple, or fewer devices (mesh.data).'
         )
+    if config.train.replicas > 1 and config.train.replicas % mesh.devices.size:
+        raise UserError(
+            f'train.replicas={config.train.replicas} cannot be spread over {mesh.devices.size} devices; take a '
+            'multiple, or fewer devices (mesh.data).'
+        )
     if config.data.on_device and config.data.image_size is not None:
         raise UserError(
             f'data.image_size={config.data.image_size}, data.on_device=True: squares are cut out on the way to the '
@@ -164,6 +185,7 @@ def make_setting(config: Config, workdir: Path, console: rich.console.Console) -
         config.data.validation_fraction,
         config.data.image_size,
         config.data.test_split,
+        config.data.train_examples,
     )
     channels = images.image_shape[-1]
     if len(config.data.mean) != channels or len(config.data.std) != channels or min(config.data.std) <= 0:
@@ -185,7 +207,9 @@ def make_setting(config: Config, workdir: Path, console: rich.console.Console) -
             if layer.weights is not None:
                 quantizer = layer.weights.make(of_weights=True, signed=True)
                 regularizers.check(path, quantizer, found.quantizable[path])
-        weights = prefix_weights(config.replacement.weights, len(network.blocks))
+        plan = _make_plan(config.replacement, len(network.blocks))
+        objective = _make_objective(config.replacement)
+        BlockReplacement(network, FULL_PRECISION, plan, objective)  # refuses what does not train
         return Setting(
             config=config,
             workdir=workdir,
@@ -193,17 +217,16 @@ def make_setting(config: Config, workdir: Path, console: rich.console.Console) -
             mesh=mesh,
             images=images,
             network=network,
-            plan=Plan(config.replacement.plan, weights, config.replacement.paths),
-            objective=Objective(
-                distillation=config.replacement.distillation,
-                path_cross_entropy=config.replacement.path_cross_entropy,
-                temperature=config.replacement.temperature,
-            ),
+            plan=plan,
+            objective=objective,
             found=found,
             layers=layers,
             regularizers=regularizers,
             trace=TraceSettings(
                 config.quant.trace.batches, config.quant.trace.iterations, config.quant.trace.tolerance
+            ),
+            diagnosis=DiagnosisSettings(
+                config.diagnosis.batches, config.diagnosis.samples, config.diagnosis.oscillation_steps
             ),
             plugins=plugins,
         )
@@ -216,6 +239,25 @@ def _make_network(config: Config, images: ImageData) -> CutNetwork:
     return make_network(config.network.name, images.num_classes, config.replacement.cut, options)
 
 
+def _make_plan(config: Config, num_blocks: int) -> Plan:
+    return Plan(
+        config.plan,
+        num_blocks,
+        parse_path_weights(config.weights),
+        config.paths,
+        config.include_last,
+        get_schedule(config.probability),
+        get_schedule(config.weights_schedule),
+    )
+
+
+def _make_objective(config: Config) -> Objective:
+    return Objective(
+        **{name: config[name] for name in (*WEIGHTS, 'temperature')},
+        distillation_schedule=get_schedule(config.distillation_schedule),
+    )
+
+
 def find_network_layers(network: CutNetwork, image_shape: Sequence[int]) -> Layers:
     """Returns the layers of a network for images of shape (height, width, channels); nothing is computed."""
     variables: Any = jax.eval_shape(lambda: network.init(jax.random.key(0), image_shape))
@@ -225,3 +267,21 @@ def find_network_layers(network: CutNetwork, image_shape: Sequence[int]) -> Laye
         return network.apply({'params': params, 'batch_stats': batch_stats}, batch, network.names, train=False)
 
     return find_layers(run, variables['params'], batch, variables['batch_stats'])
+
+
+def blocks_of_layers(network: CutNetwork, variables: Any, image_shape: Sequence[int]) -> dict[str, str]:
+    """Returns 'stem', 'block 1', ... or 'head' for the path of every layer; nothing is computed."""
+    blocks: dict[str, str] = {}
+    x = jax.ShapeDtypeStruct((1, *image_shape), 'float32')
+    for number, names in enumerate((network.stem, *network.blocks, network.head)):
+        label = {0: 'stem', len(network.blocks) + 1: 'head'}.get(number, f'block {number}')
+        if names:
+
+            def run(params, x, batch_stats, names=names):
+                return network.apply({'params': params, 'batch_stats': batch_stats}, x, names, train=False)[0]
+
+            arguments = (variables['params'], x, variables['batch_stats'])
+            for path in find_layers(run, *arguments).quantizable:
+                blocks.setdefault(path, label)
+            x = jax.eval_shape(run, *arguments)
+    return blocks

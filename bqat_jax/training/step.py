@@ -8,14 +8,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jax.sharding import Mesh
 
 from bqat_jax.data.augmentation import augment, normalize
 from bqat_jax.data.pipeline import get_examples
 from bqat_jax.replacement.block_replacement import BlockReplacement
 from bqat_jax.training.optimizer import NETWORK, QUANTIZERS
 from bqat_jax.training.regularizers import Regularizers, oscillation_metrics
-from bqat_jax.training.sharding import replicated
+from bqat_jax.training.replicas import Replicas
 
 
 @struct.dataclass
@@ -67,12 +66,19 @@ class Problem:
         preprocessing: of the images.
         steps: how many there are, for what follows a schedule.
         regularizers: what is done about oscillating weights.
+        draw_seed: of what the plan draws.
     """
 
     replacement: BlockReplacement
     preprocessing: Preprocessing
     steps: int
     regularizers: Regularizers = NO_REGULARIZERS
+    draw_seed: int = 0
+
+    def draw(self, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns mask and weights of the MP models of step number `step`, counted from 0; see `Plan.draw`."""
+        key = jax.random.fold_in(jax.random.key(self.draw_seed), step)
+        return self.replacement.plan.draw(key, self.progress(step))
 
     def progress(self, step: jax.Array) -> jax.Array:
         """Returns the fraction of training that is done before step number `step`, counted from 0."""
@@ -110,6 +116,7 @@ def loss_and_metrics(
     key: jax.Array,
     progress: jax.Array,
     deltas: Any,
+    draw: tuple[jax.Array, jax.Array],
 ) -> tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]:
     """Returns the loss of block replacement with what the regularizers add to it.
 
@@ -120,9 +127,10 @@ def loss_and_metrics(
         partner: the FP partner's variables; None if neither plan nor objective reads them.
         images: preprocessed images.
         labels: integers.
-        key: of the plan's draw, and of the quantizers'.
+        key: of the quantizers' draws, and of dropout.
         progress: fraction of training that is done.
         deltas: of the state.
+        draw: mask and weights of the MP models.
 
     Returns:
         The loss, and (new batch statistics, metrics).
@@ -137,6 +145,7 @@ def loss_and_metrics(
         key,
         progress=progress,
         deltas=deltas,
+        draw=draw,
     )
     if problem.regularizers.dampens:
         metrics['loss/dampening'] = problem.regularizers.loss(
@@ -160,19 +169,22 @@ def prepare_batch(
 def train_step(
     problem: Problem, optimizer: optax.GradientTransformation, schedule: optax.Schedule
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """Returns the step `step(state, partner, arrays, batch) -> state, metrics`, a pure function to be jitted.
+    """Returns the step `step(state, partner, arrays, batch, draw) -> state, metrics`, a pure function to be jitted.
 
     Its arguments: the state; the partner's variables, frozen, or None; the split that lives on the device, or None; the
-    batch, sharded over its first axis.
+    batch, sharded over its first axis; mask and weights of the MP models, drawn by `problem.draw` if None.
     """
 
-    def step(state: TrainState, partner: Any, arrays: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(
+        state: TrainState, partner: Any, arrays: Any, batch: Any, draw: tuple[jax.Array, jax.Array] | None = None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        draw = problem.draw(state.step) if draw is None else draw
         images, labels, key = prepare_batch(problem, state, arrays, batch)
         progress = problem.progress(state.step)
 
         def loss_function(params):
             return loss_and_metrics(
-                problem, params, state.batch_stats, partner, images, labels, key, progress, state.deltas
+                problem, params, state.batch_stats, partner, images, labels, key, progress, state.deltas, draw
             )
 
         (loss, (batch_stats, metrics)), gradients = jax.value_and_grad(loss_function, has_aux=True)(state.params)
@@ -208,12 +220,19 @@ def train_step(
 
 
 def make_train_step(
-    problem: Problem, optimizer: optax.GradientTransformation, schedule: optax.Schedule, mesh: Mesh
+    problem: Problem, optimizer: optax.GradientTransformation, schedule: optax.Schedule, replicas: Replicas
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """Returns the jitted `train_step`; it takes the state over."""
-    step = train_step(problem, optimizer, schedule)
-    # Left to itself XLA may hand a state back in another layout than it came in; pinned, it is donated in place.
-    return jax.jit(step, donate_argnums=(0,), out_shardings=(replicated(mesh), replicated(mesh)))
+    """Returns the jitted `step(state, partner, arrays, batch) -> state, metrics` of all replicas.
+
+    It takes the state over.
+    """
+    step = replicas.over(train_step(problem, optimizer, schedule), (0, None, None, 0, None))
+
+    def steps(state, partner, arrays, batch):
+        # All replicas are at the same step, and what the plan draws is the same for them.
+        return step(state, partner, arrays, batch, problem.draw(state.step.reshape(-1)[0]))
+
+    return replicas.jit(steps, (0, None, None, 0), donate_argnums=(0,))
 
 
 def evaluation_step(problem: Problem) -> Callable[..., dict[str, jax.Array]]:
@@ -232,6 +251,7 @@ def evaluation_step(problem: Problem) -> Callable[..., dict[str, jax.Array]]:
     return step
 
 
-def make_evaluation_step(problem: Problem, mesh: Mesh) -> Callable[..., dict[str, jax.Array]]:
-    """Returns the jitted `evaluation_step`."""
-    return jax.jit(evaluation_step(problem), out_shardings=replicated(mesh))
+def make_evaluation_step(problem: Problem, replicas: Replicas) -> Callable[..., dict[str, jax.Array]]:
+    """Returns the jitted `evaluation_step` of all replicas, which see the same batch."""
+    axes = (0, 0, None, None)
+    return replicas.jit(replicas.over(evaluation_step(problem), axes), axes)

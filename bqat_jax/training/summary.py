@@ -11,9 +11,9 @@ from flax import traverse_util
 
 from bqat_jax.quantization.estimators import ESTIMATORS, IDENTITY
 from bqat_jax.quantization.rules import QuantizerSettings
-from bqat_jax.quantization.transform import count_macs, find_layers
+from bqat_jax.quantization.transform import count_macs
 from bqat_jax.quantization.transform.operations import NO_LAYER
-from bqat_jax.training.setting import Setting
+from bqat_jax.training.setting import Setting, blocks_of_layers
 
 FULL_PRECISION_BITS = 32
 # Of a table that does not go to a terminal.
@@ -34,21 +34,10 @@ def summarize(setting: Setting) -> dict[str, Any]:
     variables: Any = jax.eval_shape(lambda: network.init(jax.random.key(0), setting.images.image_shape))
     image = jax.ShapeDtypeStruct((1, *setting.images.image_shape), 'float32')
 
-    def run(params, x, batch_stats, names=network.names):
-        return network.apply({'params': params, 'batch_stats': batch_stats}, x, names, train=False)[0]
+    def run(params, x, batch_stats):
+        return network.apply({'params': params, 'batch_stats': batch_stats}, x, network.names, train=False)[0]
 
-    blocks, x = {}, image
-    for number, names in enumerate((network.stem, *network.blocks, network.head)):
-        label = {0: 'stem', len(network.blocks) + 1: 'head'}.get(number, f'block {number}')
-        if names:
-
-            def run_piece(params, x, batch_stats, names=names):
-                return run(params, x, batch_stats, names)
-
-            arguments = (variables['params'], x, variables['batch_stats'])
-            for path in find_layers(run_piece, *arguments).quantizable:
-                blocks.setdefault(path, label)
-            x = jax.eval_shape(run_piece, *arguments)
+    blocks = blocks_of_layers(network, variables, setting.images.image_shape)
     macs = count_macs(run, variables['params'], image, variables['batch_stats'])
     flat: Any = traverse_util.flatten_dict(variables['params'], sep='/')
     rows, saved_bits = [], 0

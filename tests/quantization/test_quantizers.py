@@ -504,3 +504,15 @@ def test_codes_are_those_of_numpy(signed):
     v[:400] = np.float32(0.5) * step * np.random.default_rng(5).integers(-9, 9, (400, 8)).astype(np.float32)
     expected = np.clip(np.rint(v * (np.float32(1) / step)), quantizer.lower, quantizer.upper)
     np.testing.assert_array_equal(jax.jit(quantizer.encode)({'step_size': step}, v), expected)
+
+
+@pytest.mark.parametrize('quantizer', cases(every))
+def test_what_is_clipped_lies_beyond_the_outermost_levels(quantizer):
+    v, parameters = 3 * data(quantizer), initial(quantizer)
+    clipped, codes = np.asarray(quantizer.clips(parameters, v)), np.asarray(quantizer.encode(parameters, v))
+    assert clipped.shape == SHAPE and not clipped[(codes > quantizer.lower) & (codes < quantizer.upper)].any()
+    if quantizer.is_idempotent:  # its levels are where its inputs are
+        lowest, highest = quantizer.limits(quantizer.prepare(parameters, v), v.ndim)
+        # At an end itself rounding decides.
+        close = np.isclose(v, lowest, rtol=1e-5) | np.isclose(v, highest, rtol=1e-5)
+        np.testing.assert_array_equal(clipped[~close], ((v < lowest) | (v > highest))[~close])

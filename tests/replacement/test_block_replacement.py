@@ -9,6 +9,7 @@ import pytest
 from bqat_jax.networks.cut_module import cut_behind
 from bqat_jax.replacement.block_replacement import replace_blocks
 from bqat_jax.replacement.objective import Objective
+from bqat_jax.replacement.plans import PLANS
 from tests.networks import outside
 
 SHAPE = (8, 8, 3)
@@ -19,7 +20,7 @@ PARTNER = outside.Network().init(jax.random.key(1), IMAGES)
 NETWORK = cut_behind(outside.Network(), ['layer0', 'layer1', 'layer2'], SHAPE)
 
 
-@pytest.mark.parametrize('plan', ['none', 'prefix', 'prefix_sampled'])
+@pytest.mark.parametrize('plan', PLANS)
 def test_a_network_from_outside_is_trained(plan):
     replacement, quantizers = replace_blocks(NETWORK, PARTNER, [IMAGES], weights=LSQ, activations=LSQ, plan=plan)
     optimizer = optax.sgd(0.03, 0.9)
@@ -68,3 +69,9 @@ def test_in_full_precision_every_path_is_the_network():
 def test_without_images_there_is_no_calibration():
     with pytest.raises(ValueError, match='at least one batch'):
         replace_blocks(NETWORK, PARTNER, [], weights=LSQ, activations=LSQ)
+
+
+def test_a_loss_without_a_term_of_the_network_is_refused():
+    silent = Objective(cross_entropy=0.0, distillation=0.0)
+    with pytest.raises(ValueError, match='weight'):
+        replace_blocks(NETWORK, PARTNER, [IMAGES], weights=LSQ, activations=LSQ, objective=silent)

@@ -17,9 +17,10 @@ from bqat_jax.quantization.transform import (
 )
 from bqat_jax.replacement.objective import Objective
 from bqat_jax.replacement.paths import run_backbone, run_paths, run_teacher
-from bqat_jax.replacement.plans import Plan, prefix_weights
+from bqat_jax.replacement.plans import Plan
+from bqat_jax.replacement.schedules import Constant
 
-NETWORK = cifar_resnet(10, depth=14, width=4, shortcut='B', cut='block')  # six blocks
+NETWORK = cifar_resnet(10, depth=8, width=4, shortcut='B', cut='block')  # three blocks
 BLOCKS = len(NETWORK.blocks)
 X = jax.random.normal(jax.random.key(0), (8, 8, 8, 3))
 LABELS = jnp.arange(8)
@@ -36,9 +37,14 @@ def make_variables(seed):
 
 PARTNER = make_variables(1)
 PLANS = {
-    'prefix': Plan('prefix', prefix_weights('halving', BLOCKS)),
-    'sampled': Plan('prefix_sampled', prefix_weights('halving', BLOCKS)),
-    'sampled_3': Plan('prefix_sampled', prefix_weights('halving', BLOCKS), 3),
+    'prefix': Plan('prefix', BLOCKS),
+    'prefix and last': Plan('prefix', BLOCKS, include_last=True),
+    'single': Plan('single', BLOCKS),
+    'suffix': Plan('suffix', BLOCKS),
+    'sampled': Plan('prefix_sampled', BLOCKS),
+    'sampled_2': Plan('prefix_sampled', BLOCKS, num_sampled=2),
+    'single_sampled': Plan('single_sampled', BLOCKS, num_sampled=2),
+    'bernoulli': Plan('bernoulli', BLOCKS, num_sampled=2, probability=Constant(value=0.5)),
 }
 
 
@@ -58,24 +64,29 @@ def backbone(params, quantizer_params, x=X, train=True):
     return run_backbone(NETWORK, low_precision()[0], params, quantizer_params, PARTNER['batch_stats'], x, train=train)
 
 
-def path_by_hand(features, cut):
-    """The MP model with `cut` leading LP blocks, written out."""
-    z = features[cut - 1]
-    for names in (*NETWORK.segments[cut:], NETWORK.head):
-        z, _ = NETWORK.apply(PARTNER, z, names, train=False)
-    return z
+def our_paths(plan, lp, partner, mask):
+    partner_features = run_teacher(NETWORK, partner, X).features
+    return run_paths(
+        NETWORK, plan, partner, lp.features, mask, partner_features=partner_features, run_block=lp.run_block
+    )
 
 
-def by_hand(plan, features, mask):
-    if plan.num_paths == 0:
-        return None
-    return jnp.stack([path_by_hand(features, cut) for cut in np.asarray(mask).sum(axis=1)])
+def paths_by_hand(plan, lp, partner, mask):
+    """The MP models one after another and block by block, nothing shared; the mask is known."""
+    partner, logits = jax.lax.stop_gradient(partner), []
+    for row in np.asarray(mask):
+        z = X
+        for number, names in enumerate(NETWORK.segments):
+            is_lp = bool(row[number])
+            z = lp.run_block(number, z) if is_lp else NETWORK.apply(partner, z, names, train=False)[0]
+        logits.append(NETWORK.apply(partner, z, NETWORK.head, train=False)[0])
+    return jnp.stack(logits)
 
 
 def loss_with(paths, plan, trainable, partner, mask, weights):
     lp = backbone(*trainable)
-    teacher = run_teacher(NETWORK, partner, X)
-    return Objective()(LABELS, lp.logits, teacher, paths(lp.features, partner, mask), weights)[0]
+    teacher = run_teacher(NETWORK, partner, X).logits
+    return Objective()(LABELS, lp.logits, teacher, paths(plan, lp, partner, mask), weights)[0]
 
 
 @pytest.mark.parametrize('name', PLANS)
@@ -84,11 +95,14 @@ def test_paths_equal_the_same_paths_run_one_by_one(name):
     plan = PLANS[name]
     mask, weights = plan.draw(jax.random.key(7))
     trainable = (PARTNER['params'], low_precision()[1])
-    ours = jax.jit(jax.value_and_grad(functools.partial(
-        loss_with, lambda f, partner, mask: run_paths(NETWORK, plan, partner, f, mask), plan)))  # fmt: skip
-    plain = jax.value_and_grad(functools.partial(
-        loss_with, lambda f, partner, _: by_hand(plan, f, mask), plan))  # fmt: skip
-    got, expected = (run(trainable, PARTNER, mask, weights) for run in (ours, jax.jit(plain)))
+
+    def by_hand(plan, lp, partner, _):
+        return paths_by_hand(plan, lp, partner, mask)
+
+    got, expected = (
+        jax.jit(jax.value_and_grad(functools.partial(loss_with, paths, plan)))(trainable, PARTNER, mask, weights)
+        for paths in (our_paths, by_hand)
+    )
     np.testing.assert_allclose(got[0], expected[0], rtol=1e-5)
 
     def close(got, want):
@@ -97,13 +111,18 @@ def test_paths_equal_the_same_paths_run_one_by_one(name):
     jax.tree.map(close, got[1], expected[1])
 
 
-def test_every_prefix_draw_equals_the_plan_prefix():
+@pytest.mark.parametrize(('drawn', 'known'), [('sampled', 'prefix'), ('single_sampled', 'single')])
+def test_every_draw_equals_the_model_of_the_known_plan(drawn, known):
+    """One compiled program for all draws."""
     lp = backbone(PARTNER['params'], low_precision()[1])
-    everything = run_paths(NETWORK, PLANS['prefix'], PARTNER, lp.features, PLANS['prefix'].draw(jax.random.key(0))[0])
-    run = jax.jit(lambda mask: run_paths(NETWORK, PLANS['sampled'], PARTNER, lp.features, mask))
-    for _, mask, _ in PLANS['sampled'].outcomes():
-        cut = int(np.asarray(mask).sum())
-        np.testing.assert_allclose(run(mask)[0], everything[cut - 1], rtol=1e-4, atol=1e-4)
+    (_, all_masks, _), = PLANS[known].outcomes()  # fmt: skip
+    everything = dict(
+        zip(map(tuple, np.asarray(all_masks)), our_paths(PLANS[known], lp, PARTNER, all_masks), strict=True)
+    )
+    run = jax.jit(lambda mask: our_paths(PLANS[drawn], lp, PARTNER, mask))
+    for _, mask, _ in PLANS[drawn].outcomes():
+        for row, logits in zip(map(tuple, np.asarray(mask)), run(mask), strict=True):
+            np.testing.assert_allclose(logits, everything[row], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize('name', PLANS)
@@ -112,10 +131,7 @@ def test_no_gradient_reaches_a_parameter_of_the_partner(name):
     mask, weights = plan.draw(jax.random.key(0))
 
     def loss(partner):
-        def paths(features, partner, mask):
-            return run_paths(NETWORK, plan, partner, features, mask)
-
-        return loss_with(paths, plan, (PARTNER['params'], low_precision()[1]), partner, mask, weights)
+        return loss_with(our_paths, plan, (PARTNER['params'], low_precision()[1]), partner, mask, weights)
 
     gradients = jax.jit(jax.grad(loss))(PARTNER)
     assert all(float(jnp.abs(leaf).max()) == 0 for leaf in jax.tree.leaves(gradients))
@@ -127,25 +143,26 @@ def test_a_path_gives_gradients_to_its_lp_blocks_and_to_no_other(name):
     mask, weights = plan.draw(jax.random.key(3))
 
     def loss(params):
-        features = backbone(params, low_precision()[1]).features
-        return jnp.sum(run_paths(NETWORK, plan, PARTNER, features, mask) * weights.reshape(-1, 1, 1) ** 2)
+        lp = backbone(params, low_precision()[1])
+        return jnp.sum(our_paths(plan, lp, PARTNER, mask) * weights.reshape(-1, 1, 1) ** 2)
 
     gradients = jax.jit(jax.grad(loss))(PARTNER['params'])
-    longest = int(np.asarray(mask).sum(axis=1).max())
+    lp_blocks = {*np.nonzero(np.asarray(mask).any(axis=0))[0].tolist()}
+    assert lp_blocks
     for number, names in enumerate((*NETWORK.segments, NETWORK.head)):
         for submodule in names:
             largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradients[submodule]))
-            assert (largest > 0) == (number < longest), submodule
+            assert (largest > 0) == (number in lp_blocks), submodule
 
 
 @pytest.mark.parametrize('name', PLANS)
 def test_with_identity_quantizers_and_equal_weights_every_path_is_the_partner(name):
     plan = PLANS[name]
     lp = run_backbone(NETWORK, FULL_PRECISION, PARTNER['params'], {}, PARTNER['batch_stats'], X, train=False)
-    teacher = run_teacher(NETWORK, PARTNER, X)
+    teacher = run_teacher(NETWORK, PARTNER, X).logits
     np.testing.assert_array_equal(lp.logits, teacher)
     mask, _ = plan.draw(jax.random.key(5))
-    for logits in run_paths(NETWORK, plan, PARTNER, lp.features, mask):
+    for logits in our_paths(plan, lp, PARTNER, mask):
         np.testing.assert_allclose(logits, teacher, rtol=1e-4, atol=1e-5)
 
 
@@ -162,28 +179,65 @@ def test_the_backbone_updates_its_statistics_once():
     np.testing.assert_allclose(lp.batch_stats['stem']['norm']['mean'], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_lp_blocks_on_other_features_leave_the_statistics_alone():
+    """They normalise by their own batch: the same features twice as large give the same outputs, as batch norm does."""
+    variables = {**PARTNER, 'params': PARTNER['params']}
+    lp = run_backbone(NETWORK, FULL_PRECISION, variables['params'], {}, variables['batch_stats'], X, train=True)
+    again = lp.run_block(1, lp.features[0])
+    np.testing.assert_array_equal(again, lp.features[1])
+    conv_first = NETWORK.apply(variables, 2 * X, NETWORK.segments[0], train=True)[0]
+    np.testing.assert_allclose(lp.run_block(0, 2 * X), conv_first, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(lp.run_block(0, 2 * X), lp.features[0], rtol=1e-2, atol=1e-2)
+
+
+def test_a_plan_that_lacks_what_it_needs_is_refused():
+    lp = backbone(PARTNER['params'], low_precision()[1])
+    with pytest.raises(ValueError, match='run_block'):
+        run_paths(NETWORK, PLANS['single'], PARTNER, lp.features, PLANS['single'].draw(jax.random.key(0))[0])
+
+
 def test_the_teacher_gives_no_gradient():
-    gradient = jax.grad(lambda x: jnp.sum(run_teacher(NETWORK, PARTNER, x)))(X)
+    gradient = jax.grad(lambda x: jnp.sum(run_teacher(NETWORK, PARTNER, x).logits))(X)
     np.testing.assert_array_equal(gradient, jnp.zeros_like(X))
 
 
-@pytest.mark.parametrize('name', ['sampled', 'sampled_3'])
+# Conditionals of one path: a prefix's first block is always LP, its last always FP; of a single LP block the first and
+# the last block have two possibilities, those between three; of any mask the first has two, all others four.
+CONDITIONALS = {
+    'sampled': BLOCKS - 2,
+    'sampled_2': BLOCKS - 2,
+    'single_sampled': 1 + 2 * (BLOCKS - 2) + 1,
+    'bernoulli': 1 + 3 * (BLOCKS - 1),
+}
+
+
+@pytest.mark.parametrize('name', CONDITIONALS)
 @pytest.mark.parametrize('devices', [1, 8])
-def test_one_conditional_survives_per_sampled_block(name, devices):
-    """In the compiled program: one per path and block whose kind is drawn; forward and backward one each."""
+def test_what_is_drawn_stays_a_conditional(name, devices):
+    """In the compiled program; forward and backward one each."""
     plan = PLANS[name]
     mesh = Mesh(np.array(jax.devices()[:devices]), ('data',))
     over_batch, everywhere = NamedSharding(mesh, PartitionSpec('data')), NamedSharding(mesh, PartitionSpec())
-    features = [jax.device_put(h, over_batch) for h in backbone(PARTNER['params'], low_precision()[1]).features]
+    lp = backbone(PARTNER['params'], low_precision()[1])
+    features = [jax.device_put(h, over_batch) for h in lp.features]
+    partner_features = [jax.device_put(g, over_batch) for g in run_teacher(NETWORK, PARTNER, X).features]
     partner, mask = jax.device_put((PARTNER, plan.draw(jax.random.key(0))[0]), everywhere)
 
-    def forward(features, partner, mask):
-        return jnp.sum(run_paths(NETWORK, plan, partner, features, mask) ** 2)
+    def forward(features, partner_features, partner, mask):
+        logits = run_paths(
+            NETWORK,
+            plan,
+            partner,
+            features,
+            mask,
+            partner_features=partner_features,
+            run_block=lambda number, x: NETWORK.apply(partner, x, NETWORK.segments[number], train=True)[0],
+        )
+        return jnp.sum(logits**2)
 
-    sampled_blocks = BLOCKS - 2  # the first of a prefix is always LP, the last always FP
     for function, passes in ((forward, 1), (jax.grad(forward), 2)):
-        text = jax.jit(function).lower(features, partner, mask).compile().as_text()
-        assert text.count(' conditional(') == passes * plan.num_paths * sampled_blocks
+        text = jax.jit(function).lower(features, partner_features, partner, mask).compile().as_text()
+        assert text.count(' conditional(') == passes * plan.num_paths * CONDITIONALS[name]
 
 
 def test_each_partner_block_runs_once_for_all_prefixes():

@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.training.test_run import last_state
 
-STEPS = 80
+STEPS = 40
 
 
 @pytest.fixture(scope='module')

@@ -10,7 +10,7 @@ import pytest
 from bqat_jax.errors import UserError
 from bqat_jax.files import read_json
 from bqat_jax.training.checkpoint import Checkpoints
-from bqat_jax.training.run import evaluate_run, import_partner, summarize_network, train
+from bqat_jax.training.run import diagnose_run, evaluate_run, import_partner, summarize_network, train
 from tests.conftest import ROOT
 from tests.test_configuration import load_recipe
 
@@ -189,8 +189,15 @@ def test_zero_steps_evaluate_the_calibrated_network(config, finished, tmp_path):
 @pytest.mark.parametrize(
     ('key', 'value', 'message'),
     [
-        ('replacement.plan', 'prefx', 'none, prefix, prefix_sampled'),
+        ('replacement.plan', 'prefx', 'none, prefix, single'),
         ('replacement.cut', 'layer', 'stage, block'),
+        ('replacement.cut', 'stage2_block1,stage1_block1', 'in this order'),
+        ('replacement.probability', 'liner', "Did you mean 'linear'"),
+        ('replacement.weights_schedule', 'constant:value=-1', 'negative'),
+        ('replacement.path_teaching', -1.0, 'path_teaching'),
+        ('train.replicas', 0, 'train.replicas=0'),
+        ('diagnosis.batches', 1, 'diagnosis.batches=1'),
+        ('data.train_examples', 0, '1 to 1437'),
         ('replacement.weights', 'half', 'halving, uniform, mean'),
         ('replacement.temperature', 0.0, 'temperature'),
         ('network.depth', 9, '6n'),
@@ -318,3 +325,45 @@ def test_the_shared_resnet20_is_as_good_as_in_pytorch(shared_data, tmp_path):
     result = train(config, tmp_path / 'run', name='cifar10_resnet20')
     assert result['examples_evaluated'] == 10000
     assert result['fp_top1'] == pytest.approx(0.9173, abs=0.0002)
+
+
+def test_a_run_of_two_seeds_gives_both_results(config, finished, tmp_path):
+    _, workdir, _ = finished
+    config.partner.workdir = str(workdir)
+    config.train.replicas = config.mesh.data = 2
+    config.quant.reestimation_batches = 1
+    both = train(config, tmp_path / 'both', name='digits')
+    again = evaluate_run(config, tmp_path / 'both')
+    assert again['top1_by_seed'] == both['top1_by_seed'] and again['top1'] == both['top1']
+    config.train.replicas = config.mesh.data = 1
+    config.seed = 1
+    alone = train(config, tmp_path / 'alone', name='digits')
+    # 12 steps of a 2-bit network may drift apart by a few of 360 images.
+    assert both['top1_by_seed']['1'] == pytest.approx(alone['top1'], abs=0.03)
+    assert set(both['top1_by_seed']) == {'0', '1'}
+    assert both['top1'] == pytest.approx(np.mean(list(both['top1_by_seed'].values())))
+    assert both['top1_std'] == pytest.approx(np.std(list(both['top1_by_seed'].values()), ddof=1))
+
+
+def test_replicas_that_devices_cannot_share_are_refused(config, tmp_path):
+    config.train.replicas = 3
+    config.mesh.data = 2
+    with pytest.raises(UserError, match=r'train.replicas=3 cannot be spread over 2 devices'):
+        train(config, tmp_path, name='digits')
+
+
+def test_a_checkpoint_is_diagnosed_and_training_too(config, finished, tmp_path):
+    config.partner.workdir = str(finished[1])
+    config.diagnosis.every_steps, config.diagnosis.batches, config.diagnosis.samples = 8, 2, 2
+    config.diagnosis.oscillation_steps = 3
+    result = train(config, tmp_path / 'run', name='digits')
+    folder = tmp_path / 'run' / 'diagnosis'
+    assert sorted(path.name for path in folder.iterdir()) == ['step_8.json', 'step_8.png']
+    files = diagnose_run(config, tmp_path / 'run')
+    found = json.loads((folder / f'step_{result["checkpoint_step"]}.json').read_text())
+    assert files['json'] == str(folder / f'step_{result["checkpoint_step"]}.json')
+    assert list(found['features']) == ['block 1', 'block 2', 'block 3']
+    assert set(found['gradients']['full']['layers']) == set(found['quantizers']) == set(found['oscillating'])
+    measures = found['gradients']['lp']['blocks']['block 2']
+    assert -1 <= measures['cosine_to_smoothed'] <= 1 and measures['variance'] > 0
+    assert (folder / 'step_8.png').read_bytes().startswith(b'\x89PNG')

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,8 +18,9 @@ from bqat_jax.quantization.transform import (
 )
 from bqat_jax.replacement.block_replacement import BlockReplacement
 from bqat_jax.replacement.objective import Objective
-from bqat_jax.replacement.plans import Plan, prefix_weights
+from bqat_jax.replacement.plans import Plan
 from bqat_jax.training.optimizer import make_optimizer
+from bqat_jax.training.replicas import Replicas
 from bqat_jax.training.sharding import make_mesh, over_batch, replicated
 from bqat_jax.training.step import (
     Preprocessing,
@@ -47,8 +50,13 @@ def make_problem(plan, distillation=1.0, bits=4):
     signed = find_signed_inputs(run, VARIABLES['params'], [x], layers, settings)
     quantization = build_quantization(layers, settings, signed)
     parameters = calibrate(quantization, VARIABLES['params'], run, [x])
-    plan = Plan(plan, prefix_weights('halving', 3))
-    return Problem(BlockReplacement(NETWORK, quantization, plan, Objective(distillation)), HOW, 20), parameters
+    objective = Objective(distillation=distillation, path_distillation=distillation)
+    return Problem(BlockReplacement(NETWORK, quantization, Plan(plan, 3), objective), HOW, 20), parameters
+
+
+def in_full_precision(problem):
+    replacement = dataclasses.replace(problem.replacement, quantization=FULL_PRECISION)
+    return dataclasses.replace(problem, replacement=replacement)
 
 
 def run_steps(problem, quantizers, devices, steps, learning_rate=0.01, states=None):
@@ -60,7 +68,7 @@ def run_steps(problem, quantizers, devices, steps, learning_rate=0.01, states=No
     params = {'network': VARIABLES['params'], 'quantizers': quantizers}
     make = jax.jit(lambda p, s: init_state(problem, jax.random.key(3), p, s, optimizer), out_shardings=replicated(mesh))
     state = make(params, VARIABLES['batch_stats'])
-    step = make_train_step(problem, optimizer, schedule, mesh)
+    step = make_train_step(problem, optimizer, schedule, Replicas(1, mesh))
     partner, arrays = jax.device_put((VARIABLES, ARRAYS), replicated(mesh))
     history, before = [], []
     for number in range(steps):
@@ -74,7 +82,7 @@ def run_steps(problem, quantizers, devices, steps, learning_rate=0.01, states=No
 
 
 FULL_PRECISION_PROBLEM = Problem(
-    BlockReplacement(NETWORK, FULL_PRECISION, Plan('none', ()), Objective(distillation=0.0)), HOW, 30
+    BlockReplacement(NETWORK, FULL_PRECISION, Plan('none', 3), Objective(distillation=0.0)), HOW, 30
 )
 
 
@@ -150,7 +158,7 @@ def test_evaluation_counts_only_what_the_mask_shows():
     params = {'network': VARIABLES['params'], 'quantizers': quantizers}
     for devices in (1, 8):
         mesh = make_mesh(devices)
-        step = make_evaluation_step(problem, mesh)
+        step = make_evaluation_step(problem, Replicas(1, mesh))
         arrays = jax.device_put(ARRAYS, replicated(mesh))
         batch = {'index': np.arange(64, dtype=np.int32), 'mask': np.arange(64) < 50}
         counts = step(params, VARIABLES['batch_stats'], arrays, jax.device_put(batch, over_batch(mesh)))
@@ -167,7 +175,7 @@ def test_the_state_is_donated():
     params = {'network': VARIABLES['params'], 'quantizers': quantizers}
     make = jax.jit(lambda p, s: init_state(problem, jax.random.key(3), p, s, optimizer), out_shardings=replicated(mesh))
     state = make(params, VARIABLES['batch_stats'])
-    step = make_train_step(problem, optimizer, schedule, mesh)
+    step = make_train_step(problem, optimizer, schedule, Replicas(1, mesh))
     batch = jax.device_put({'index': np.arange(64, dtype=np.int32)}, over_batch(mesh))
     step(state, None, jax.device_put(ARRAYS, replicated(mesh)), batch)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))

@@ -148,6 +148,10 @@ class Quantizer(abc.ABC):
     def decode(self, prepared: Parameters, codes: jax.Array, dtype=jnp.float32) -> jax.Array:
         """Returns the values that codes stand for, computed in float32 and given in `dtype`."""
 
+    @abc.abstractmethod
+    def clips(self, parameters: Parameters, v: jax.Array) -> jax.Array:
+        """Returns where v lies beyond the outermost levels, bool in the shape of v."""
+
     def prepare(self, parameters: Parameters, v: jax.Array) -> Parameters:
         """Returns the parameters with what is read off v itself; see the module's description."""
         del v
@@ -257,10 +261,18 @@ class UniformQuantizer(Quantizer):
 
     def encode(self, parameters: Parameters, v: jax.Array) -> jax.Array:
         """See `Quantizer.encode`."""
+        return self.rounding.codes(self._value(parameters, v), EVALUATION).astype(code_dtype(self.lower))
+
+    def clips(self, parameters: Parameters, v: jax.Array) -> jax.Array:
+        """See `Quantizer.clips`."""
+        value = self._value(parameters, v)
+        return (value < self.lower) | (value > self.upper)
+
+    def _value(self, parameters: Parameters, v: jax.Array) -> jax.Array:
+        """v in the integer domain, float32."""
         prepared = self.prepare(parameters, v)
         step, shift = (self.broadcast(x, v.ndim) for x in self.grid(prepared))
-        value = in_steps(self.transform(prepared, v), step) - shift
-        return self.rounding.codes(value, EVALUATION).astype(code_dtype(self.lower))
+        return in_steps(self.transform(prepared, v), step) - shift
 
     def decode(self, prepared: Parameters, codes: jax.Array, dtype=jnp.float32) -> jax.Array:
         """See `Quantizer.decode`."""
@@ -303,6 +315,12 @@ class LevelQuantizer(Quantizer):
         prepared = self.prepare(parameters, v)
         codes = nearest_levels(self.rounding, self.levels(prepared), self._centered(prepared, v))
         return codes.astype(jnp.uint8)
+
+    def clips(self, parameters: Parameters, v: jax.Array) -> jax.Array:
+        """See `Quantizer.clips`."""
+        prepared = self.prepare(parameters, v)
+        levels, x = self.levels(prepared), self._centered(prepared, v).astype(jnp.float32)
+        return (x < levels[0]) | (x > levels[-1])
 
     def decode(self, prepared: Parameters, codes: jax.Array, dtype=jnp.float32) -> jax.Array:
         """See `Quantizer.decode`."""

@@ -241,6 +241,11 @@ class LCQ(Quantizer):
         position, _ = self._compress(prepared, self._units(prepared, v))
         return self.rounding.codes(position, EVALUATION).astype(code_dtype(self.lower))
 
+    def clips(self, parameters, v):
+        """See `Quantizer.clips`."""
+        units = self._units(self.prepare(parameters, v), v)
+        return (units > 1) | (units < (-1 if self.signed else 0))
+
     def decode(self, prepared, codes, dtype=jnp.float32):
         """See `Quantizer.decode`."""
         _, slopes = self._compress(prepared, jnp.zeros(()))

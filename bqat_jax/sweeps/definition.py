@@ -1,0 +1,103 @@
+"""What a sweep is: settings × methods × seeds, and how a method's own constants are chosen before."""
+
+import dataclasses
+import importlib.util
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bqat_jax.configuration import Config
+from bqat_jax.errors import UserError
+
+Overrides = Mapping[str, Any]
+NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9 _.+,-]*')
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """Runs to compare. Overrides are keys of the config, such as 'replacement.plan', with their values.
+
+    Attributes:
+        methods: name to overrides; what is compared.
+        seeds: consecutive numbers; every method has the same.
+        baseline: the method that the others are compared with, seed by seed.
+        settings: name to overrides; methods are compared within each.
+        choices: overrides to choose from, for every method in every setting apart: the choice with the best mean on the
+            validation split, over `choice_seeds`, is taken. None of them for methods that are run as they are.
+        choice_seeds: consecutive numbers, other than `seeds`.
+
+    Raises:
+        ValueError: for a sweep that cannot be run.
+    """
+
+    methods: Mapping[str, Overrides]
+    seeds: Sequence[int]
+    baseline: str
+    settings: Mapping[str, Overrides] = dataclasses.field(default_factory=lambda: {'all': {}})
+    choices: Sequence[Overrides] = ()
+    choice_seeds: Sequence[int] = ()
+
+    def __post_init__(self):
+        if self.baseline not in self.methods:
+            raise ValueError(f'baseline={self.baseline!r}: it must be one of {", ".join(self.methods)}.')
+        for name in (*self.methods, *self.settings):
+            if not NAME.fullmatch(name):
+                raise ValueError(f'{name!r} cannot name a method or a setting, as it names a folder too.')
+        for field in ('seeds', 'choice_seeds'):
+            seeds = list(getattr(self, field))
+            if seeds and seeds != list(range(seeds[0], seeds[0] + len(seeds))):
+                raise ValueError(f'{field}={seeds}: they must be consecutive.')
+        if not self.seeds or not self.settings:
+            raise ValueError('A sweep needs at least one seed and one setting.')
+        if self.choices and not self.choice_seeds:
+            raise ValueError('choices need choice_seeds.')
+        if set(self.seeds) & set(self.choice_seeds):
+            raise ValueError(f'choice_seeds={list(self.choice_seeds)}: what is chosen on cannot be compared on too.')
+
+
+def load_sweep(file: str | None) -> Sweep:
+    """Returns the sweep that a Python file's `get_sweep()` gives.
+
+    Raises:
+        UserError: if there is no such file, or it gives none.
+    """
+    if not file:
+        raise UserError('Which sweep? Give --config.sweep=configs/sweeps/NAME.py.')
+    path = Path(file)
+    if not path.is_file() or path.suffix != '.py':
+        raise UserError(f'sweep={file!r}: there is no such Python file.')
+    spec = importlib.util.spec_from_file_location(f'bqat_jax_sweep_{path.stem}', path)
+    assert spec is not None and spec.loader is not None  # it is a Python file
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        sweep = module.get_sweep()
+    except Exception as error:
+        raise UserError(f'The sweep {file} failed: {type(error).__name__}: {error}') from error
+    if not isinstance(sweep, Sweep):
+        raise UserError(f'The sweep {file}: get_sweep() returned a {type(sweep).__name__}, and no Sweep.')
+    return sweep
+
+
+def override(config: Config, *changes: Overrides) -> Config:
+    """Returns a copy of a config with some keys changed.
+
+    Raises:
+        UserError: for a key that the config does not have, or a value of another type.
+    """
+    config = config.copy_and_resolve_references()
+    config.lock()
+    for overrides in changes:
+        for key, value in overrides.items():
+            *sections, last = key.split('.')
+            try:
+                section = config
+                for name in sections:
+                    section = section[name]
+                if last not in section:
+                    raise KeyError(key)
+                section[last] = value
+            except (KeyError, AttributeError, TypeError) as error:
+                raise UserError(f'The sweep sets {key}={value!r}, which the config does not take: {error}') from error
+    return config

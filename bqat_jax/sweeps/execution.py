@@ -1,0 +1,227 @@
+"""Runs what of a sweep is missing: after a kill, the same command goes on where it was."""
+
+import contextlib
+import dataclasses
+import math
+import re
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import rich.console
+
+from bqat_jax.configuration import Config, check_resumable, to_plain
+from bqat_jax.errors import UserError
+from bqat_jax.files import locked, read_json, write_json
+from bqat_jax.sweeps.definition import Overrides, Sweep, load_sweep, override
+from bqat_jax.sweeps.tables import write_tables
+from bqat_jax.training.run import prepare_partner, train
+from bqat_jax.training.signals import Stopped
+
+RESULT, ERROR, LOG = 'result.json', 'error.json', 'log.txt'
+LOG_WIDTH = 140
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One call of the training program: one seed, or several side by side.
+
+    Attributes:
+        workdir: of the run.
+        config: of the run; it says the seeds.
+    """
+
+    workdir: Path
+    config: Config
+
+    @property
+    def seeds(self) -> range:
+        """The seeds of the run."""
+        return range(self.config.seed, self.config.seed + self.config.train.replicas)
+
+
+def run_sweep(config: Config, workdir: Path, *, name: str) -> dict[str, Any]:
+    """Runs what is missing of a sweep, and writes `sweep.json`, `sweep.csv`, `sweep.md` and `sweep.png`.
+
+    A run that fails is recorded with its error, and the others go on; it is not tried again unless its error.json is
+    removed. The tables are written anew whenever a method is complete.
+
+    Args:
+        config: what all runs have in common; `config.sweep` names the file that says what differs.
+        workdir: everything goes there.
+        name: of the config, for the record.
+
+    Returns:
+        How many runs there are, how many of them failed, and the files.
+
+    Raises:
+        UserError: for a sweep or a workdir that cannot work.
+        Stopped: if SIGTERM or SIGINT came; what was under way continues by the same command.
+    """
+    sweep = load_sweep(config.sweep)
+    if sweep.choices and config.data.validation_fraction == 0:
+        raise UserError(
+            'The sweep chooses between overrides, and data.validation_fraction=0 leaves nothing to choose on: hold a '
+            'part of the training images out (the test split selects nothing).'
+        )
+    for setting in sweep.settings.values():  # a mistyped key is told before hours have passed
+        for method in sweep.methods.values():
+            for choice in sweep.choices or [{}]:
+                override(config, setting, method, choice)
+    workdir.mkdir(parents=True, exist_ok=True)
+    with locked(workdir), _compilation_cache(workdir / 'compiled'):
+        return _Execution(config, sweep, workdir, name, rich.console.Console()).execute()
+
+
+@contextlib.contextmanager
+def _compilation_cache(directory: Path) -> Iterator[None]:
+    """What one run has compiled the next need not."""
+    values = {
+        'jax_compilation_cache_dir': str(directory.absolute()),
+        'jax_persistent_cache_min_compile_time_secs': 0.5,
+    }
+    before = {key: getattr(jax.config, key) for key in values}
+    if before['jax_compilation_cache_dir']:
+        del values['jax_compilation_cache_dir']  # there is one already
+    for key, value in values.items():
+        jax.config.update(key, value)
+    try:
+        yield
+    finally:
+        for key in values:
+            jax.config.update(key, before[key])
+
+
+@dataclasses.dataclass
+class _Execution:
+    """A sweep under way."""
+
+    config: Config
+    sweep: Sweep
+    workdir: Path
+    name: str
+    console: rich.console.Console
+
+    def execute(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        runs = failed = 0
+        for setting, overrides in self.sweep.settings.items():
+            config = override(self.config, overrides)
+            config.sweep = None
+            folder = self.workdir / setting
+            config.partner.workdir = str(self._prepare_partner(config, folder))
+            config.partner.torch_file = None
+            found[setting] = {}
+            for method, changes in self.sweep.methods.items():
+                entry = self._run_method(override(config, changes), folder / method)
+                found[setting][method] = entry
+                runs, failed = runs + entry['runs'], failed + len(entry['failed'])
+                write_tables(self.workdir, self.sweep, found)
+        files = ', '.join(str(self.workdir / f'sweep.{kind}') for kind in ('json', 'csv', 'md', 'png'))
+        return {'runs': runs, 'failed': failed, 'tables': files}
+
+    def _prepare_partner(self, config: Config, folder: Path) -> Path:
+        """The workdir with the partner of a setting: the one that the config names, or one made for all its runs."""
+        if config.partner.workdir:
+            return Path(config.partner.workdir)
+        single = override(config, {'train.replicas': 1})
+        workdir = folder / 'partner_of_all'
+        self.console.print(f'{folder.name}: partner')
+        with _log(workdir) as console:
+            prepare_partner(single, workdir, name=self.name, console=console)
+        return workdir
+
+    def _run_method(self, config: Config, folder: Path) -> dict[str, Any]:
+        """Chooses a method's overrides, and runs it with all seeds."""
+        entry: dict[str, Any] = {'runs': 0, 'failed': [], 'choices': []}
+        choice: Overrides = {}
+        if self.sweep.choices:
+            best = -math.inf
+            for candidate in self.sweep.choices:
+                where = folder / 'choices' / _label(candidate)
+                scores = self._run_seeds(override(config, candidate), where, self.sweep.choice_seeds, entry)
+                values = [score['validation_top1'] for score in scores.values()]
+                complete = len(values) == len(self.sweep.choice_seeds)
+                mean = sum(values) / len(values) if complete else -math.inf
+                entry['choices'].append({'overrides': dict(candidate), 'validation_top1': values})
+                if mean > best:
+                    best, choice = mean, candidate
+            if best == -math.inf:
+                return entry | {'choice': None, 'by_seed': {}}
+        scores = self._run_seeds(override(config, choice), folder, self.sweep.seeds, entry)
+        return entry | {'choice': dict(choice), 'by_seed': scores}
+
+    def _run_seeds(self, config: Config, folder: Path, seeds: Sequence[int], entry: dict[str, Any]) -> dict[str, Any]:
+        """Runs all seeds, as many side by side as the config says; returns the results of those that did not fail."""
+        together = config.train.replicas
+        scores: dict[str, Any] = {}
+        for first in range(0, len(seeds), together):
+            part = list(seeds)[first : first + together]
+            own = override(config, {'seed': part[0], 'train.replicas': len(part)})
+            run = Run(folder / f'seeds {part[0]}-{part[-1]}' if len(part) > 1 else folder / f'seed {part[0]}', own)
+            entry['runs'] += 1
+            result = self._run(run)
+            if 'error' in result:
+                entry['failed'].append({'workdir': str(run.workdir.relative_to(self.workdir)), **result})
+            else:
+                scores |= _by_seed(run, result)
+        return scores
+
+    def _run(self, run: Run) -> dict[str, Any]:
+        """Returns the result of a run, or its error; runs it if there is neither yet."""
+        known = run.workdir / 'config.json'
+        if known.exists():
+            check_resumable(read_json(known), to_plain(run.config), run.workdir)
+        for name in (RESULT, ERROR):
+            if (run.workdir / name).exists():
+                return read_json(run.workdir / name)
+        self.console.print(str(run.workdir.relative_to(self.workdir)))
+        began = time.monotonic()
+        try:
+            with _log(run.workdir) as console:
+                result = train(run.config, run.workdir, name=self.name, console=console)
+        except (Stopped, KeyboardInterrupt):
+            raise
+        except Exception as error:  # whatever it is, the others go on
+            result = {'error': f'{type(error).__name__}: {error}', 'traceback': traceback.format_exc()}
+            write_json(run.workdir / ERROR, result)
+            self.console.print(f'  failed: {result["error"]}', markup=False)
+        else:
+            self.console.print(f'  top1 {result["top1"]:.4f}  {time.monotonic() - began:.0f} s', highlight=False)
+        jax.clear_caches()  # the next run has programs of its own
+        return result
+
+
+def _by_seed(run: Run, result: dict[str, Any]) -> dict[str, Any]:
+    """A result of several seeds as one for each."""
+    found = {}
+    for seed in map(str, run.seeds):
+        found[seed] = {
+            name: result.get(f'{name}_by_seed', {seed: result[name]})[seed]
+            for name in ('top1', 'validation_top1')
+            if name in result
+        }
+        found[seed] |= {key: result[key] for key in ('fp_top1', 'steps', 'checkpoint_step')}
+        found[seed]['seconds'] = result['seconds'] / len(run.seeds)
+    return found
+
+
+@contextlib.contextmanager
+def _log(workdir: Path) -> Iterator[rich.console.Console]:
+    """A console that writes into a file of the run's, for which nobody need make room on the screen."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / LOG).open('a', encoding='utf-8') as file:
+        yield rich.console.Console(file=file, width=LOG_WIDTH)
+
+
+def _label(overrides: Overrides) -> str:
+    """A folder's name for overrides: the first key's last part and value, and the values of others that differ."""
+    parts: list[str] = []
+    for key, value in overrides.items():
+        text = re.sub(r'[^A-Za-z0-9_.+-]+', '-', f'{key.rpartition(".")[2]}={value}'.replace('=', ' '))
+        if text not in parts:
+            parts.append(text)
+    return '+'.join(parts) or 'as it is'

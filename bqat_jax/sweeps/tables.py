@@ -1,0 +1,157 @@
+"""The tables and the plot of a sweep."""
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from scipy import stats
+
+from bqat_jax.files import write_bytes, write_json, write_text
+from bqat_jax.sweeps.definition import Sweep
+
+matplotlib.use('agg')  # no screen is needed
+from matplotlib import pyplot
+
+CONFIDENCE = 0.95
+COLUMNS = ('setting', 'method', 'choice', 'seed', 'top1', 'validation_top1', 'fp_top1', 'steps', 'seconds')
+
+
+def paired_difference(values: Mapping[str, float], baseline: Mapping[str, float]) -> dict[str, float] | None:
+    """Returns mean and 95 % confidence interval of the differences between two methods, seed by seed.
+
+    Student's t interval, which takes the differences for independent and normal. Seeds that one of the two lacks do not
+    count.
+
+    Returns:
+        {'mean', 'low', 'high', 'seeds'}; None for fewer than two common seeds.
+    """
+    differences = [values[seed] - baseline[seed] for seed in values if seed in baseline]
+    if len(differences) < 2:
+        return None
+    mean = statistics.mean(differences)
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, len(differences) - 1)) * error
+    return {'mean': mean, 'low': mean - half, 'high': mean + half, 'seeds': len(differences)}
+
+
+def write_tables(workdir: Path, sweep: Sweep, found: Mapping[str, Mapping[str, Any]]) -> None:
+    """Writes `sweep.json`, `sweep.csv`, `sweep.md` and `sweep.png`.
+
+    Args:
+        workdir: where to.
+        sweep: what was run.
+        found: setting to method to what came of it, see `bqat_jax.sweeps.execution`.
+    """
+    rows = {setting: _summarize(sweep, methods) for setting, methods in found.items()}
+    write_json(workdir / 'sweep.json', {'baseline': sweep.baseline, 'settings': rows})
+    write_text(workdir / 'sweep.csv', _csv(found))
+    write_text(workdir / 'sweep.md', _markdown(sweep, rows))
+    write_bytes(workdir / 'sweep.png', _plot(rows))
+
+
+def _summarize(sweep: Sweep, methods: Mapping[str, Any]) -> dict[str, Any]:
+    def top1(entry):
+        return {seed: score['top1'] for seed, score in entry['by_seed'].items()}
+
+    baseline = top1(methods.get(sweep.baseline, {'by_seed': {}}))
+    rows = {}
+    for name, entry in methods.items():
+        values = top1(entry)
+        rows[name] = {
+            **entry,
+            'mean': statistics.mean(values.values()) if values else None,
+            'std': statistics.stdev(values.values()) if len(values) > 1 else None,
+            'difference': None if name == sweep.baseline else paired_difference(values, baseline),
+        }
+    return rows
+
+
+def _csv(found: Mapping[str, Mapping[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, extrasaction='ignore', lineterminator='\n')
+    writer.writeheader()
+    for setting, methods in found.items():
+        for method, entry in methods.items():
+            for seed, score in entry['by_seed'].items():
+                choice = _describe_choice(entry['choice'])
+                writer.writerow({'setting': setting, 'method': method, 'choice': choice, 'seed': seed, **score})
+    return text.getvalue()
+
+
+def _markdown(sweep: Sweep, rows: Mapping[str, Mapping[str, Any]]) -> str:
+    lines = [
+        f'| setting | method | chosen | seeds | steps | top-1 % | against {sweep.baseline}, % | seconds a seed |',
+        '|---|---|---|---|---|---|---|---|',
+    ]
+    failed = []
+    for setting, methods in rows.items():
+        for method, row in methods.items():
+            scores = list(row['by_seed'].values())
+            cells = [setting, method, _describe_choice(row['choice']), str(len(scores))]
+            if scores:
+                cells += [
+                    str(scores[0]['steps']),
+                    _mean_and_std(row),
+                    _interval(row['difference']),
+                    f'{statistics.mean(score["seconds"] for score in scores):.0f}',
+                ]
+            else:
+                cells += ['', 'failed', '', '']
+            lines.append(f'| {" | ".join(cells)} |')
+            failed += row['failed']
+    lines += [
+        '',
+        f'Top-1 on the test images, mean ± standard deviation over seeds. Differences are paired by seed, with their '
+        f'{CONFIDENCE:.0%} interval (Student\'s t). "Chosen" was chosen on held-out training images, with other seeds.',
+    ]
+    lines += [f'\nFailed: {one["workdir"]}: {_first_sentence(one["error"])}' for one in failed]
+    return '\n'.join(lines) + '\n'
+
+
+def _first_sentence(text: str) -> str:
+    return text.splitlines()[0].partition('. ')[0] if text else text
+
+
+def _describe_choice(choice: Mapping[str, Any] | None) -> str:
+    parts = {f'{key.rpartition(".")[2]} {value}': None for key, value in (choice or {}).items()}
+    return ', '.join(parts)
+
+
+def _mean_and_std(row: Mapping[str, Any]) -> str:
+    spread = '' if row['std'] is None else f' ± {100 * row["std"]:.2f}'
+    return f'{100 * row["mean"]:.2f}{spread}'
+
+
+def _interval(difference: Mapping[str, float] | None) -> str:
+    if difference is None:
+        return ''
+    mean, low, high = (100 * difference[key] for key in ('mean', 'low', 'high'))
+    return f'{mean:+.2f} ({low:+.2f} to {high:+.2f})'
+
+
+def _plot(rows: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """Every seed as a point, means as lines, a panel for each setting."""
+    figure, panels = pyplot.subplots(
+        1, len(rows), figsize=(1.5 + 3.2 * len(rows), 1.2 + 0.35 * max(map(len, rows.values()))), squeeze=False,
+        sharey=True, layout='constrained',
+    )  # fmt: skip
+    for panel, (setting, methods) in zip(panels[0], rows.items(), strict=True):
+        names = list(methods)
+        for height, row in enumerate(methods.values()):
+            values = [100 * score['top1'] for score in row['by_seed'].values()]
+            panel.plot(values, [height] * len(values), 'o', color='tab:blue', alpha=0.4, markersize=4)
+            if values:
+                panel.plot([statistics.mean(values)] * 2, [height - 0.3, height + 0.3], color='black')
+        panel.set(title=setting, xlabel='top-1 %', yticks=range(len(names)), yticklabels=names)
+        panel.grid(axis='x', alpha=0.3)
+        panel.set_ylim(-0.6, len(names) - 0.4)
+    panels[0][0].invert_yaxis()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format='png', dpi=150)
+    pyplot.close(figure)
+    return buffer.getvalue()

@@ -1,0 +1,93 @@
+"""Several seeds side by side: one program trains them all, spread over the devices there are.
+
+Every array of the state, and every batch, has a leading axis with one entry for each replica. Replicas share the
+partner, the data on the device, and what a plan draws: so a `lax.cond` on the draw stays one.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from bqat_jax.training.sharding import DATA_AXIS, over_batch, replicated
+
+
+@dataclasses.dataclass(frozen=True)
+class Replicas:
+    """How many runs there are, and the devices they share.
+
+    Attributes:
+        count: 1 for a single run, whose arrays have no axis for it, and whose batch is split over the devices.
+        mesh: the devices; `count`, if it is not 1, is a multiple of their number.
+    """
+
+    count: int
+    mesh: Mesh
+
+    @property
+    def state_sharding(self) -> NamedSharding:
+        """Where the state lies."""
+        return replicated(self.mesh) if self.count == 1 else over_batch(self.mesh)
+
+    @property
+    def evaluation_sharding(self) -> NamedSharding:
+        """Where a batch lies that every replica sees."""
+        return over_batch(self.mesh) if self.count == 1 else replicated(self.mesh)
+
+    def over(self, function: Callable[..., Any], in_axes: Sequence[int | None]) -> Callable[..., Any]:
+        """Returns the function of one replica as one of all; `in_axes` says which arguments have the leading axis."""
+        return function if self.count == 1 else jax.vmap(function, in_axes=tuple(in_axes))
+
+    def jit(
+        self, function: Callable[..., Any], in_axes: Sequence[int | None], donate_argnums: Sequence[int] = ()
+    ) -> Callable[..., Any]:
+        """Returns a function of all replicas jitted.
+
+        Args:
+            function: takes and returns arrays of all replicas that one device has, as `over` makes it.
+            in_axes: 0 for arguments with the leading axis, None for those that all replicas share.
+            donate_argnums: arguments whose memory it takes over.
+        """
+        if self.count == 1:
+            # Left to itself XLA may hand a state back in another layout; pinned, it is donated in place.
+            return jax.jit(function, donate_argnums=donate_argnums, out_shardings=replicated(self.mesh))
+        specs = tuple(PartitionSpec() if axis is None else PartitionSpec(DATA_AXIS) for axis in in_axes)
+        # Each device has whole replicas, so nothing crosses between them.
+        mapped = jax.shard_map(
+            function, mesh=self.mesh, in_specs=specs, out_specs=PartitionSpec(DATA_AXIS), check_vma=False
+        )
+        return jax.jit(mapped, donate_argnums=donate_argnums)
+
+    def stack(self, trees: Sequence[Any]) -> Any:
+        """Returns one tree from one for each replica."""
+        if self.count == 1:
+            return trees[0]
+        return jax.device_put(jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees), self.state_sharding)
+
+    def first(self, tree: Any) -> Any:
+        """Returns the arrays of the first replica, on all devices."""
+        if self.count == 1:
+            return tree
+        return jax.device_put(jax.tree.map(lambda x: x[0], tree), replicated(self.mesh))
+
+    def batches(self, readings: Sequence[Iterator[Any]]) -> Iterator[Any]:
+        """Yields batches on the devices, from one reading for each replica."""
+        for found in zip(*readings, strict=True):
+            batch = found[0] if self.count == 1 else jax.tree.map(lambda *leaves: np.stack(leaves), *found)
+            yield jax.device_put(batch, over_batch(self.mesh))
+
+    def stacked_shapes(self, shapes: Any) -> Any:
+        """Returns shapes and dtypes of one replica's arrays as those of all, with their sharding."""
+        axes = () if self.count == 1 else (self.count,)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((*axes, *x.shape), x.dtype, sharding=self.state_sharding), shapes
+        )
+
+
+def values_of(metric: Any) -> list[float]:
+    """Returns the values of a metric on the host, one for each replica."""
+    return np.asarray(metric).reshape(-1).tolist()

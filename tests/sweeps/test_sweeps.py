@@ -1,0 +1,250 @@
+"""Sweeps: what runs, what is chosen, what is written; the runs themselves are stood in for, but for one real kill."""
+
+import csv
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+
+import pytest
+from scipy import stats
+
+from bqat_jax.configuration import to_plain
+from bqat_jax.errors import UserError
+from bqat_jax.files import write_json
+from bqat_jax.sweeps import Sweep, execution
+from bqat_jax.sweeps.definition import load_sweep, override
+from bqat_jax.sweeps.tables import paired_difference
+from tests.conftest import ROOT
+from tests.test_configuration import load_recipe
+
+RATE = 'optimizer.learning_rate'
+FILE = """
+from bqat_jax.sweeps import Sweep
+
+def get_sweep():
+    return Sweep(
+        methods={'plain': {'replacement.plan': 'none'}, 'prefix': {}},
+        seeds=range(3),
+        baseline='plain',
+        settings={'W2A2': {}, 'W4A4': {'quant.weights.bits': 4}},
+        choices=[{'optimizer.learning_rate': rate} for rate in (0.1, 0.2)],
+        choice_seeds=(10, 11),
+    )
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / 'my_sweep.py').write_text(FILE)
+    config = load_recipe(ROOT / 'configs' / 'digits.py').get_config()
+    config.sweep = str(tmp_path / 'my_sweep.py')
+    return config
+
+
+class Training:
+    """Stands in for the training program: remembers what ran, and leaves what a run leaves."""
+
+    def __init__(self):
+        self.ran, self.fails, self.stops_after = [], lambda config: False, None
+
+    def prepare_partner(self, config, workdir, *, name, console):
+        assert config.train.replicas == 1
+        workdir.mkdir(parents=True, exist_ok=True)
+
+    def train(self, config, workdir, *, name, console):
+        if self.stops_after is not None and len(self.ran) >= self.stops_after:
+            raise KeyboardInterrupt
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(workdir / 'config.json', to_plain(config))
+        seeds = range(config.seed, config.seed + config.train.replicas)
+        self.ran.append((config.replacement.plan, config.quant.weights.bits, config.optimizer.learning_rate, *seeds))
+        if self.fails(config):
+            raise UserError('the loss became NaN')
+        top1 = {str(seed): self.top1(config, seed) for seed in seeds}
+        result = {'top1': statistics.mean(top1.values()), 'fp_top1': 0.99, 'steps': 5, 'checkpoint_step': 5}
+        result |= {'seconds': 2.0, 'validation_top1': result['top1'] - 0.01}
+        if len(seeds) > 1:
+            validation = {seed: value - 0.01 for seed, value in top1.items()}
+            result |= {'top1_by_seed': top1, 'validation_top1_by_seed': validation}
+        write_json(workdir / 'result.json', result)
+        return result
+
+    @staticmethod
+    def top1(config, seed):
+        """The plan none is best at 0.1, prefix at 0.2."""
+        best = 0.1 if config.replacement.plan == 'none' else 0.2
+        gain = 0.0 if config.replacement.plan == 'none' else 0.05
+        return 0.8 + gain - abs(config.optimizer.learning_rate - best) + 0.001 * seed
+
+
+@pytest.fixture
+def training(monkeypatch):
+    training = Training()
+    monkeypatch.setattr(execution, 'train', training.train)
+    monkeypatch.setattr(execution, 'prepare_partner', training.prepare_partner)
+    return training
+
+
+def run(config, workdir):
+    return execution.run_sweep(config, workdir, name='digits')
+
+
+def test_every_method_is_run_with_its_own_best_choice(config, training, tmp_path):
+    result = run(config, tmp_path / 'sweep')
+    assert result['runs'] == len(training.ran) == 2 * 2 * (2 * 2 + 3) and result['failed'] == 0
+    found = json.loads((tmp_path / 'sweep' / 'sweep.json').read_text())['settings']['W4A4']
+    assert found['plain']['choice'] == {RATE: 0.1} and found['prefix']['choice'] == {RATE: 0.2}
+    assert found['prefix']['mean'] == pytest.approx(0.851) and found['prefix']['std'] == pytest.approx(0.001)
+    assert found['prefix']['difference']['mean'] == pytest.approx(0.05) and found['plain']['difference'] is None
+    # What was compared was not chosen on.
+    assert {seed for *_, seed in training.ran} == {0, 1, 2, 10, 11}
+    rows = list(csv.DictReader((tmp_path / 'sweep' / 'sweep.csv').read_text().splitlines()))
+    assert len(rows) == 12 and rows[0]['setting'] == 'W2A2' and rows[0]['choice'] == 'learning_rate 0.1'
+    table = (tmp_path / 'sweep' / 'sweep.md').read_text()
+    assert '| W4A4 | prefix | learning_rate 0.2 | 3 | 5 | 85.10 ± 0.10 | +5.00 (+5.00 to +5.00) | 2 |' in table
+    assert (tmp_path / 'sweep' / 'sweep.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_no_run_is_started_twice(config, training, tmp_path):
+    run(config, tmp_path / 'sweep')
+    first, table = list(training.ran), (tmp_path / 'sweep' / 'sweep.json').read_text()
+    run(config, tmp_path / 'sweep')
+    assert training.ran == first and (tmp_path / 'sweep' / 'sweep.json').read_text() == table
+
+
+@pytest.mark.parametrize('done', [0, 1, 9, 20])
+def test_what_was_cut_off_goes_on(config, training, tmp_path, done):
+    training.stops_after = done
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path / 'sweep')
+    training.stops_after = None
+    assert run(config, tmp_path / 'sweep')['failed'] == 0
+    assert len(training.ran) == len(set(training.ran)) == 28
+
+
+def test_a_failed_run_is_recorded_and_stops_no_other(config, training, tmp_path):
+    training.fails = lambda config: config.optimizer.learning_rate == 0.2 and config.seed == 10
+    result = run(config, tmp_path / 'sweep')
+    assert result['failed'] == 4
+    found = json.loads((tmp_path / 'sweep' / 'sweep.json').read_text())['settings']['W2A2']
+    # A choice that failed with one seed is not taken, whatever the other gave.
+    assert found['prefix']['choice'] == {RATE: 0.1} and len(found['prefix']['by_seed']) == 3
+    assert 'the loss became NaN' in (tmp_path / 'sweep' / 'sweep.md').read_text()
+    count = len(training.ran)
+    run(config, tmp_path / 'sweep')
+    assert len(training.ran) == count  # nor is it tried again
+
+
+def test_a_method_that_always_fails_leaves_a_row(config, training, tmp_path):
+    training.fails = lambda config: config.replacement.plan == 'prefix'
+    run(config, tmp_path / 'sweep')
+    assert '| W2A2 | prefix |  | 0 |  | failed |' in (tmp_path / 'sweep' / 'sweep.md').read_text()
+
+
+def test_seeds_side_by_side(config, training, tmp_path):
+    config.train.replicas = 2
+    run(config, tmp_path / 'sweep')
+    assert {seeds for _, _, _, *seeds in map(tuple, training.ran) for seeds in [tuple(seeds)]} == {
+        (10, 11),
+        (0, 1),
+        (2,),
+    }
+    found = json.loads((tmp_path / 'sweep' / 'sweep.json').read_text())['settings']['W2A2']['prefix']
+    assert list(found['by_seed']) == ['0', '1', '2'] and found['by_seed']['1']['seconds'] == 1.0
+    assert found['std'] == pytest.approx(0.001)
+
+
+def test_a_result_of_another_config_is_not_taken(config, training, tmp_path):
+    run(config, tmp_path / 'sweep')
+    config.train.batch_size = 8
+    with pytest.raises(UserError, match=r'train\.batch_size: 64 -> 8'):
+        run(config, tmp_path / 'sweep')
+
+
+def test_differences_are_students():
+    baseline = {str(seed): 0.7 + 0.01 * seed for seed in range(6)}
+    shifts = (0.02, 0.0, 0.01, 0.03, -0.01, 0.02)
+    values = {seed: baseline[seed] + shift for seed, shift in zip(baseline, shifts, strict=True)}
+    found = paired_difference(values | {'9': 1.0}, baseline)
+    differences = [values[seed] - baseline[seed] for seed in baseline]
+    low, high = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
+    assert found is not None and found['seeds'] == 6
+    assert [found['mean'], found['low'], found['high']] == pytest.approx([statistics.mean(differences), low, high])
+    assert paired_difference({'0': 1.0}, baseline) is None
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'baseline': 'other'}, 'baseline'),
+        ({'seeds': (0, 2)}, 'consecutive'),
+        ({'seeds': ()}, 'at least one seed'),
+        ({'choices': [{}], 'choice_seeds': ()}, 'choice_seeds'),
+        ({'choice_seeds': (1, 2)}, 'compared on too'),
+        ({'methods': {'a/b': {}}, 'baseline': 'a/b'}, 'folder'),
+    ],
+)
+def test_sweeps_that_cannot_be_run_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Sweep(**{'methods': {'a': {}}, 'seeds': (0, 1), 'baseline': 'a', **changes})
+
+
+def test_mistakes_in_a_sweep_are_told_before_anything_runs(config, training, tmp_path):
+    with pytest.raises(UserError, match='no such Python file'):
+        load_sweep('absent.py')
+    with pytest.raises(UserError, match='Which sweep'):
+        load_sweep(None)
+    for text, message in (
+        (FILE.replace('replacement.plan', 'replacement.pln'), 'pln'),
+        (FILE.replace("'none'", '3'), 'replacement.plan=3'),
+        (FILE.replace('range(3)', 'rang(3)'), 'NameError'),
+        ('def get_sweep():\n    return 3\n', 'int'),
+    ):
+        (tmp_path / 'my_sweep.py').write_text(text)
+        with pytest.raises(UserError, match=message):
+            run(config, tmp_path / 'sweep')
+    (tmp_path / 'my_sweep.py').write_text(FILE)
+    with pytest.raises(UserError, match='validation_fraction'):
+        run(override(config, {'data.validation_fraction': 0.0}), tmp_path / 'sweep')
+    assert training.ran == []
+
+
+@pytest.mark.parametrize('path', sorted((ROOT / 'configs' / 'sweeps').glob('*.py')), ids=lambda path: path.stem)
+def test_sweeps_that_are_shipped_fit_their_recipes(path):
+    sweep = load_sweep(str(path))
+    recipe = ROOT / 'configs' / ('digits.py' if path.stem.startswith('digits') else 'cifar10_resnet20.py')
+    for setting in sweep.settings.values():
+        for method in sweep.methods.values():
+            override(load_recipe(recipe).get_config(), setting, method, *sweep.choices[:1])
+
+
+def test_a_killed_sweep_goes_on(digits_dir, tmp_path):
+    """A real one: killed with SIGKILL between two runs, or within one; finished runs stay as they are."""
+    (tmp_path / 'sweep.py').write_text(
+        'from bqat_jax.sweeps import Sweep\n\n'
+        "def get_sweep():\n    return Sweep({'plain': {'replacement.distillation': 0.0}}, range(3), 'plain')\n"
+    )
+    command = [sys.executable, 'main.py', '--mode=sweep', f'--config.sweep={tmp_path}/sweep.py']
+    command += [f'--workdir={tmp_path}/run', f'--config.data.dir={digits_dir}', '--config.replacement.plan=none']
+    command += ['--config.network.width=4', '--config.partner.steps=2', '--config.partner.optimizer.warmup_steps=0']
+    command += ['--config.train.steps=6', '--config.checkpoint.every_steps=1', '--config.quant.calibration_batches=1']
+    environment = {**os.environ, 'XLA_FLAGS': ''}  # one device
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    results = [tmp_path / 'run' / 'all' / 'plain' / f'seed {seed}' / 'result.json' for seed in range(3)]
+    end = time.monotonic() + 300
+    while not results[0].exists():
+        assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    before = results[0].stat().st_mtime_ns
+    assert not results[2].exists()
+    finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert results[0].stat().st_mtime_ns == before
+    found = json.loads((tmp_path / 'run' / 'sweep.json').read_text())['settings']['all']['plain']
+    assert list(found['by_seed']) == ['0', '1', '2'] and found['failed'] == []
