@@ -79,33 +79,17 @@ class Linear(Schedule):
 
     def at(self, progress):
         """See `Schedule.at`."""
-        return _between(self.ends, jnp.float32(progress))
+        share = jnp.float32(progress)
+        return jnp.float32(self.start) * (1 - share) + jnp.float32(self.end) * share
 
 
 @SCHEDULES.register('cosine')
-class Cosine(Schedule):
-    """From `start` to `end` along half a period of a cosine: slowly at first and at last.
-
-    Attributes:
-        start: the number at the beginning.
-        end: the number at the end.
-    """
-
-    start: float = 0.0
-    end: float = 1.0
-
-    @property
-    def ends(self):
-        """See `Schedule`."""
-        return self.start, self.end
+class Cosine(Linear):
+    """From `start` to `end` along half a period of a cosine: slowly at first and at last."""
 
     def at(self, progress):
         """See `Schedule.at`."""
-        return _between(self.ends, 0.5 * (1 - jnp.cos(jnp.pi * jnp.float32(progress))))
-
-
-def _between(ends: tuple[float, float], share: jax.Array) -> jax.Array:
-    return jnp.float32(ends[0]) * (1 - share) + jnp.float32(ends[1]) * share
+        return super().at(0.5 * (1 - jnp.cos(jnp.pi * jnp.float32(progress))))
 
 
 ALWAYS = Constant()
