@@ -48,7 +48,8 @@ def test_runs(quantizer, estimator, data, tmp_path, request):
     else:
         pytest.importorskip('torch', reason='PyTorch, which reads the weights, is not installed')
         shared = request.getfixturevalue('shared_data')
-        flags += ['--config=configs/cifar10_resnet20.py:plan=none', f'--config.data.dir={shared / "tfds"}']
+        # The recipe comes before what changes it.
+        flags = ['--config=configs/cifar10_resnet20.py:plan=none', *flags, f'--config.data.dir={shared / "tfds"}']
         flags += [f'--config.partner.torch_file={shared / "weights" / "cifar10_resnet20_optionA.th"}']
         flags += ['--config.data.train_examples=4096']  # 20 steps see no more
     run = subprocess.run(
