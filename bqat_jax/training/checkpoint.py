@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from bqat_jax.errors import UserError
@@ -193,6 +194,8 @@ class Checkpoints:
 
     def _read(self, step: int, target: Any) -> Restored:
         sharding = jax.tree.leaves(target)[0].sharding
+        if isinstance(sharding, NamedSharding):  # the checksums lie on every device, however the arrays are split
+            sharding = NamedSharding(sharding.mesh, PartitionSpec())
         count = len(jax.tree.leaves(target))
         sealed_target = {
             'state': target,
