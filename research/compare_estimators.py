@@ -98,12 +98,12 @@ def run_cell(setting: Setting, partner: Any, cell: dict[str, Any], steps: int, s
         network, quantization, Plan('none', len(network.blocks)), Objective(distillation=0.0)
     )
     problem = Problem(replacement, how, steps)
-    optimizer, schedule = make_optimizer(config.optimizer, max(steps, 1), 0)
+    optimizer, learning_rate = make_optimizer(config.optimizer, max(steps, 1), 0)
     params = {NETWORK: params, QUANTIZER_PARAMETERS: calibrate(quantization, params, run, [images])}
     # Seeds one after another, by the same compiled programs: side by side, under vmap, convolutions of weights that
     # differ are several times slower on a CPU.
     begin = jax.jit(lambda key: init_state(problem, key, params, partner.variables['batch_stats'], optimizer))
-    step = jax.jit(train_step(problem, optimizer, schedule), donate_argnums=(0,))
+    step = jax.jit(train_step(problem, optimizer, learning_rate), donate_argnums=(0,))
     evaluate = jax.jit(evaluation_step(problem))
     measure = make_measurement(problem, TraceSettings(batches=1), setting.single)
     needs_delta = any(quantizer.estimator.needs_delta for _, _, quantizer in quantization.quantizers())

@@ -7,6 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from bqat_jax.networks.convolution import conv_general_dilated
+
 # PyTorch's defaults, with which most public weights were made; Linen counts the momentum the other way round.
 BATCH_NORM_MOMENTUM = 0.9
 BATCH_NORM_EPSILON = 1e-5
@@ -38,6 +40,7 @@ def conv(
         kernel_init=nn.initializers.kaiming_normal() if groups == 1 else _depthwise_init,
         dtype=dtype,
         name=name,
+        conv_general_dilated=conv_general_dilated,
     )
 
 

@@ -163,8 +163,8 @@ class _Run:
         The loop never waits for the step it has just begun: metrics are fetched when the next one is under way.
         """
         setting, phase, stop = self._setting, self._phase, self._stop
-        optimizer, schedule = _make_optimizer(setting, phase)
-        step = make_train_step(phase.problem, optimizer, schedule, phase.replicas)
+        optimizer, learning_rate = _make_optimizer(setting, phase)
+        step = make_train_step(phase.problem, optimizer, learning_rate, phase.replicas)
         save_every = max(1, setting.steps(setting.config.checkpoint, 'every_'))
         measure_every = self._measure_every()
         log_every = setting.config.train.log_every_steps

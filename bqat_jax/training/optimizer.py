@@ -1,6 +1,6 @@
 """The optimizer: SGD or AdamW, cosine decay and warm-up; the quantizers' parameters apart."""
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from bqat_jax.quantization.transform import WEIGHT_NAME
 # The two groups of trainable parameters, the keys of `TrainState.params`.
 NETWORK, QUANTIZERS = 'network', 'quantizers'
 NAMES = ('sgd', 'adamw')
+PEAK = 'peak_learning_rate'  # its name in the optimizer's state
 
 
 def learning_rate_schedule(peak: float, steps: int, warmup_steps: int) -> optax.Schedule:
@@ -39,10 +40,14 @@ def check_optimizer(config: Config) -> None:
         raise UserError(f'optimizer.name={config.name!r}: it must be one of {", ".join(NAMES)}.')
 
 
-def make_optimizer(
-    config: Config, steps: int, warmup_steps: int
-) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """Returns the optimizer over {'network': ..., 'quantizers': ...} and the network's learning rate by step.
+LearningRate = Callable[[Any, jax.Array], jax.Array]
+
+
+def make_optimizer(config: Config, steps: int, warmup_steps: int) -> tuple[optax.GradientTransformation, LearningRate]:
+    """Returns the optimizer over {'network': ..., 'quantizers': ...}, and the network's learning rate.
+
+    The latter is a function of the optimizer's state and the step: the peak learning rates are values in the state and
+    no constants of the program, so that what was compiled for one serves all others.
 
     Weight decay is on kernels alone: not on biases, norms, class tokens or positions. With 'sgd' it is L2
     regularisation added to the gradient before momentum, as PyTorch's SGD has it; with 'adamw' it is decoupled from the
@@ -58,24 +63,38 @@ def make_optimizer(
         UserError: for a name that does not exist, or a warm-up that does not fit.
     """
     check_optimizer(config)
-    schedule = learning_rate_schedule(config.learning_rate, steps, warmup_steps)
+    schedule = learning_rate_schedule(1.0, steps, warmup_steps)
     groups: dict[Hashable, optax.GradientTransformation] = {
-        NETWORK: _make_rule(config, schedule, config.weight_decay, _kernels),
+        NETWORK: _make_rule(config, schedule, config.learning_rate, config.weight_decay, _kernels),
         QUANTIZERS: optax.set_to_zero(),
     }
     if 'quantizers' in config:
-        own = learning_rate_schedule(config.quantizers.learning_rate, steps, warmup_steps)
-        groups[QUANTIZERS] = _make_rule(config, own, config.quantizers.weight_decay, None)
+        own = config.quantizers
+        groups[QUANTIZERS] = _make_rule(config, schedule, own.learning_rate, own.weight_decay, None)
     optimizer = optax.partition(groups, {NETWORK: NETWORK, QUANTIZERS: QUANTIZERS})
     if config.clip_norm > 0:
         optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
-    return optimizer, schedule
+
+    def learning_rate(opt_state: Any, step: jax.Array) -> jax.Array:
+        peak = optax.tree.get(opt_state, PEAK, filtering=lambda path, _: jax.tree_util.DictKey(NETWORK) in path)
+        return peak * jnp.asarray(schedule(step), jnp.float32)
+
+    return optimizer, learning_rate
 
 
 def _make_rule(
-    config: Config, schedule: optax.Schedule, weight_decay: float, mask: Any
+    config: Config, schedule: optax.Schedule, peak: float, weight_decay: float, mask: Any
 ) -> optax.GradientTransformation:
     """The update of one group; weight decay where the mask says so, everywhere if it is None."""
+    return optax.chain(
+        _make_unit_rule(config, schedule, weight_decay, mask), optax.inject_hyperparams(_scale_by_peak)(**{PEAK: peak})
+    )
+
+
+def _make_unit_rule(
+    config: Config, schedule: optax.Schedule, weight_decay: float, mask: Any
+) -> optax.GradientTransformation:
+    """The update of one group at a peak learning rate of 1."""
     if config.name == 'adamw':
         adamw = optax.adamw(schedule, config.momentum, config.beta2, weight_decay=weight_decay, mask=mask)
         # Optax raises floats to the power of the integer step, which strict dtype promotion forbids.
@@ -85,6 +104,10 @@ def _make_rule(
         optax.add_decayed_weights(weight_decay, mask),
         optax.sgd(schedule, config.momentum, config.nesterov),
     )
+
+
+def _scale_by_peak(peak_learning_rate: Any) -> optax.GradientTransformation:
+    return optax.scale(peak_learning_rate)
 
 
 def _kernels(params: Any) -> Any:

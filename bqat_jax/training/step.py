@@ -12,7 +12,7 @@ from flax import struct
 from bqat_jax.data.augmentation import augment, normalize
 from bqat_jax.data.pipeline import get_examples
 from bqat_jax.replacement.block_replacement import BlockReplacement
-from bqat_jax.training.optimizer import NETWORK, QUANTIZERS
+from bqat_jax.training.optimizer import NETWORK, QUANTIZERS, LearningRate
 from bqat_jax.training.regularizers import Regularizers, oscillation_metrics
 from bqat_jax.training.replicas import Replicas
 
@@ -167,7 +167,7 @@ def prepare_batch(
 
 
 def train_step(
-    problem: Problem, optimizer: optax.GradientTransformation, schedule: optax.Schedule
+    problem: Problem, optimizer: optax.GradientTransformation, learning_rate: LearningRate
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """Returns the step `step(state, partner, arrays, batch, draw) -> state, metrics`, a pure function to be jitted.
 
@@ -198,7 +198,7 @@ def train_step(
         first_bad_step = jnp.where(is_bad, state.step, state.first_bad_step)
         metrics |= {
             'first_bad_step': first_bad_step,
-            'learning_rate': jnp.asarray(schedule(state.step), jnp.float32),
+            'learning_rate': learning_rate(state.opt_state, state.step),
             'l2_gradients': optax.tree.norm(gradients),
             'l2_params': optax.tree.norm(params),
             'l2_updates': optax.tree.norm(jax.tree.map(jnp.subtract, params, state.params)),
@@ -220,13 +220,13 @@ def train_step(
 
 
 def make_train_step(
-    problem: Problem, optimizer: optax.GradientTransformation, schedule: optax.Schedule, replicas: Replicas
+    problem: Problem, optimizer: optax.GradientTransformation, learning_rate: LearningRate, replicas: Replicas
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """Returns the jitted `step(state, partner, arrays, batch) -> state, metrics` of all replicas.
 
     It takes the state over.
     """
-    step = replicas.over(train_step(problem, optimizer, schedule), (0, None, None, 0, None))
+    step = replicas.over(train_step(problem, optimizer, learning_rate), (0, None, None, 0, None))
 
     def steps(state, partner, arrays, batch):
         # All replicas are at the same step, and what the plan draws is the same for them.

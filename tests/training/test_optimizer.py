@@ -67,6 +67,19 @@ def test_a_network_without_quantizers_needs_no_learning_rate_for_them():
     optimizer.update(params, optimizer.init(params), params)
 
 
+@pytest.mark.parametrize('name', ['sgd', 'adamw'])
+def test_one_program_serves_all_learning_rates(name):
+    def lower(rate):
+        settings = config(name=name, learning_rate=rate)
+        settings.quantizers.learning_rate = rate / 2
+        optimizer, learning_rate = make_optimizer(settings, 4, 0)
+        state = optimizer.init(PARAMS)
+        np.testing.assert_allclose(learning_rate(state, jnp.int32(2)), rate / 2, rtol=1e-6)
+        return jax.jit(optimizer.update).lower(PARAMS, state, PARAMS).as_text()
+
+    assert lower(0.1) == lower(0.3)
+
+
 def test_the_whole_gradient_is_clipped():
     gradients = jax.tree.map(lambda x: jnp.full_like(x, 100.0), PARAMS)
     norm = float(optax.tree.norm(gradients))

@@ -19,7 +19,7 @@ def run_seeds(problem, quantizers, seeds, devices, program=None):
     replicas = Replicas(len(seeds), make_mesh(devices))
     config = optimizer_config()
     config.learning_rate = config.quantizers.learning_rate = 0.01
-    optimizer, schedule = make_optimizer(config, STEPS, 0)
+    optimizer, learning_rate = make_optimizer(config, STEPS, 0)
 
     def make(params, batch_stats, key):
         return init_state(problem, key, params, batch_stats, optimizer)
@@ -35,7 +35,7 @@ def run_seeds(problem, quantizers, seeds, devices, program=None):
 
     axes = (0, 0, 0)
     state = replicas.jit(replicas.over(make, axes), axes)(*replicas.stack([begin(seed) for seed in seeds]))
-    step = make_train_step(problem, optimizer, schedule, replicas)
+    step = make_train_step(problem, optimizer, learning_rate, replicas)
     partner, arrays = jax.device_put((VARIABLES, ARRAYS), replicated(replicas.mesh))
     losses = []
     for batch in replicas.batches([read(seed) for seed in seeds]):

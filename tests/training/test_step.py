@@ -64,11 +64,11 @@ def run_steps(problem, quantizers, devices, steps, learning_rate=0.01, states=No
     mesh = make_mesh(devices)
     config = optimizer_config()
     config.learning_rate, config.quantizers.learning_rate = learning_rate, 0.01
-    optimizer, schedule = make_optimizer(config, steps, 0)
+    optimizer, rate = make_optimizer(config, steps, 0)
     params = {'network': VARIABLES['params'], 'quantizers': quantizers}
     make = jax.jit(lambda p, s: init_state(problem, jax.random.key(3), p, s, optimizer), out_shardings=replicated(mesh))
     state = make(params, VARIABLES['batch_stats'])
-    step = make_train_step(problem, optimizer, schedule, Replicas(1, mesh))
+    step = make_train_step(problem, optimizer, rate, Replicas(1, mesh))
     partner, arrays = jax.device_put((VARIABLES, ARRAYS), replicated(mesh))
     history, before = [], []
     for number in range(steps):
@@ -171,11 +171,11 @@ def test_evaluation_counts_only_what_the_mask_shows():
 def test_the_state_is_donated():
     problem, quantizers = make_problem('none', distillation=0.0)
     mesh = make_mesh(1)
-    optimizer, schedule = make_optimizer(optimizer_config(), 5, 0)
+    optimizer, rate = make_optimizer(optimizer_config(), 5, 0)
     params = {'network': VARIABLES['params'], 'quantizers': quantizers}
     make = jax.jit(lambda p, s: init_state(problem, jax.random.key(3), p, s, optimizer), out_shardings=replicated(mesh))
     state = make(params, VARIABLES['batch_stats'])
-    step = make_train_step(problem, optimizer, schedule, Replicas(1, mesh))
+    step = make_train_step(problem, optimizer, rate, Replicas(1, mesh))
     batch = jax.device_put({'index': np.arange(64, dtype=np.int32)}, over_batch(mesh))
     step(state, None, jax.device_put(ARRAYS, replicated(mesh)), batch)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))

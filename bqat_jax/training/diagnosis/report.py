@@ -70,8 +70,8 @@ def diagnose(setting: Setting, problem: Problem, partner: Any, optimizer: Config
         'quantizers': measure_quantizers(problem, state, batches),
     }
     if settings.oscillation_steps:
-        rule, schedule = make_optimizer(_constant(optimizer), ENDLESS, 0)
-        train = make_train_step(problem, rule, schedule, setting.single)
+        rule, learning_rate = make_optimizer(_constant(optimizer), ENDLESS, 0)
+        train = make_train_step(problem, rule, learning_rate, setting.single)
         # A copy: the step takes its state over. The optimizer's moving averages begin anew.
         copy = jax.tree.map(jnp.copy, state)
         copy = copy.replace(opt_state=rule.init(copy.params))

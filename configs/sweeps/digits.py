@@ -1,0 +1,55 @@
+"""Replacement plans against plain QAT and distillation on the digits, at equal steps.
+
+Command: XLA_FLAGS=--xla_force_host_platform_device_count=4 python main.py --mode=sweep \
+    --config.sweep=configs/sweeps/digits.py --config.train.replicas=4 --workdir=runs/sweeps/digits
+"""
+
+from bqat_jax.sweeps import Sweep
+
+STEPS = 240
+
+# What each adds to plain QAT.
+METHODS = {
+    'LSQ': {'plan': 'none', 'distillation': 0.0},
+    'distillation': {'plan': 'none'},
+    'prefix': {'plan': 'prefix'},
+    'prefix_sampled': {'plan': 'prefix_sampled'},
+    'single_sampled': {'plan': 'single_sampled'},
+    'bernoulli': {'plan': 'bernoulli'},
+}
+
+# A tenth of the images is too few to choose on; 60 steps lie between two checkpoints.
+COMMON = {'data.validation_fraction': 0.3, 'checkpoint.every_steps': 60, 'train.log_every_steps': 60}
+
+# The network has three blocks of 16, 32 and 64 channels at width 16.
+HARDER = {
+    'narrow W2A2': {**COMMON, 'network.width': 4},
+    'few images W2A2': {**COMMON, 'data.train_examples': 300, 'data.validation_fraction': 0.5, 'partner.steps': 800},
+    'narrow W1A2': {**COMMON, 'network.width': 4, 'quant.weights.name': 'binary', 'quant.weights.bits': 1},
+}
+SETTINGS = {
+    **{f'W{bits}A{bits}': {**COMMON, 'quant.weights.bits': bits, 'quant.activations.bits': bits} for bits in (2, 3, 4)},
+    **HARDER,
+}
+
+
+def replacement(**keys):
+    """Returns overrides of `config.replacement`."""
+    return {f'replacement.{key}': value for key, value in keys.items()}
+
+
+def learning_rates(*rates):
+    """Returns the choices between learning rates, which network and quantizers share."""
+    return [{'optimizer.learning_rate': rate, 'optimizer.quantizers.learning_rate': rate} for rate in rates]
+
+
+def get_sweep() -> Sweep:
+    """Returns the sweep."""
+    return Sweep(
+        methods={name: {**replacement(**keys), 'train.steps': STEPS} for name, keys in METHODS.items()},
+        seeds=range(8),
+        baseline='LSQ',
+        settings=SETTINGS,
+        choices=learning_rates(0.005, 0.02, 0.08),
+        choice_seeds=range(100, 104),
+    )
