@@ -78,7 +78,7 @@ def kernel_gradient(x: jax.Array, gradient: jax.Array, padding: Sequence[tuple[i
         float32 (kernel height, kernel width, channels, features).
     """
     (top, bottom), (left, right) = padding
-    batch, rows, columns, features = gradient.shape
+    _, rows, columns, features = gradient.shape
     height, width, channels = x.shape[1] + top + bottom, x.shape[2] + left + right, x.shape[3]
     kernel_height, kernel_width = height - rows + 1, width - columns + 1
     reach = (kernel_height - 1) * width + kernel_width - 1
