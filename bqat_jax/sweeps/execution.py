@@ -81,7 +81,7 @@ def _compilation_cache(directory: Path) -> Iterator[None]:
     """What one run has compiled the next need not."""
     values = {
         'jax_compilation_cache_dir': str(directory.absolute()),
-        'jax_persistent_cache_min_compile_time_secs': 0.5,
+        'jax_persistent_cache_min_compile_time_secs': 0.0,
     }
     before = {key: getattr(jax.config, key) for key in values}
     if before['jax_compilation_cache_dir']:
