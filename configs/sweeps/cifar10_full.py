@@ -1,0 +1,23 @@
+"""ResNet-20 on CIFAR-10 from a trained partner: the whole schedule, 100 epochs, for a GPU or TPU; we have not run it.
+
+
+Command: python main.py --mode=sweep --config=configs/cifar10_resnet20.py --config.sweep=configs/sweeps/cifar10_full.py \
+    --config.data.dir=DIR --config.partner.torch_file=FILE --config.train.replicas=3 --workdir=runs/sweeps/cifar10_full
+"""
+
+from bqat_jax.sweeps import Sweep
+from configs.sweeps.cifar10_short import COMPARED, bits
+from configs.sweeps.digits import METHODS, learning_rates, replacement
+
+
+def get_sweep() -> Sweep:
+    """Returns the sweep."""
+    common = {'train.epochs': 100.0, 'data.validation_fraction': 0.1, 'checkpoint.every_epochs': 10.0}
+    return Sweep(
+        methods={name: {**replacement(**METHODS[name]), **common} for name in COMPARED},
+        seeds=range(3),
+        baseline='LSQ',
+        settings=bits(2, 3, 4),
+        choices=learning_rates(0.005, 0.02, 0.08),
+        choice_seeds=range(100, 103),
+    )

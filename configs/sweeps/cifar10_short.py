@@ -1,0 +1,36 @@
+"""ResNet-20 on CIFAR-10 from a trained partner: what 200 steps show, a schedule for CPUs.
+
+200 steps of 64 images, which is 0.9 epochs of the 14,000 images that are taken; see cifar10_full.py for the whole.
+
+Command: python main.py --mode=sweep --config=configs/cifar10_resnet20.py --config.sweep=configs/sweeps/cifar10_short.py \
+    --config.data.dir=DIR --config.partner.torch_file=FILE --workdir=runs/sweeps/cifar10_short
+"""
+
+from bqat_jax.sweeps import Sweep
+from configs.sweeps.digits import METHODS, learning_rates, replacement
+
+COMPARED = ('LSQ', 'distillation', 'prefix', 'prefix_sampled')
+COMMON = {
+    'train.steps': 200,
+    'train.batch_size': 64,
+    'data.train_examples': 16_000,
+    'data.validation_fraction': 0.125,
+    'checkpoint.every_steps': 200,
+}
+
+
+def bits(*numbers):
+    """Returns settings with so many bits."""
+    return {f'W{n}A{n}': {'quant.weights.bits': n, 'quant.activations.bits': n} for n in numbers}
+
+
+def get_sweep() -> Sweep:
+    """Returns the sweep."""
+    return Sweep(
+        methods={name: {**replacement(**METHODS[name]), **COMMON} for name in COMPARED},
+        seeds=range(2),
+        baseline='LSQ',
+        settings=bits(2, 4),
+        choices=learning_rates(0.002, 0.005, 0.0125),
+        choice_seeds=[100],
+    )
