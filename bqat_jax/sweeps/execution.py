@@ -62,18 +62,21 @@ def run_sweep(config: Config, workdir: Path, *, name: str) -> dict[str, Any]:
         Stopped: if SIGTERM or SIGINT came; what was under way continues by the same command.
     """
     sweep = load_sweep(config.sweep)
+    for setting in sweep.settings.values():  # what is mistyped is told before hours have passed
+        for method in sweep.methods.values():
+            for choice in sweep.choices or [{}]:
+                _check_choice(sweep, override(config, setting, method, choice))
+    workdir.mkdir(parents=True, exist_ok=True)
+    with locked(workdir), _compilation_cache(workdir / 'compiled'):
+        return _Execution(config, sweep, workdir, name, rich.console.Console()).execute()
+
+
+def _check_choice(sweep: Sweep, config: Config) -> None:
     if sweep.choices and config.data.validation_fraction == 0:
         raise UserError(
             'The sweep chooses between overrides, and data.validation_fraction=0 leaves nothing to choose on: hold a '
             'part of the training images out (the test split selects nothing).'
         )
-    for setting in sweep.settings.values():  # a mistyped key is told before hours have passed
-        for method in sweep.methods.values():
-            for choice in sweep.choices or [{}]:
-                override(config, setting, method, choice)
-    workdir.mkdir(parents=True, exist_ok=True)
-    with locked(workdir), _compilation_cache(workdir / 'compiled'):
-        return _Execution(config, sweep, workdir, name, rich.console.Console()).execute()
 
 
 @contextlib.contextmanager

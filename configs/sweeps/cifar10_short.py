@@ -2,8 +2,9 @@
 
 200 steps of 64 images, which is 0.9 epochs of the 14,000 images that are taken; see cifar10_full.py for the whole.
 
-Command: python main.py --mode=sweep --config=configs/cifar10_resnet20.py --config.sweep=configs/sweeps/cifar10_short.py \
-    --config.data.dir=DIR --config.partner.torch_file=FILE --workdir=runs/sweeps/cifar10_short
+Command: python main.py --mode=sweep --config=configs/cifar10_resnet20.py \
+    --config.sweep=configs/sweeps/cifar10_short.py --config.data.dir=DIR --config.partner.torch_file=FILE \
+    --workdir=runs/sweeps/cifar10_short
 """
 
 from bqat_jax.sweeps import Sweep
