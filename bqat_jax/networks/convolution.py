@@ -90,8 +90,8 @@ def kernel_gradient(x: jax.Array, gradient: jax.Array, padding: Sequence[tuple[i
         seen = jax.lax.dynamic_slice_in_dim(x, offset, len(gradient))
         return jax.lax.dot_general(seen, gradient, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
-    offsets = jnp.arange(kernel_height)[:, None] * width + jnp.arange(kernel_width)
-    found = jax.lax.map(entry, offsets.reshape(-1))
+    offsets = [i * width + j for i in range(kernel_height) for j in range(kernel_width)]
+    found = jax.lax.map(entry, jnp.asarray(offsets))
     return found.reshape(kernel_height, kernel_width, channels, features)
 
 
