@@ -5,6 +5,8 @@ import os
 import shutil
 import tempfile
 
+# For programs that tests start: one device, and the same haste as below.
+ONE_DEVICE = '--xla_backend_optimization_level=0'
 # Before jax is imported. Eight devices to share a batch, which wait for each other however busy the machine is (XLA
 # ends the process after 40 seconds otherwise). Programs run for moments here: it does not pay to optimise them.
 os.environ['XLA_FLAGS'] = (

@@ -13,7 +13,7 @@ import pytest
 
 from bqat_jax.quantization.estimators import ESTIMATORS
 from bqat_jax.quantization.quantizers import QUANTIZERS
-from tests.conftest import ROOT
+from tests.conftest import ONE_DEVICE, ROOT
 
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 # Set-up commands need the network; .ci/run runs them.
@@ -30,7 +30,8 @@ def commands():
     for block in blocks('bash'):
         for line in block.values[0].replace('\\\n', ' ').splitlines():
             if line and not line.startswith('#') and SETUP not in line:
-                yield pytest.param(line, id=line[:60])
+                # Whatever reads CIFAR-10 is evaluated on ten thousand images.
+                yield pytest.param(line, id=line[:60], marks=pytest.mark.slow if 'DIR' in line else ())
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
@@ -72,7 +73,7 @@ def test_commands_run(line, tmp_path, request, digits_dir):
     run = subprocess.run(
         [sys.executable, 'main.py', *flags],
         cwd=ROOT,
-        env={**os.environ, 'XLA_FLAGS': ''},  # one device
+        env={**os.environ, 'XLA_FLAGS': ONE_DEVICE},
         capture_output=True,
         text=True,
         timeout=300,

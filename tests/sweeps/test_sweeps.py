@@ -18,7 +18,7 @@ from bqat_jax.files import write_json
 from bqat_jax.sweeps import Sweep, execution
 from bqat_jax.sweeps.definition import load_sweep, override
 from bqat_jax.sweeps.tables import paired_difference
-from tests.conftest import ROOT
+from tests.conftest import ONE_DEVICE, ROOT
 from tests.test_configuration import load_recipe
 
 RATE = 'optimizer.learning_rate'
@@ -232,7 +232,7 @@ def test_a_killed_sweep_goes_on(digits_dir, tmp_path):
     command += [f'--workdir={tmp_path}/run', f'--config.data.dir={digits_dir}', '--config.replacement.plan=none']
     command += ['--config.network.width=4', '--config.partner.steps=2', '--config.partner.optimizer.warmup_steps=0']
     command += ['--config.train.steps=6', '--config.checkpoint.every_steps=1', '--config.quant.calibration_batches=1']
-    environment = {**os.environ, 'XLA_FLAGS': ''}  # one device
+    environment = {**os.environ, 'XLA_FLAGS': ONE_DEVICE}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     results = [tmp_path / 'run' / 'all' / 'plain' / f'seed {seed}' / 'result.json' for seed in range(3)]
     end = time.monotonic() + 300

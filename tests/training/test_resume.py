@@ -10,10 +10,10 @@ import time
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ONE_DEVICE, ROOT
 from tests.training.test_run import last_state
 
-STEPS = 40
+STEPS = 30
 
 
 @pytest.fixture(scope='module')
@@ -21,7 +21,7 @@ def command(digits_dir, tmp_path_factory):
     """Runs main.py in a process of its own on one device; compiled programs are kept between processes."""
     environment = {
         **os.environ,
-        'XLA_FLAGS': '',
+        'XLA_FLAGS': ONE_DEVICE,
         'JAX_COMPILATION_CACHE_DIR': str(tmp_path_factory.mktemp('cache')),
         'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     }

@@ -313,6 +313,7 @@ def test_a_workdir_in_use_is_refused(config, tmp_path):
         train(config, tmp_path, name='digits')
 
 
+@pytest.mark.slow
 def test_the_shared_resnet20_is_as_good_as_in_pytorch(shared_data, tmp_path):
     """91.73 % of the 10,000 test images, as measured with PyTorch; see the data's README."""
     pytest.importorskip('torch', reason='PyTorch, which reads the weights, is not installed')
