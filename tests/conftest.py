@@ -5,8 +5,6 @@ import os
 import shutil
 import tempfile
 
-# For programs that tests start: one device, and the same haste as below.
-ONE_DEVICE = '--xla_backend_optimization_level=0'
 # Before jax is imported. Eight devices to share a batch, which wait for each other however busy the machine is (XLA
 # ends the process after 40 seconds otherwise). Programs run for moments here: it does not pay to optimise them.
 os.environ['XLA_FLAGS'] = (
@@ -32,6 +30,8 @@ from bqat_jax.quantization.quantizers import QUANTIZERS
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
+# XLA_FLAGS of programs that tests start: one device, and programs in the same haste.
+ONE_DEVICE = '--xla_backend_optimization_level=0'
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / 'shared' / 'data'
 
