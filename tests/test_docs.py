@@ -1,5 +1,6 @@
 """What README and docs show works as written."""
 
+import itertools
 import os
 import re
 import shlex
@@ -31,7 +32,9 @@ def commands():
         for line in block.values[0].replace('\\\n', ' ').splitlines():
             if line and not line.startswith('#') and SETUP not in line:
                 # Whatever reads CIFAR-10 is evaluated on ten thousand images.
-                yield pytest.param(line, id=line[:60], marks=pytest.mark.slow if 'DIR' in line else ())
+                yield pytest.param(
+                    line, id=line[:60], marks=pytest.mark.slow if 'DIR' in line and 'sweep' not in line else ()
+                )
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
@@ -50,10 +53,17 @@ def test_the_first_two_commands_set_everything_up():
 @pytest.mark.parametrize('line', [*commands()])
 def test_commands_run(line, tmp_path, request, digits_dir):
     words = shlex.split(line)
+    environment = dict(word.split('=', 1) for word in itertools.takewhile(lambda word: word != 'python', words))
+    words = words[len(environment) :]
     assert words[:2] == ['python', 'main.py'], f'not a command that this test knows how to run: {line}'
     flags = words[2:]
     if '--mode=evaluate' in flags:
         assert flags == ['--mode=evaluate']  # test_run.py evaluates a finished run
+        return
+    sweeps = [flag.removeprefix('--config.sweep=') for flag in flags if flag.startswith('--config.sweep=')]
+    if any('smoke' not in sweep for sweep in sweeps):
+        # They take hours; that every run of theirs has a config, tests/sweeps checks.
+        assert all((ROOT / sweep).is_file() for sweep in sweeps)
         return
     directory = digits_dir
     if any('DIR' in flag for flag in flags):
@@ -73,7 +83,7 @@ def test_commands_run(line, tmp_path, request, digits_dir):
     run = subprocess.run(
         [sys.executable, 'main.py', *flags],
         cwd=ROOT,
-        env={**os.environ, 'XLA_FLAGS': ONE_DEVICE},
+        env={**os.environ, 'XLA_FLAGS': ONE_DEVICE, **environment},
         capture_output=True,
         text=True,
         timeout=300,

@@ -17,7 +17,9 @@ def conv_general_dilated(
 
     XLA for CPUs computes the gradient of a small kernel as a convolution with a window as large as the image, at a
     fraction of the speed of the convolution itself. Where the stride is 1 and channels are neither grouped nor pixels
-    spread, we take `kernel_gradient` on CPUs. On other platforms nothing changes.
+    spread, we take `kernel_gradient` on a CPU. On other platforms nothing changes, nor where one process has several
+    (virtual) CPU devices: such devices wait for each other in collectives, and with loops between these we have seen
+    them wait for ever (JAX 0.10.2).
 
     Like the estimators, it defines no forward-mode derivative.
 
@@ -29,7 +31,7 @@ def conv_general_dilated(
         **options: the others of `jax.lax.conv_general_dilated`.
     """
     plain = functools.partial(jax.lax.conv_general_dilated, window_strides=window_strides, padding=padding, **options)
-    if not _is_simple(lhs, rhs, window_strides, **options):
+    if jax.device_count() > 1 or not _is_simple(lhs, rhs, window_strides, **options):
         return plain(lhs, rhs)
     sides = padding
     if isinstance(padding, str):
