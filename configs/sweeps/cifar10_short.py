@@ -1,6 +1,6 @@
-"""ResNet-20 on CIFAR-10 from a trained partner: what 200 steps show, a schedule for CPUs.
+"""ResNet-20 on CIFAR-10 from a trained partner: what few steps show, a schedule for CPUs.
 
-200 steps of 64 images, which is 0.9 epochs of the 14,000 images that are taken; see cifar10_full.py for the whole.
+Steps of 64 images: 200 of them are 0.9 epochs of the 14,000 images that are taken; see cifar10_full.py for the whole.
 
 Command: python main.py --mode=sweep --config=configs/cifar10_resnet20.py \
     --config.sweep=configs/sweeps/cifar10_short.py --config.data.dir=DIR --config.partner.torch_file=FILE \
@@ -12,12 +12,12 @@ from configs.sweeps.digits import METHODS, learning_rates, replacement
 
 COMPARED = ('LSQ', 'distillation', 'prefix', 'prefix_sampled')
 COMMON = {
-    'train.steps': 200,
     'train.batch_size': 64,
     'data.train_examples': 16_000,
     'data.validation_fraction': 0.125,
-    'checkpoint.every_steps': 200,
+    'checkpoint.every_epochs': 1.0,
 }
+STEPS = {'W2A2': 200, 'W4A4': 80}
 
 
 def bits(*numbers):
@@ -31,7 +31,7 @@ def get_sweep() -> Sweep:
         methods={name: {**replacement(**METHODS[name]), **COMMON} for name in COMPARED},
         seeds=range(2),
         baseline='LSQ',
-        settings=bits(2, 4),
-        choices=learning_rates(0.002, 0.005, 0.0125),
+        settings={name: {**keys, 'train.steps': STEPS[name]} for name, keys in bits(2, 4).items()},
+        choices=learning_rates(0.0008, 0.002),
         choice_seeds=[100],
     )
