@@ -23,6 +23,7 @@ SAFE_TO_CHANGE = (
     'data.workers',
     'checkpoint.*',
     'diagnosis.*',
+    'distributed',
     'mesh.*',
     'train.log_every_steps',
 )
@@ -38,6 +39,7 @@ def base_config() -> Config:
     config.seed = 0
     config.plugins = config_dict.placeholder(str)  # your own estimators and quantizers: Python files, by commas
     config.sweep = config_dict.placeholder(str)  # for --mode=sweep: the file that says what is compared
+    config.distributed = 'off'  # or 'auto', or 'HOST:PORT,n,i' for process i of n: docs/pods.md
 
     config.data = ml_collections.ConfigDict()
     config.data.name = 'digits'  # 'digits' or a TensorFlow Datasets name
@@ -122,6 +124,7 @@ def base_config() -> Config:
     config.train.steps = config_dict.placeholder(int)
     config.train.epochs = 10.0
     config.train.batch_size = 128
+    config.train.microbatches = 1  # parts that a batch is run in, one after another: less memory
     config.train.log_every_steps = 50
     config.train.replicas = 1  # low-precision networks trained side by side, with the seeds seed, seed + 1, ...
 
@@ -142,7 +145,11 @@ def base_config() -> Config:
     config.diagnosis.oscillation_steps = 50  # training steps, made for this alone, in which weights are watched
 
     config.mesh = ml_collections.ConfigDict()
-    config.mesh.data = -1  # devices that share a batch; -1 for all
+    config.mesh.data = -1  # devices that share a batch, times fsdp; -1 for all
+    config.mesh.fsdp = 1  # parts that large arrays are split into: parameters, optimizer state, partner
+    # Which axis is split, the first match wins: ({'path': 'head/dense/kernel', 'axis': 1},); or 'largest', or 'none'.
+    config.mesh.rules = ()
+    config.mesh.least_elements = 4096  # smaller arrays stay whole on every device
 
     config.checkpoint = ml_collections.ConfigDict()
     config.checkpoint.every_steps = config_dict.placeholder(int)

@@ -24,6 +24,19 @@ READ_THREADS = 4
 
 
 @dataclasses.dataclass(frozen=True)
+class Share:
+    """The part of every batch that this process reads.
+
+    Attributes:
+        number: of the part, counted from 0.
+        count: how many equal parts there are.
+    """
+
+    number: int = 0
+    count: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
 class Split:
     """A split of a dataset, ready to be read in batches.
 
@@ -33,12 +46,14 @@ class Split:
             lives on the device; else None.
         workers: processes that decode; 0 for threads of this one. Not read when the split lives on the device.
         crop: how squares are cut out of encoded images; None where images come decoded.
+        share: what this process reads of every batch.
     """
 
     source: Subset
     arrays: dict[str, Any] | None
     workers: int = 0
     crop: Crop | None = None
+    share: Share = Share()
 
     def __len__(self) -> int:
         return len(self.source)
@@ -50,13 +65,14 @@ class Split:
 
         Args:
             seed: of the shuffles.
-            batch_size: examples per batch; batches run on over the ends of epochs.
+            batch_size: examples per batch, of all processes together; batches run on over the ends of epochs.
             start: number of the first batch, counted from the beginning of training.
             stop: number after the last.
             random_crops: whether squares are cut out at random, and not the centre; only where `crop` is given.
 
         Yields:
-            {'image', 'label', 'mask'}, or {'index', 'mask'} when the split lives on the device; the mask is all true.
+            {'image', 'label', 'mask'}, or {'index', 'mask'} when the split lives on the device, of this process's rows;
+            the mask is all true.
         """
         # As many epochs as are read: an endless one has a length that overflows at batch size 1.
         epochs = max(1, -(-stop * batch_size // len(self)))
@@ -76,7 +92,8 @@ class Split:
         # Grain gives every position of the endless reading a generator of its own, the same after a restart.
         is_random = self.crop is not None and random_crops
         examples = order.random_map(read) if is_random else order.map(read)
-        batches = examples.batch(batch_size).slice(slice(start, stop))
+        own = examples.batch(batch_size // self.share.count).slice(slice(self.share.number, None, self.share.count))
+        batches = own.slice(slice(start, stop))
         if self.arrays is not None:
             return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
         options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=PREFETCH_BATCHES)

@@ -61,6 +61,8 @@ def run_sweep(config: Config, workdir: Path, *, name: str) -> dict[str, Any]:
         UserError: for a sweep or a workdir that cannot work.
         Stopped: if SIGTERM or SIGINT came; what was under way continues by the same command.
     """
+    if jax.process_count() > 1:
+        raise UserError(f'distributed={config.distributed!r}: a sweep runs in one process.')
     sweep = load_sweep(config.sweep)
     for setting in sweep.settings.values():  # what is mistyped is told before hours have passed
         for method in sweep.methods.values():

@@ -1,5 +1,6 @@
 """Checkpoints: Orbax's, with a checksum of their own, so that a damaged one is noticed and the one before is used."""
 
+import functools
 import json
 import logging
 import zlib
@@ -14,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from bqat_jax.errors import UserError
+from bqat_jax.training.hosts import is_first, wait_for_all
 
 logger = logging.getLogger(__name__)
 
@@ -34,14 +36,22 @@ class Restored(NamedTuple):
     facts: dict[str, Any]
 
 
-@jax.jit
 def digest(tree: Any) -> jax.Array:
-    """Returns a checksum of every array of a tree, uint32 (arrays,); any single changed bit changes it.
+    """Returns a checksum of every array of a tree, uint32 (arrays,), on every device; any changed bit changes it.
 
     Orbax notices missing and cut files, but not a flipped bit inside an array. The bits of element j, counted from 0,
     enter a sum modulo 2^32 with the odd factor 2j + 1.
     """
+    return _digest(tree, _on_every_device(jax.tree.leaves(tree)[0].sharding))
 
+
+def _on_every_device(sharding: Any) -> Any:
+    """The sharding of an array of which every device of another sharding has the whole."""
+    return NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else sharding
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _digest(tree: Any, sharding: Any) -> jax.Array:
     def checksum(x):
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             x = jax.random.key_data(x)
@@ -52,7 +62,8 @@ def digest(tree: Any) -> jax.Array:
         factors = jnp.arange(bits.size, dtype=jnp.uint32) * jnp.uint32(2) + jnp.uint32(1)
         return jnp.sum(bits * factors, dtype=jnp.uint32)
 
-    return jnp.stack([checksum(leaf) for leaf in jax.tree.leaves(tree)])
+    checksums = jnp.stack([checksum(leaf) for leaf in jax.tree.leaves(tree)])
+    return jax.lax.with_sharding_constraint(checksums, sharding)
 
 
 class Checkpoints:
@@ -77,9 +88,7 @@ class Checkpoints:
         self.directory = directory.absolute()
         self._read_only = read_only
         # Orbax reads every score as it opens a directory, and gives up on one that it cannot read.
-        for path in _steps_in(self.directory):
-            if _has_readable_score(path):
-                continue
+        for path in [path for path in _steps_in(self.directory) if not _has_readable_score(path)]:
             if read_only:
                 raise UserError(f'{path} is damaged: its score is not readable. --mode=train moves it aside.')
             _move_aside(path)
@@ -193,9 +202,7 @@ class Checkpoints:
         return None
 
     def _read(self, step: int, target: Any) -> Restored:
-        sharding = jax.tree.leaves(target)[0].sharding
-        if isinstance(sharding, NamedSharding):  # the checksums lie on every device, however the arrays are split
-            sharding = NamedSharding(sharding.mesh, PartitionSpec())
+        sharding = _on_every_device(jax.tree.leaves(target)[0].sharding)
         count = len(jax.tree.leaves(target))
         sealed_target = {
             'state': target,
@@ -238,12 +245,18 @@ def _has_readable_score(checkpoint: Path) -> bool:
 
 
 def _move_aside(checkpoint: Path) -> None:
+    """Moves a checkpoint out of the way; of several processes the first one does it, and all wait."""
+    wait_for_all(f'seen {checkpoint}')
+    if not is_first():
+        wait_for_all(f'moved {checkpoint}')
+        return
     place = checkpoint.parent.parent / DAMAGED
     place.mkdir(exist_ok=True)
     number = 0
     while (target := place / f'{checkpoint.name}-{number}').exists():
         number += 1
     checkpoint.rename(target)
+    wait_for_all(f'moved {checkpoint}')
     logger.warning('The checkpoint of step %s is damaged; it was moved to %s.', checkpoint.name, target)
 
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 
 from bqat_jax.data.pipeline import Split
+from bqat_jax.training.hosts import put_batch
 from bqat_jax.training.replicas import Replicas, values_of
 
 
@@ -28,6 +29,7 @@ def evaluate(
     split: Split,
     batch_size: int,
     replicas: Replicas,
+    before_each: Callable[[], None] = lambda: None,
 ) -> tuple[Evaluation, ...]:
     """Evaluates every replica of a network on a split.
 
@@ -38,10 +40,12 @@ def evaluate(
         split: what to evaluate on, not empty.
         batch_size: examples per batch, a multiple of the number of devices; the last batch is filled up and masked.
         replicas: how many there are.
+        before_each: called before every batch; what it raises ends the evaluation.
     """
     counts = None
     for batch in split.evaluation_batches(batch_size):
-        found = step(params, batch_stats, split.arrays, jax.device_put(batch, replicas.evaluation_sharding))
+        before_each()
+        found = step(params, batch_stats, split.arrays, put_batch(batch, replicas.evaluation_sharding))
         counts = found if counts is None else jax.tree.map(jax.numpy.add, counts, found)
     counts = jax.device_get(counts)
     return tuple(

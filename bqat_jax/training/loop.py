@@ -1,6 +1,7 @@
 """One phase of a run: from its newest checkpoint, or from the beginning, to its end."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,11 +16,13 @@ from bqat_jax.training.checkpoint import Checkpoints, Restored
 from bqat_jax.training.curvature import make_measurement
 from bqat_jax.training.diagnosis.report import diagnose
 from bqat_jax.training.evaluation import evaluate
+from bqat_jax.training.hosts import write_once
 from bqat_jax.training.optimizer import NETWORK, QUANTIZERS, make_optimizer
-from bqat_jax.training.recorder import Recorder
+from bqat_jax.training.recorder import NoRecorder, Recorder, open_recorder
 from bqat_jax.training.replicas import Replicas, values_of
 from bqat_jax.training.setting import Setting
-from bqat_jax.training.signals import Stopped, StopRequest
+from bqat_jax.training.sharding import path_of
+from bqat_jax.training.signals import StopRequest
 from bqat_jax.training.step import (
     Problem,
     TrainState,
@@ -89,6 +92,7 @@ def run_phase(
         Stopped: after a request to stop, when a checkpoint is saved.
     """
     target = state_target(setting, phase, quantizer_shapes)
+    _tell_placement(setting, phase, target)
     with open_checkpoints(setting, phase.directory) as checkpoints:
         restored = checkpoints.restore_latest(target)
         if restored is None:
@@ -107,7 +111,7 @@ def run_phase(
             state, start, seconds = restored.state, restored.facts['next_batch'], restored.facts['seconds']
             setting.console.print(f'Phase {phase.name} goes on after step {start} of {phase.steps}.')
         if restored is None or start < phase.steps:
-            with Recorder(setting.workdir, phase.name, start, phase.steps, setting.console) as recorder:
+            with open_recorder(setting.workdir, phase.name, start, phase.steps, setting.console) as recorder:
                 run = _Run(setting, phase, checkpoints, recorder, stop, time.monotonic() - seconds)
                 seconds = run.steps(state, start, is_new=restored is None)
         counts = checkpoints.restore_best(target)
@@ -134,6 +138,26 @@ def state_target(setting: Setting, phase: Phase, quantizer_shapes: Any) -> Any:
     return phase.replicas.stacked_shapes(shapes)
 
 
+def _tell_placement(setting: Setting, phase: Phase, target: Any) -> None:
+    """Says which arrays are split over devices, and by which rule, in `sharding_<phase>.json`."""
+    placement = phase.replicas.placement
+    if not placement.splits:
+        return
+    split = placement.describe(target)
+    write_once(setting.workdir / f'sharding_{phase.name}.json', split)
+    leaves = jax.tree.leaves(target)
+    whole = sum(x.dtype.itemsize * x.size for x in leaves)
+    own = sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in leaves)
+    setting.console.print(
+        f'Phase {phase.name}: {len(split)} of {len(leaves)} arrays are split (mesh.fsdp={setting.config.mesh.fsdp}); '
+        f'of {whole / 2**20:.1f} MiB each device keeps {own / 2**20:.1f}.'
+    )
+    paths = [path_of(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(target)]
+    for rule in placement.rules:
+        if not any(rule.matches(path) for path in paths):
+            setting.console.print(f'No array of this phase is matched by the rule {rule.path!r} of mesh.rules.')
+
+
 def _make_optimizer(setting: Setting, phase: Phase):
     return make_optimizer(phase.optimizer, phase.steps, setting.steps(phase.optimizer, 'warmup_'))
 
@@ -146,7 +170,7 @@ class _Run:
         setting: Setting,
         phase: Phase,
         checkpoints: Checkpoints,
-        recorder: Recorder,
+        recorder: Recorder | NoRecorder,
         stop: StopRequest,
         began: float,
     ):
@@ -190,18 +214,16 @@ class _Run:
                 due = self._record(*due)
             if done % log_every == 0 or done == phase.steps:
                 due = (done, metrics)
-            if done % save_every == 0 or done == phase.steps or stop.signal_name is not None:
+            stops = stop.is_due()
+            if done % save_every == 0 or done == phase.steps or stops:
                 if due is not None:
                     due = self._record(*due)
                 pause = time.monotonic()
                 self._save(state, done)
                 self._speed.skip(time.monotonic() - pause)
-            if stop.signal_name is not None and done < phase.steps:
+            if stops:
                 self._checkpoints.wait()
-                raise Stopped(
-                    f'Stopped by {stop.signal_name} after step {done} of {phase.steps} of phase {phase.name}; a '
-                    'checkpoint is saved. Run the same command again to continue.'
-                )
+                stop.check(f'after step {done} of {phase.steps} of phase {phase.name}; a checkpoint is saved')
         self._checkpoints.wait()
         return self._seconds
 

@@ -7,7 +7,7 @@ import jax
 from bqat_jax.data.augmentation import normalize
 from bqat_jax.data.pipeline import get_examples
 from bqat_jax.errors import UserError
-from bqat_jax.files import read_json, write_json
+from bqat_jax.files import read_json
 from bqat_jax.quantization.quantizers import describe_quantizer
 from bqat_jax.quantization.transform import (
     LayerQuantizers,
@@ -19,6 +19,7 @@ from bqat_jax.quantization.transform import (
 )
 from bqat_jax.replacement.block_replacement import BlockReplacement
 from bqat_jax.training.checkpoint import Restored
+from bqat_jax.training.hosts import agree, put_batch, write_once
 from bqat_jax.training.loop import Phase, run_phase
 from bqat_jax.training.optimizer import NETWORK, QUANTIZERS
 from bqat_jax.training.partner import Partner
@@ -50,11 +51,12 @@ def train_low_precision(setting: Setting, partner: Partner, stop: StopRequest) -
 
     batches = None
     path = setting.workdir / QUANTIZERS_FILE
-    if not path.exists():
+    if not agree(path.exists()):
         batches = _calibration_batches(setting, partner, 0)
         layers = setting.found.quantizable
         signed = find_signed_inputs(run, partner.variables['params'], batches, layers, setting.layers)
-        write_json(path, _describe(_build(setting, signed)))
+        write_once(path, _describe(_build(setting, signed)))
+        stop.check('before the quantizers were calibrated')
     phase = low_precision_phase(setting, partner)
     quantization = phase.problem.replacement.quantization
 
@@ -93,6 +95,7 @@ def low_precision_phase(setting: Setting, partner: Partner) -> Phase:
             steps=setting.steps(config.train),
             regularizers=setting.regularizers,
             draw_seed=config.replacement.seed,
+            microbatches=config.train.microbatches,
         ),
         partner=partner.variables,
         steps=setting.steps(config.train),
@@ -141,7 +144,7 @@ def _calibration_batches(setting: Setting, partner: Partner, replica: int) -> li
         config.quant.calibration_batches,
         random_crops=False,
     )
-    return [images_of(jax.device_put(batch, over_batch(setting.mesh)), split.arrays) for batch in batches]
+    return [images_of(put_batch(batch, over_batch(setting.mesh)), split.arrays) for batch in batches]
 
 
 def _describe(quantization: Quantization) -> dict[str, Any]:

@@ -8,17 +8,17 @@ import jax
 
 from bqat_jax.configuration import changed_keys
 from bqat_jax.errors import UserError
-from bqat_jax.files import read_json, write_json
+from bqat_jax.files import read_json
 from bqat_jax.networks.torch_weights import NAME_RULES, import_state_dict, read_state_dict
 from bqat_jax.quantization.transform import FULL_PRECISION
 from bqat_jax.replacement.block_replacement import BlockReplacement
 from bqat_jax.replacement.objective import Objective
 from bqat_jax.replacement.plans import Plan
 from bqat_jax.training.checkpoint import Checkpoints
+from bqat_jax.training.hosts import agree, write_once
 from bqat_jax.training.loop import Phase, run_phase
 from bqat_jax.training.optimizer import NETWORK, QUANTIZERS
 from bqat_jax.training.setting import Setting
-from bqat_jax.training.sharding import replicated
 from bqat_jax.training.signals import StopRequest
 from bqat_jax.training.step import Problem
 
@@ -49,6 +49,7 @@ class Partner:
             ),
             preprocessing=setting.preprocessing(self.facts['mean'], self.facts['std']),
             steps=setting.steps(setting.config.partner),
+            microbatches=setting.config.train.microbatches,
         )
 
 
@@ -88,8 +89,9 @@ def obtain_partner(setting: Setting, stop: StopRequest) -> Partner:
             )
         rules = NAME_RULES[name]
         variables = import_state_dict(read_state_dict(file), rules, setting.abstract_variables())
-        variables = jax.device_put(variables, replicated(setting.mesh))
-        partner = Partner(variables, {**facts, 'source': f'PyTorch file {Path(file).name}'})
+        partner = Partner(
+            setting.single.placement.put(variables), {**facts, 'source': f'PyTorch file {Path(file).name}'}
+        )
     else:
         partner = _pretrain(setting, facts, stop)
     _save_partner(setting.workdir, partner)
@@ -104,7 +106,7 @@ def load_partner(setting: Setting, workdir: Path) -> Partner | None:
         UserError: if it is another network than the config's, or damaged.
     """
     path = workdir / DIRECTORY / FACTS
-    if not path.is_file():
+    if not agree(path.is_file()):
         return None
     facts = read_json(path)
     changes = changed_keys(facts['network'], setting.description)
@@ -121,7 +123,7 @@ def _save_partner(workdir: Path, partner: Partner) -> None:
         if checkpoints.latest_step is None:  # else a kill came between these two files
             checkpoints.save(0, partner.variables, {})
             checkpoints.wait()
-    write_json(workdir / DIRECTORY / FACTS, partner.facts)
+    write_once(workdir / DIRECTORY / FACTS, partner.facts)
 
 
 def _pretrain(setting: Setting, facts: dict[str, Any], stop: StopRequest) -> Partner:
@@ -138,10 +140,9 @@ def _pretrain(setting: Setting, facts: dict[str, Any], stop: StopRequest) -> Par
     )
 
     def init(_):
-        make = jax.jit(
-            lambda key: setting.network.init(key, setting.images.image_shape),
-            out_shardings=replicated(setting.mesh),
-        )
+        # Each device makes its part: nowhere is the whole of a large tree.
+        shardings = setting.single.placement.shardings(setting.abstract_variables())
+        make = jax.jit(lambda key: setting.network.init(key, setting.images.image_shape), out_shardings=shardings)
         variables = make(setting.key(INIT))
         return {NETWORK: variables['params'], QUANTIZERS: {}}, variables['batch_stats']
 

@@ -10,6 +10,7 @@ import rich.progress
 from tensorboardX import SummaryWriter
 
 from bqat_jax.files import write_text
+from bqat_jax.training.hosts import is_first
 
 METRICS_FILE = 'metrics.jsonl'
 # The metrics shown on the terminal, and how; the files have all.
@@ -74,6 +75,26 @@ class Recorder:
                 seconds = (time.monotonic() - self._began) / (step - self._start) * (self._total - step)
                 line += f'  left {seconds:.0f} s'
             self._console.print(line, markup=False, highlight=False)
+
+
+class NoRecorder:
+    """Records nothing: for the processes beside the first."""
+
+    def __enter__(self) -> 'NoRecorder':
+        return self
+
+    def __exit__(self, *exception) -> None:
+        pass
+
+    def record(self, step: int, metrics: dict[str, float]) -> None:
+        """Does nothing."""
+
+
+def open_recorder(
+    workdir: Path, phase: str, start: int, total: int, console: rich.console.Console
+) -> Recorder | NoRecorder:
+    """Returns the recorder of a phase; of several processes the first one records."""
+    return Recorder(workdir, phase, start, total, console) if is_first() else NoRecorder()
 
 
 def _show(metrics: dict[str, float]) -> str:

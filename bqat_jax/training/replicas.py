@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from bqat_jax.training.sharding import DATA_AXIS, over_batch, replicated
+from bqat_jax.training.hosts import put_batch
+from bqat_jax.training.sharding import BATCH_AXES, Placement, over_batch, replicated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,16 +23,17 @@ class Replicas:
 
     Attributes:
         count: 1 for a single run, whose arrays have no axis for it, and whose batch is split over the devices.
-        mesh: the devices; `count`, if it is not 1, is a multiple of their number.
+        placement: where the arrays of a single run lie. Several runs are spread over the devices, each whole; `count`
+            is then a multiple of their number.
     """
 
     count: int
-    mesh: Mesh
+    placement: Placement
 
     @property
-    def state_sharding(self) -> NamedSharding:
-        """Where the state lies."""
-        return replicated(self.mesh) if self.count == 1 else over_batch(self.mesh)
+    def mesh(self) -> Mesh:
+        """The devices."""
+        return self.placement.mesh
 
     @property
     def evaluation_sharding(self) -> NamedSharding:
@@ -52,13 +54,19 @@ class Replicas:
             in_axes: 0 for arguments with the leading axis, None for those that all replicas share.
             donate_argnums: arguments whose memory it takes over.
         """
+        if self.count == 1 and self.placement.splits:
+
+            def placed(*arguments):
+                return self.placement.constrain(function(*arguments))
+
+            return jax.jit(placed, donate_argnums=donate_argnums)
         if self.count == 1:
             # Left to itself XLA may hand a state back in another layout; pinned, it is donated in place.
             return jax.jit(function, donate_argnums=donate_argnums, out_shardings=replicated(self.mesh))
-        specs = tuple(PartitionSpec() if axis is None else PartitionSpec(DATA_AXIS) for axis in in_axes)
+        specs = tuple(PartitionSpec() if axis is None else PartitionSpec(BATCH_AXES) for axis in in_axes)
         # Each device has whole replicas, so nothing crosses between them.
         mapped = jax.shard_map(
-            function, mesh=self.mesh, in_specs=specs, out_specs=PartitionSpec(DATA_AXIS), check_vma=False
+            function, mesh=self.mesh, in_specs=specs, out_specs=PartitionSpec(BATCH_AXES), check_vma=False
         )
         return jax.jit(mapped, donate_argnums=donate_argnums)
 
@@ -66,7 +74,7 @@ class Replicas:
         """Returns one tree from one for each replica."""
         if self.count == 1:
             return trees[0]
-        return jax.device_put(jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees), self.state_sharding)
+        return jax.device_put(jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees), over_batch(self.mesh))
 
     def first(self, tree: Any) -> Any:
         """Returns the arrays of the first replica, on all devices."""
@@ -75,17 +83,20 @@ class Replicas:
         return jax.device_put(jax.tree.map(lambda x: x[0], tree), replicated(self.mesh))
 
     def batches(self, readings: Sequence[Iterator[Any]]) -> Iterator[Any]:
-        """Yields batches on the devices, from one reading for each replica."""
+        """Yields batches on the devices, from a reading for each replica; of several processes from one's own rows."""
         for found in zip(*readings, strict=True):
             batch = found[0] if self.count == 1 else jax.tree.map(lambda *leaves: np.stack(leaves), *found)
-            yield jax.device_put(batch, over_batch(self.mesh))
+            yield put_batch(batch, over_batch(self.mesh))
 
     def stacked_shapes(self, shapes: Any) -> Any:
         """Returns shapes and dtypes of one replica's arrays as those of all, with their sharding."""
-        axes = () if self.count == 1 else (self.count,)
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((*axes, *x.shape), x.dtype, sharding=self.state_sharding), shapes
-        )
+        if self.count == 1:
+            shardings = self.placement.shardings(shapes)
+            return jax.tree.map(
+                lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings
+            )
+        sharding = over_batch(self.mesh)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((self.count, *x.shape), x.dtype, sharding=sharding), shapes)
 
 
 def values_of(metric: Any) -> list[float]:

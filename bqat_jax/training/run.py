@@ -1,10 +1,12 @@
 """A whole run: partner, calibration, block-replaced training, evaluation. What `main.py` calls."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import platform
 import statistics
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,13 @@ import rich.console
 from bqat_jax import __version__
 from bqat_jax.configuration import Config, check_resumable, to_plain
 from bqat_jax.errors import UserError
-from bqat_jax.files import locked, read_json, write_json
+from bqat_jax.files import locked, read_json
 from bqat_jax.quantization.rules import NO_QUANTIZER
 from bqat_jax.training.checkpoint import Restored
 from bqat_jax.training.diagnosis.report import DIRECTORY as DIAGNOSES
 from bqat_jax.training.diagnosis.report import diagnose
 from bqat_jax.training.evaluation import Evaluation, evaluate
+from bqat_jax.training.hosts import agree, check_workdir_is_shared, is_first, wait_for_all, write_once
 from bqat_jax.training.loop import Phase, open_checkpoints, state_target
 from bqat_jax.training.low_precision import low_precision_phase, quantizer_shapes, train_low_precision
 from bqat_jax.training.optimizer import NETWORK, QUANTIZERS
@@ -57,15 +60,14 @@ def train(
         UserError: for a config or a workdir that cannot work, with the remedy.
         Stopped: if SIGTERM or SIGINT came; a checkpoint is saved.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
-    with locked(workdir), StopRequest() as stop:
-        setting = make_setting(config, workdir, console or rich.console.Console())
+    with _opened(workdir), StopRequest() as stop:
+        setting = make_setting(config, workdir, console or _console())
         _check_config(setting)
         _write_record(setting, name, overrides or {})
         _summarize(setting)
         partner = obtain_partner(setting, stop)
         phase, restored = train_low_precision(setting, partner, stop)
-        return _finish(setting, partner, phase, restored, workdir / 'result.json')
+        return _finish(setting, partner, phase, restored, workdir / 'result.json', stop)
 
 
 def summarize_network(config: Config, workdir: Path) -> dict[str, Any]:
@@ -75,7 +77,7 @@ def summarize_network(config: Config, workdir: Path) -> dict[str, Any]:
         UserError: for a config that cannot work, or a workdir that was made with another.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    setting = make_setting(config, workdir, rich.console.Console())
+    setting = make_setting(config, workdir, _console())
     _check_config(setting)
     return _summarize(setting)['totals']
 
@@ -100,16 +102,15 @@ def import_partner(
         raise UserError(
             'There is nothing to import: give --config.partner.torch_file=FILE or --config.partner.workdir=DIR.'
         )
-    workdir.mkdir(parents=True, exist_ok=True)
-    with locked(workdir), StopRequest() as stop:
-        setting = make_setting(config, workdir, rich.console.Console())
+    with _opened(workdir), StopRequest() as stop:
+        setting = make_setting(config, workdir, _console())
         _check_config(setting)
         _write_record(setting, name, overrides or {})
         partner = obtain_partner(setting, stop)
         setting.console.print('Evaluating on the test split.')
-        found = _evaluate_partner(setting, partner)
+        found = _evaluate_partner(setting, partner, stop)
         result = {'fp_top1': found.top1, 'examples_evaluated': found.examples, 'partner': partner.facts['source']}
-        write_json(workdir / 'import.json', result)
+        write_once(workdir / 'import.json', result)
         return result
 
 
@@ -126,8 +127,7 @@ def prepare_partner(config: Config, workdir: Path, *, name: str, console: rich.c
         UserError: for a config or a workdir that cannot work, with the remedy.
         Stopped: if SIGTERM or SIGINT came; a checkpoint is saved.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
-    with locked(workdir), StopRequest() as stop:
+    with _opened(workdir), StopRequest() as stop:
         setting = make_setting(config, workdir, console)
         _check_config(setting)
         _write_record(setting, name, {})
@@ -141,7 +141,8 @@ def evaluate_run(config: Config, workdir: Path) -> dict[str, Any]:
         UserError: if the workdir holds no run of this config.
     """
     setting, partner, phase, restored = _open_run(config, workdir)
-    return _finish(setting, partner, phase, restored, workdir / 'evaluation.json')
+    with StopRequest() as stop:
+        return _finish(setting, partner, phase, restored, workdir / 'evaluation.json', stop)
 
 
 def diagnose_run(config: Config, workdir: Path) -> dict[str, Any]:
@@ -163,7 +164,7 @@ def _open_run(config: Config, workdir: Path) -> tuple[Setting, Partner, Phase, R
     """The checkpoint that counts in a workdir, and what it is a checkpoint of."""
     if not (workdir / 'config.json').is_file():
         raise UserError(f'{workdir} holds no run (no config.json in it): train first (--mode=train).')
-    setting = make_setting(config, workdir, rich.console.Console())
+    setting = make_setting(config, workdir, _console())
     _check_config(setting)
     partner = load_partner(setting, workdir)
     if partner is None:
@@ -179,15 +180,31 @@ def _open_run(config: Config, workdir: Path) -> tuple[Setting, Partner, Phase, R
     return setting, partner, phase, restored
 
 
+@contextlib.contextmanager
+def _opened(workdir: Path) -> Iterator[None]:
+    """A workdir that is there, and that nobody else writes to: of several processes the first one holds it for all."""
+    if is_first():
+        workdir.mkdir(parents=True, exist_ok=True)
+    wait_for_all('workdir made')
+    check_workdir_is_shared(workdir)
+    with locked(workdir) if is_first() else contextlib.nullcontext():
+        yield
+
+
+def _console() -> rich.console.Console:
+    """The terminal, to which the first process speaks for all."""
+    return rich.console.Console(quiet=not is_first())
+
+
 def _check_config(setting: Setting) -> None:
     path = setting.workdir / 'config.json'
-    if path.exists():
+    if agree(path.exists()):
         check_resumable(read_json(path), to_plain(setting.config), setting.workdir)
 
 
 def _write_record(setting: Setting, name: str, overrides: dict[str, Any]) -> None:
     """Writes what is run, and with what."""
-    write_json(setting.workdir / 'config.json', to_plain(setting.config))
+    write_once(setting.workdir / 'config.json', to_plain(setting.config))
     environment = {
         'config': name,
         'overrides': to_plain(overrides),
@@ -200,16 +217,18 @@ def _write_record(setting: Setting, name: str, overrides: dict[str, Any]) -> Non
         'platform': platform.platform(),
         'devices': [device.device_kind for device in setting.mesh.devices.flat],
     }
-    write_json(setting.workdir / 'environment.json', environment)
+    write_once(setting.workdir / 'environment.json', environment)
 
 
-def _finish(setting: Setting, partner: Partner, phase: Phase, restored: Restored, path: Path) -> dict[str, Any]:
+def _finish(
+    setting: Setting, partner: Partner, phase: Phase, restored: Restored, path: Path, stop: StopRequest
+) -> dict[str, Any]:
     """Evaluates partner and network on the test split; writes and returns the result."""
     config = setting.config
     setting.console.print('Evaluating on the test split.')
     batch_stats = _reestimate(setting, phase, restored)
-    low = _evaluate(setting, phase.problem, restored.state.params, batch_stats, phase.replicas)
-    full = _evaluate_partner(setting, partner)
+    low = _evaluate(setting, phase.problem, restored.state.params, batch_stats, phase.replicas, stop)
+    full = _evaluate_partner(setting, partner, stop)
 
     def bits(role):
         return FULL_PRECISION_BITS if config.quant[role].name == NO_QUANTIZER else config.quant[role].bits
@@ -234,7 +253,7 @@ def _finish(setting: Setting, partner: Partner, phase: Phase, restored: Restored
     }
     if 'validation_top1' in restored.facts:
         result |= _of_seeds(setting, 'validation_top1', restored.facts['validation_top1'])
-    write_json(path, result)
+    write_once(path, result)
     return result
 
 
@@ -248,15 +267,15 @@ def _of_seeds(setting: Setting, name: str, values: list[float]) -> dict[str, Any
 
 def _summarize(setting: Setting) -> dict[str, Any]:
     summary = summarize(setting)
-    write_json(setting.workdir / 'summary.json', summary)
+    write_once(setting.workdir / 'summary.json', summary)
     print_summary(setting, summary)
     return summary
 
 
-def _evaluate_partner(setting: Setting, partner: Partner) -> Evaluation:
+def _evaluate_partner(setting: Setting, partner: Partner, stop: StopRequest) -> Evaluation:
     params = {NETWORK: partner.variables['params'], QUANTIZERS: {}}
     batch_stats = partner.variables['batch_stats']
-    return _evaluate(setting, partner.problem(setting), params, batch_stats, setting.single)[0]
+    return _evaluate(setting, partner.problem(setting), params, batch_stats, setting.single, stop)[0]
 
 
 def _reestimate(setting: Setting, phase: Phase, restored: Restored) -> Any:
@@ -274,7 +293,10 @@ def _reestimate(setting: Setting, phase: Phase, restored: Restored) -> Any:
 
 
 def _evaluate(
-    setting: Setting, problem: Problem, params: Any, batch_stats: Any, replicas: Replicas
+    setting: Setting, problem: Problem, params: Any, batch_stats: Any, replicas: Replicas, stop: StopRequest
 ) -> tuple[Evaluation, ...]:
-    step = make_evaluation_step(problem, replicas)
-    return evaluate(step, params, batch_stats, setting.test_split, setting.evaluation_batch_size, replicas)
+    def stop_here():
+        stop.check('while evaluating on the test split; what was trained is saved')
+
+    step, split, batch_size = make_evaluation_step(problem, replicas), setting.test_split, setting.evaluation_batch_size
+    return evaluate(step, params, batch_stats, split, batch_size, replicas, stop_here)

@@ -12,7 +12,7 @@ import rich.console
 from jax.sharding import Mesh
 
 from bqat_jax.configuration import Config, duration, to_plain
-from bqat_jax.data.pipeline import Split, read_whole
+from bqat_jax.data.pipeline import Share, Split, read_whole
 from bqat_jax.data.sources import ImageData, Subset, load_images
 from bqat_jax.errors import UserError
 from bqat_jax.networks.cut import CutNetwork
@@ -29,7 +29,7 @@ from bqat_jax.training.diagnosis.measurement import DiagnosisSettings
 from bqat_jax.training.optimizer import check_optimizer
 from bqat_jax.training.regularizers import Regularizers
 from bqat_jax.training.replicas import Replicas
-from bqat_jax.training.sharding import make_mesh, replicated
+from bqat_jax.training.sharding import Placement, make_mesh, parse_rules, replicated
 from bqat_jax.training.step import Preprocessing
 
 LEAST = {
@@ -37,12 +37,14 @@ LEAST = {
     'data.workers': 0,
     'data.crop_padding': 0,
     'train.batch_size': 1,
+    'train.microbatches': 1,
     'train.replicas': 1,
     'train.log_every_steps': 1,
     'checkpoint.keep': 1,
     'quant.calibration_batches': 1,
     'quant.reestimation_batches': 0,
     'replacement.seed': 0,
+    'mesh.least_elements': 0,
 }
 
 
@@ -54,7 +56,7 @@ class Setting:
         config: the resolved config.
         workdir: where everything goes that the run leaves.
         console: where progress is shown.
-        mesh: the devices.
+        placement: the devices, and what lies where on them.
         images: the dataset.
         network: the network, cut into blocks.
         plan: the replacement plan.
@@ -70,7 +72,7 @@ class Setting:
     config: Config
     workdir: Path
     console: rich.console.Console
-    mesh: Mesh
+    placement: Placement
     images: ImageData
     network: CutNetwork
     plan: Plan
@@ -81,6 +83,11 @@ class Setting:
     trace: TraceSettings
     diagnosis: DiagnosisSettings
     plugins: tuple[Path, ...]
+
+    @property
+    def mesh(self) -> Mesh:
+        """The devices."""
+        return self.placement.mesh
 
     @property
     def description(self) -> dict[str, Any]:
@@ -108,7 +115,8 @@ class Setting:
         if self.config.data.on_device:
             self.console.print(f'Reading {len(source)} images onto the device.')
             arrays = jax.device_put(read_whole(source), replicated(self.mesh))
-        return Split(source, arrays, self.config.data.workers, self.images.crop)
+        share = Share(jax.process_index(), jax.process_count())
+        return Split(source, arrays, self.config.data.workers, self.images.crop, share)
 
     @property
     def evaluation_batch_size(self) -> int:
@@ -132,12 +140,12 @@ class Setting:
     @property
     def single(self) -> Replicas:
         """A single run on all devices."""
-        return Replicas(1, self.mesh)
+        return Replicas(1, self.placement)
 
     @property
     def replicas(self) -> Replicas:
         """The low-precision networks that are trained side by side."""
-        return Replicas(self.config.train.replicas, self.mesh)
+        return Replicas(self.config.train.replicas, self.placement)
 
     def key(self, purpose: int, replica: int = 0) -> jax.Array:
         """Returns the random key for a purpose, a number that no other use of randomness has."""
@@ -163,17 +171,25 @@ def make_setting(config: Config, workdir: Path, console: rich.console.Console) -
         value = functools.reduce(lambda section, name: section[name], key.split('.'), config)
         if value < least:
             raise UserError(f'{key}={value}: it must be at least {least}.')
-    mesh = make_mesh(config.mesh.data)
-    if config.train.batch_size % mesh.devices.size:
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+    devices, microbatches = mesh.devices.size, config.train.microbatches
+    if config.train.batch_size % (devices * microbatches):
+        parts = f' in train.microbatches={microbatches} parts' if microbatches > 1 else ''
         raise UserError(
-            f'train.batch_size={config.train.batch_size} cannot be split over {mesh.devices.size} devices; '
+            f'train.batch_size={config.train.batch_size} cannot be split over {devices} devices{parts}; '
             'take a multiple, or fewer devices (mesh.data).'
         )
-    if config.train.replicas > 1 and config.train.replicas % mesh.devices.size:
-        raise UserError(
-            f'train.replicas={config.train.replicas} cannot be spread over {mesh.devices.size} devices; take a '
-            'multiple, or fewer devices (mesh.data).'
-        )
+    if config.train.replicas > 1:
+        if config.train.replicas % devices:
+            raise UserError(
+                f'train.replicas={config.train.replicas} cannot be spread over {devices} devices; take a '
+                'multiple, or fewer devices (mesh.data).'
+            )
+        if config.mesh.fsdp > 1 or jax.process_count() > 1:
+            raise UserError(
+                f'train.replicas={config.train.replicas} needs each seed whole on one device of one process; '
+                'mesh.fsdp must be 1 and distributed off. Train the seeds one after another instead.'
+            )
     if config.data.on_device and config.data.image_size is not None:
         raise UserError(
             f'data.image_size={config.data.image_size}, data.on_device=True: squares are cut out on the way to the '
@@ -197,6 +213,7 @@ def make_setting(config: Config, workdir: Path, console: rich.console.Console) -
     check_optimizer(config.optimizer)
     check_optimizer(config.partner.optimizer)
     try:
+        placement = Placement(mesh, parse_rules(config.mesh.rules), config.mesh.least_elements)
         network = _make_network(config, images)
         found = find_network_layers(network, images.image_shape)
         layers = assign_quantizers(
@@ -214,7 +231,7 @@ def make_setting(config: Config, workdir: Path, console: rich.console.Console) -
             config=config,
             workdir=workdir,
             console=console,
-            mesh=mesh,
+            placement=placement,
             images=images,
             network=network,
             plan=plan,

@@ -1,4 +1,15 @@
-"""The mesh of devices and what lies where on it."""
+"""The mesh of devices and what lies where on it.
+
+The mesh has two axes. A batch is split over both. Over 'data' every device has all parameters; over 'fsdp' each large
+array is split (fully sharded data parallelism, ZeRO's third stage, arXiv 1910.02054): a device keeps its part of
+parameters, optimizer state and partner, and gathers the whole of an array where a step needs it.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -6,20 +17,37 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bqat_jax.errors import UserError
 
-DATA_AXIS = 'data'
+DATA_AXIS, FSDP_AXIS = 'data', 'fsdp'
+BATCH_AXES = (DATA_AXIS, FSDP_AXIS)
+# What a rule may say instead of the number of an axis.
+LARGEST, NONE = 'largest', 'none'
 
 
-def make_mesh(data: int) -> Mesh:
-    """Returns a mesh with one axis, 'data', over the first `data` devices; -1 for all.
+def make_mesh(data: int, fsdp: int = 1) -> Mesh:
+    """Returns a mesh with the axes 'data' and 'fsdp' over the first data × fsdp devices, those of a process together.
+
+    Args:
+        data: -1 for as many as there are devices.
+        fsdp: parts that large arrays are split into; the devices of one split are neighbours.
 
     Raises:
-        UserError: if there are not so many devices.
+        UserError: if there are not so many devices, or, with several processes, if some would have nothing to do.
     """
-    devices = jax.devices()
-    count = len(devices) if data == -1 else data
-    if not 1 <= count <= len(devices):
-        raise UserError(f'mesh.data={data}: there are {len(devices)} devices; give 1 to {len(devices)}, or -1 for all.')
-    return Mesh(np.array(devices[:count]), (DATA_AXIS,))
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    if fsdp < 1 or len(devices) < fsdp:
+        raise UserError(f'mesh.fsdp={fsdp}: there are {len(devices)} devices; give 1 to {len(devices)}.')
+    count = len(devices) // fsdp if data == -1 else data
+    if not 1 <= count <= len(devices) // fsdp:
+        raise UserError(
+            f'mesh.data={data}, mesh.fsdp={fsdp}: there are {len(devices)} devices; their product may be at most that, '
+            'and mesh.data=-1 takes all.'
+        )
+    if jax.process_count() > 1 and count * fsdp < len(devices):
+        raise UserError(
+            f'mesh.data={data}, mesh.fsdp={fsdp} use {count * fsdp} of {len(devices)} devices; several processes must '
+            'use all of them.'
+        )
+    return Mesh(np.array(devices[: count * fsdp]).reshape(count, fsdp), BATCH_AXES)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -29,4 +57,157 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def over_batch(mesh: Mesh) -> NamedSharding:
     """The first axis split over the devices."""
-    return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Which axis of an array is split.
+
+    Attributes:
+        path: a regular expression that must match the whole path of a parameter, such as 'head/dense/kernel'. What
+            belongs to a parameter, such as its momentum, has a longer path with the same end.
+        axis: its number; 'largest' for the largest axis that can be split evenly, the last of several; 'none' to keep
+            the array whole on every device.
+
+    Raises:
+        ValueError: for anything else.
+    """
+
+    path: str
+    axis: int | str
+
+    def __post_init__(self):
+        try:
+            re.compile(self.path)
+        except re.error as error:
+            raise ValueError(f'mesh.rules: {self.path!r} is no regular expression ({error}).') from error
+        if self.axis not in (LARGEST, NONE) and not isinstance(self.axis, int):
+            raise ValueError(
+                f"mesh.rules: axis={self.axis!r} of {self.path!r}: give a number, '{LARGEST}' or '{NONE}'."
+            )
+
+    def matches(self, path: str) -> bool:
+        """Returns whether it speaks of the array at a path."""
+        return re.fullmatch(f'(?:.*/)?(?:{self.path})', path) is not None
+
+
+# What holds for every array that no other rule matches.
+LAST_RULE = Rule('.*', LARGEST)
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where arrays lie: split over 'fsdp' by path rules, the first that matches, or whole on every device.
+
+    Attributes:
+        mesh: the devices.
+        rules: asked in this order, then `LAST_RULE`.
+        least_elements: smaller arrays stay whole.
+    """
+
+    mesh: Mesh
+    rules: tuple[Rule, ...] = ()
+    least_elements: int = 0
+
+    @property
+    def splits(self) -> bool:
+        """Whether any array can be split."""
+        return self.mesh.shape[FSDP_AXIS] > 1
+
+    def axis(self, path: str, shape: Sequence[int]) -> int | None:
+        """Returns the axis along which the array at a path is split, or None.
+
+        Raises:
+            UserError: if a rule names an axis that the array does not have, or that cannot be split evenly.
+        """
+        parts = self.mesh.shape[FSDP_AXIS]
+        if parts == 1 or int(np.prod(shape)) < self.least_elements or not shape:
+            return None
+        rule = self.rule(path)
+        if rule.axis == NONE:
+            return None
+        if rule.axis == LARGEST:
+            even = [axis for axis, size in enumerate(shape) if size % parts == 0]
+            return max(even, key=lambda axis: (shape[axis], axis), default=None)
+        axis = int(rule.axis)
+        if not -len(shape) <= axis < len(shape) or shape[axis] % parts:
+            raise UserError(
+                f'mesh.rules: {path} has shape {tuple(shape)}, whose axis {axis} cannot be split into {parts} parts.'
+            )
+        return axis % len(shape)
+
+    def rule(self, path: str) -> Rule:
+        """Returns the rule that speaks of the array at a path."""
+        return next((rule for rule in self.rules if rule.matches(path)), LAST_RULE)
+
+    def sharding(self, path: str, shape: Sequence[int]) -> NamedSharding:
+        """Returns where the array at a path lies."""
+        axis = self.axis(path, shape)
+        spec = PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, FSDP_AXIS)
+        return NamedSharding(self.mesh, spec)
+
+    def shardings(self, tree: Any) -> Any:
+        """Returns a tree of shardings for one of arrays or shapes."""
+        return jax.tree_util.tree_map_with_path(lambda path, x: self.sharding(path_of(path), x.shape), tree)
+
+    def put(self, tree: Any) -> Any:
+        """Returns a tree of arrays, each where it belongs."""
+        return jax.device_put(tree, self.shardings(tree))
+
+    def constrain(self, tree: Any) -> Any:
+        """Returns a tree of traced arrays that lie where they belong."""
+        return jax.lax.with_sharding_constraint(tree, self.shardings(tree))
+
+    def gather(self, tree: Any) -> Any:
+        """Returns a tree of traced float arrays whole on every device; their gradients are split again at once."""
+        if not self.splits:
+            return tree
+        whole = replicated(self.mesh)
+        return jax.tree.map(lambda x, split: _gather(whole, split, x), tree, self.shardings(tree))
+
+    def describe(self, tree: Any) -> dict[str, dict[str, Any]]:
+        """Returns as JSON, for every array of a tree that is split: its shape, the axis, and the rule that said so."""
+        found = {}
+        for keys, x in jax.tree_util.tree_leaves_with_path(tree):
+            path = path_of(keys)
+            axis = self.axis(path, x.shape)
+            if axis is not None:
+                found[path] = {'shape': list(x.shape), 'axis': axis, 'rule': self.rule(path).path}
+        return found
+
+
+def parse_rules(rules: Sequence[Mapping[str, Any]]) -> tuple[Rule, ...]:
+    """Returns the rules of a config, each {'path': regular expression, 'axis': number, 'largest' or 'none'}.
+
+    Raises:
+        ValueError: for a rule with other keys, or values that mean nothing.
+    """
+    for rule in rules:
+        if set(rule) != {'path', 'axis'}:
+            raise ValueError(f"mesh.rules: a rule has the keys 'path' and 'axis', and this one {sorted(rule)}.")
+    return tuple(Rule(rule['path'], rule['axis']) for rule in rules)
+
+
+def path_of(keys: Sequence[Any]) -> str:
+    """Returns a path of a tree as text, 'params/network/stem/conv/kernel'."""
+    return '/'.join(str(getattr(key, 'key', getattr(key, 'name', getattr(key, 'idx', key)))) for key in keys)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gather(whole: NamedSharding, split: NamedSharding, x: jax.Array) -> jax.Array:
+    """The array on every device; its gradient is summed over the devices and split in one, a reduce-scatter."""
+    del split
+    return jax.lax.with_sharding_constraint(x, whole)
+
+
+def _gather_forward(whole, split, x):
+    return _gather(whole, split, x), None
+
+
+def _gather_backward(whole, split, residuals, cotangent):
+    del whole, residuals
+    return (jax.lax.with_sharding_constraint(cotangent, split),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)

@@ -3,6 +3,9 @@
 import signal
 from typing import Any
 
+import jax
+from jax.experimental import multihost_utils
+
 
 class Stopped(Exception):
     """Training was asked to stop, has saved a checkpoint and can be continued."""
@@ -11,25 +14,49 @@ class Stopped(Exception):
 class StopRequest:
     """Notes SIGTERM and SIGINT while it is open, as a context manager; a second SIGINT interrupts at once.
 
-    Attributes:
-        signal_name: 'SIGTERM' or 'SIGINT' once one came, else None.
+    Of several processes each may be told to stop, by SIGTERM; all stop at the same point. There JAX's own preemption
+    service notes the signal, and SIGINT interrupts.
     """
 
     def __init__(self):
-        self.signal_name: str | None = None
+        self._signal_name: str | None = None
         self._before: dict[int, Any] = {}
+        self._points = 0
 
     def __enter__(self) -> 'StopRequest':
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._note)
+        if jax.process_count() == 1:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *exception) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def is_due(self) -> bool:
+        """Returns whether to stop here; of several processes all must ask at the same points."""
+        if self._signal_name is None and jax.process_count() > 1:
+            self._points += 1
+            if multihost_utils.reached_preemption_sync_point(self._points):
+                self._signal_name = 'SIGTERM'
+        return self._signal_name is not None
+
+    def check(self, where: str) -> None:
+        """Raises Stopped if it is due, at a point where nothing is to be saved.
+
+        Args:
+            where: what was under way, for the message.
+        """
+        if self.is_due():
+            raise Stopped(f'Stopped by {self._signal_name} {where}. Run the same command again to continue.')
+
+    @property
+    def signal_name(self) -> str | None:
+        """'SIGTERM' or 'SIGINT' once it is due, else None."""
+        return self._signal_name
+
     def _note(self, number, frame) -> None:
         del frame
-        if number == signal.SIGINT and self.signal_name is not None:
+        if number == signal.SIGINT and self._signal_name is not None:
             raise KeyboardInterrupt
-        self.signal_name = signal.Signals(number).name
+        self._signal_name = signal.Signals(number).name

@@ -12,6 +12,7 @@ from flax import struct
 from bqat_jax.data.augmentation import augment, normalize
 from bqat_jax.data.pipeline import get_examples
 from bqat_jax.replacement.block_replacement import BlockReplacement
+from bqat_jax.training.accumulation import accumulate
 from bqat_jax.training.optimizer import NETWORK, QUANTIZERS, LearningRate
 from bqat_jax.training.regularizers import Regularizers, oscillation_metrics
 from bqat_jax.training.replicas import Replicas
@@ -67,6 +68,7 @@ class Problem:
         steps: how many there are, for what follows a schedule.
         regularizers: what is done about oscillating weights.
         draw_seed: of what the plan draws.
+        microbatches: parts that a batch is run in, one after another; see `accumulation`.
     """
 
     replacement: BlockReplacement
@@ -74,6 +76,7 @@ class Problem:
     steps: int
     regularizers: Regularizers = NO_REGULARIZERS
     draw_seed: int = 0
+    microbatches: int = 1
 
     def draw(self, step: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns mask and weights of the MP models of step number `step`, counted from 0; see `Plan.draw`."""
@@ -167,12 +170,21 @@ def prepare_batch(
 
 
 def train_step(
-    problem: Problem, optimizer: optax.GradientTransformation, learning_rate: LearningRate
+    problem: Problem,
+    optimizer: optax.GradientTransformation,
+    learning_rate: LearningRate,
+    gather: Callable[[Any], Any] = lambda tree: tree,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """Returns the step `step(state, partner, arrays, batch, draw) -> state, metrics`, a pure function to be jitted.
 
     Its arguments: the state; the partner's variables, frozen, or None; the split that lives on the device, or None; the
     batch, sharded over its first axis; mask and weights of the MP models, drawn by `problem.draw` if None.
+
+    Args:
+        problem: what is trained.
+        optimizer: the update.
+        learning_rate: of the network, as `make_optimizer` gives it.
+        gather: brings a tree of parameters together where the devices have parts of them; see `Placement.gather`.
     """
 
     def step(
@@ -182,12 +194,22 @@ def train_step(
         images, labels, key = prepare_batch(problem, state, arrays, batch)
         progress = problem.progress(state.step)
 
-        def loss_function(params):
+        def loss_function(params, batch_stats, images, labels, key):
             return loss_and_metrics(
-                problem, params, state.batch_stats, partner, images, labels, key, progress, state.deltas, draw
+                problem,
+                gather(params),
+                batch_stats,
+                gather(partner),
+                images,
+                labels,
+                key,
+                progress,
+                state.deltas,
+                draw,
             )
 
-        (loss, (batch_stats, metrics)), gradients = jax.value_and_grad(loss_function, has_aux=True)(state.params)
+        gradient = accumulate(jax.value_and_grad(loss_function, has_aux=True), problem.microbatches)
+        (loss, (batch_stats, metrics)), gradients = gradient(state.params, state.batch_stats, images, labels, key)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
         params[QUANTIZERS] = problem.replacement.quantization.constrain(params[QUANTIZERS], state.params[QUANTIZERS])
@@ -226,7 +248,8 @@ def make_train_step(
 
     It takes the state over.
     """
-    step = replicas.over(train_step(problem, optimizer, learning_rate), (0, None, None, 0, None))
+    gather = replicas.placement.gather
+    step = replicas.over(train_step(problem, optimizer, learning_rate, gather), (0, None, None, 0, None))
 
     def steps(state, partner, arrays, batch):
         # All replicas are at the same step, and what the plan draws is the same for them.
@@ -235,15 +258,18 @@ def make_train_step(
     return replicas.jit(steps, (0, None, None, 0), donate_argnums=(0,))
 
 
-def evaluation_step(problem: Problem) -> Callable[..., dict[str, jax.Array]]:
+def evaluation_step(
+    problem: Problem, gather: Callable[[Any], Any] = lambda tree: tree
+) -> Callable[..., dict[str, jax.Array]]:
     """Returns `step(params, batch_stats, arrays, batch) -> {'correct', 'examples'}`, counts of one batch.
 
-    Examples whose 'mask' in the batch is false are not counted.
+    Examples whose 'mask' in the batch is false are not counted; `gather` is as in `train_step`.
     """
 
     def step(params: Any, batch_stats: Any, arrays: Any, batch: Any) -> dict[str, jax.Array]:
         images, labels = get_examples(batch, arrays)
         images = normalize(images, problem.preprocessing.mean, problem.preprocessing.std)
+        params = gather(params)
         logits = problem.replacement.logits(params[NETWORK], params[QUANTIZERS], batch_stats, images)
         correct = (jnp.argmax(logits, axis=-1) == labels) & batch['mask']
         return {'correct': jnp.sum(correct), 'examples': jnp.sum(batch['mask'])}
@@ -254,4 +280,4 @@ def evaluation_step(problem: Problem) -> Callable[..., dict[str, jax.Array]]:
 def make_evaluation_step(problem: Problem, replicas: Replicas) -> Callable[..., dict[str, jax.Array]]:
     """Returns the jitted `evaluation_step` of all replicas, which see the same batch."""
     axes = (0, 0, None, None)
-    return replicas.jit(replicas.over(evaluation_step(problem), axes), axes)
+    return replicas.jit(replicas.over(evaluation_step(problem, replicas.placement.gather), axes), axes)

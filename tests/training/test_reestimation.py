@@ -7,7 +7,7 @@ from bqat_jax.replacement.paths import run_backbone
 from bqat_jax.training.optimizer import make_optimizer
 from bqat_jax.training.reestimation import reestimate_batch_stats
 from bqat_jax.training.replicas import Replicas
-from bqat_jax.training.sharding import make_mesh
+from bqat_jax.training.sharding import Placement, make_mesh
 from bqat_jax.training.step import init_state, prepare_batch
 from tests.training.test_step import ARRAYS, VARIABLES, make_problem
 
@@ -22,7 +22,7 @@ def test_statistics_are_those_of_the_batches():
     stored = jax.tree.map(lambda x: x + 7.0, VARIABLES['batch_stats'])
     state = init_state(problem, jax.random.key(0), params, stored, optimizer)
     batches = [{'index': np.arange(start, start + 32, dtype=np.int32)} for start in (0, 64)]
-    found = reestimate_batch_stats(problem, state, ARRAYS, batches, Replicas(1, make_mesh(1)))
+    found = reestimate_batch_stats(problem, state, ARRAYS, batches, Replicas(1, Placement(make_mesh(1))))
 
     @jax.jit
     def updated(index, number):

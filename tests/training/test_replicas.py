@@ -7,7 +7,7 @@ import pytest
 from bqat_jax.configuration import optimizer_config
 from bqat_jax.training.optimizer import make_optimizer
 from bqat_jax.training.replicas import Replicas
-from bqat_jax.training.sharding import make_mesh, replicated
+from bqat_jax.training.sharding import Placement, make_mesh, replicated
 from bqat_jax.training.step import init_state, make_train_step
 from tests.training.test_step import ARRAYS, VARIABLES, in_full_precision, make_problem
 
@@ -16,7 +16,7 @@ STEPS = 20
 
 def run_seeds(problem, quantizers, seeds, devices, program=None):
     """Trains seeds side by side; returns the losses, (steps, seeds), and the last state."""
-    replicas = Replicas(len(seeds), make_mesh(devices))
+    replicas = Replicas(len(seeds), Placement(make_mesh(devices)))
     config = optimizer_config()
     config.learning_rate = config.quantizers.learning_rate = 0.01
     optimizer, learning_rate = make_optimizer(config, STEPS, 0)

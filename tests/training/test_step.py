@@ -21,7 +21,7 @@ from bqat_jax.replacement.objective import Objective
 from bqat_jax.replacement.plans import Plan
 from bqat_jax.training.optimizer import make_optimizer
 from bqat_jax.training.replicas import Replicas
-from bqat_jax.training.sharding import make_mesh, over_batch, replicated
+from bqat_jax.training.sharding import Placement, make_mesh, over_batch, replicated
 from bqat_jax.training.step import (
     Preprocessing,
     Problem,
@@ -59,21 +59,22 @@ def in_full_precision(problem):
     return dataclasses.replace(problem, replacement=replacement)
 
 
-def run_steps(problem, quantizers, devices, steps, learning_rate=0.01, states=None):
+def run_steps(problem, quantizers, devices, steps, learning_rate=0.01, states=None, fsdp=1):
     """Runs steps, each from the one before or from the given states; returns the last state, metrics and states."""
-    mesh = make_mesh(devices)
+    mesh = make_mesh(devices, fsdp)
+    replicas = Replicas(1, Placement(mesh))
     config = optimizer_config()
     config.learning_rate, config.quantizers.learning_rate = learning_rate, 0.01
     optimizer, rate = make_optimizer(config, steps, 0)
     params = {'network': VARIABLES['params'], 'quantizers': quantizers}
-    make = jax.jit(lambda p, s: init_state(problem, jax.random.key(3), p, s, optimizer), out_shardings=replicated(mesh))
+    make = replicas.jit(lambda p, s: init_state(problem, jax.random.key(3), p, s, optimizer), (0, 0))
     state = make(params, VARIABLES['batch_stats'])
-    step = make_train_step(problem, optimizer, rate, Replicas(1, mesh))
-    partner, arrays = jax.device_put((VARIABLES, ARRAYS), replicated(mesh))
+    step = make_train_step(problem, optimizer, rate, replicas)
+    partner, arrays = replicas.placement.put(VARIABLES), jax.device_put(ARRAYS, replicated(mesh))
     history, before = [], []
     for number in range(steps):
         if states is not None:
-            state = jax.device_put(states[number], replicated(mesh))
+            state = replicas.placement.put(states[number])
         before.append(jax.tree.map(lambda x: x.copy(), state))
         batch = {'index': np.arange(64 * number, 64 * (number + 1), dtype=np.int32) % 256}
         state, metrics = step(state, partner, arrays, jax.device_put(batch, over_batch(mesh)))
@@ -104,6 +105,33 @@ def test_one_device_and_eight_give_the_same_losses(plan):
             np.testing.assert_allclose(got, expected, rtol=5e-2 if quantized else 1e-4, atol=1e-6, err_msg=name)
             if name == 'loss' or not quantized:
                 np.testing.assert_allclose(apart, expected, rtol=2e-2 if quantized else 1e-3, err_msg=name)
+
+
+@pytest.mark.parametrize('mesh', [(2, 4), (1, 8)], ids=['data=2,fsdp=4', 'fsdp=8'])
+@pytest.mark.parametrize(
+    'plan',
+    [
+        'full precision',
+        'prefix_sampled',
+        *[
+            pytest.param(plan, marks=pytest.mark.slow)
+            for plan in ('none', 'prefix', 'single', 'single_sampled', 'suffix', 'bernoulli')
+        ],
+    ],
+)
+def test_split_parameters_give_the_losses_of_one_device(plan, mesh):
+    """Each step from the same state; a quantized value may cross a threshold where sums have another order."""
+    quantized = plan != 'full precision'
+    problem, quantizers = make_problem(plan, bits=8) if quantized else (FULL_PRECISION_PROBLEM, {})
+    _, one, states = run_steps(problem, quantizers, 1, 5)
+    state, split, _ = run_steps(problem, quantizers, mesh[0], 5, states=states, fsdp=mesh[1])
+    kernel = state.params['network']['stage3_block1']['conv1']['kernel']
+    assert kernel.addressable_shards[0].data.size * mesh[1] == kernel.size
+    for name in one[0]:
+        if name.startswith('loss') or name == 'l2_gradients':
+            expected, got = ([metrics[name] for metrics in run] for run in (one, split))
+            assert np.median(np.abs(np.array(got) / np.array(expected) - 1)) < 1e-5, name
+            np.testing.assert_allclose(got, expected, rtol=5e-2 if quantized else 1e-4, atol=1e-6, err_msg=name)
 
 
 def test_metrics_tell_every_loss_apart():
@@ -158,7 +186,7 @@ def test_evaluation_counts_only_what_the_mask_shows():
     params = {'network': VARIABLES['params'], 'quantizers': quantizers}
     for devices in (1, 8):
         mesh = make_mesh(devices)
-        step = make_evaluation_step(problem, Replicas(1, mesh))
+        step = make_evaluation_step(problem, Replicas(1, Placement(mesh)))
         arrays = jax.device_put(ARRAYS, replicated(mesh))
         batch = {'index': np.arange(64, dtype=np.int32), 'mask': np.arange(64) < 50}
         counts = step(params, VARIABLES['batch_stats'], arrays, jax.device_put(batch, over_batch(mesh)))
@@ -175,7 +203,7 @@ def test_the_state_is_donated():
     params = {'network': VARIABLES['params'], 'quantizers': quantizers}
     make = jax.jit(lambda p, s: init_state(problem, jax.random.key(3), p, s, optimizer), out_shardings=replicated(mesh))
     state = make(params, VARIABLES['batch_stats'])
-    step = make_train_step(problem, optimizer, rate, Replicas(1, mesh))
+    step = make_train_step(problem, optimizer, rate, Replicas(1, Placement(mesh)))
     batch = jax.device_put({'index': np.arange(64, dtype=np.int32)}, over_batch(mesh))
     step(state, None, jax.device_put(ARRAYS, replicated(mesh)), batch)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))

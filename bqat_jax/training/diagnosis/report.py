@@ -19,6 +19,7 @@ from bqat_jax.training.diagnosis.measurement import (
     measure_oscillations,
     measure_quantizers,
 )
+from bqat_jax.training.hosts import is_first, put_batch
 from bqat_jax.training.optimizer import make_optimizer
 from bqat_jax.training.setting import Setting, blocks_of_layers
 from bqat_jax.training.sharding import over_batch
@@ -58,7 +59,7 @@ def diagnose(setting: Setting, problem: Problem, partner: Any, optimizer: Config
         batches = split.training_batches(
             setting.data_seed(DIAGNOSIS), setting.config.train.batch_size, start, stop, random_crops=random_crops
         )
-        return (jax.device_put(batch, over_batch(setting.mesh)) for batch in batches)
+        return (put_batch(batch, over_batch(setting.mesh)) for batch in batches)
 
     batches = [prepare(batch, split.arrays) for batch in read(0, settings.batches, random_crops=False)]
     blocks = blocks_of_layers(setting.network, setting.abstract_variables(), setting.images.image_shape)
@@ -83,10 +84,11 @@ def diagnose(setting: Setting, problem: Problem, partner: Any, optimizer: Config
         'samples': settings.samples,
         'oscillation_steps': settings.oscillation_steps,
     }
-    directory = setting.workdir / DIRECTORY
-    directory.mkdir(exist_ok=True)
-    write_json(directory / f'step_{step}.json', found)
-    draw(directory / f'step_{step}.png', found)
+    if is_first():
+        directory = setting.workdir / DIRECTORY
+        directory.mkdir(exist_ok=True)
+        write_json(directory / f'step_{step}.json', found)
+        draw(directory / f'step_{step}.png', found)
     return found
 
 

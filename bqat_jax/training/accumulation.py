@@ -1,0 +1,48 @@
+"""Gradients of a batch in several parts, one after another: a large batch in the memory of a small one."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def accumulate(gradient: Callable[..., Any], count: int) -> Callable[..., Any]:
+    """Returns a function that runs a batch in `count` parts and gives the mean of what they give.
+
+    Part k has the examples k, k + count, ..: so the examples of each device stay on it. The result is that of the whole
+    batch for whatever is a mean over examples, up to the order of sums. It is another one where a part matters as such:
+    batch norm normalises by the part, and its stored statistics move `count` times; what a quantizer reads off the
+    part (a maximum, a mean) or draws is the part's; feature matching divides by the norm of the part's features.
+
+    Args:
+        gradient: `gradient(params, batch_stats, images, labels, key)` gives ((loss, (batch_stats, metrics)),
+            gradients), the loss and metrics being means over the batch.
+        count: divides the number of examples.
+    """
+    if count == 1:
+        return gradient
+
+    def run(params, batch_stats, images, labels, key):
+        def part(x):
+            return jnp.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0)
+
+        def add(carry, inputs):
+            batch_stats, total = carry
+            number, images, labels = inputs
+            found = gradient(params, batch_stats, images, labels, jax.random.fold_in(key, number))
+            (loss, (batch_stats, metrics)), gradients = found
+            return (batch_stats, jax.tree.map(jnp.add, total, (loss, metrics, gradients))), None
+
+        def shapes(params, batch_stats, images, labels, key):
+            (loss, (_, metrics)), gradients = gradient(params, batch_stats, images, labels, key)
+            return loss, metrics, gradients
+
+        parts = jnp.arange(count), part(images), part(labels)
+        like = jax.eval_shape(shapes, params, batch_stats, parts[1][0], parts[2][0], key)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+        (batch_stats, total), _ = jax.lax.scan(add, (batch_stats, zeros), parts)
+        loss, metrics, gradients = jax.tree.map(lambda x: x / count, total)
+        return (loss, (batch_stats, metrics)), gradients
+
+    return run
