@@ -84,6 +84,17 @@ def low_precision_phase(setting: Setting, partner: Partner) -> Phase:
         raise UserError(f'{setting.workdir} holds no low-precision network yet: train first (--mode=train).')
     described = read_json(path)
     signed = {path: layer['activations']['signed'] for path, layer in described.items() if layer['activations']}
+    return make_phase(setting, partner, signed)
+
+
+def make_phase(setting: Setting, partner: Partner, signed: dict[str, bool]) -> Phase:
+    """Returns the phase.
+
+    Args:
+        setting: of the run.
+        partner: its facts are read, and its variables are the phase's.
+        signed: for every layer whose input is quantized, whether that can be negative.
+    """
     config = setting.config
     return Phase(
         name='train',

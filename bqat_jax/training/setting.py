@@ -161,8 +161,22 @@ class Setting:
         return self.single.stacked_shapes(shapes)
 
 
-def make_setting(config: Config, workdir: Path, console: rich.console.Console) -> Setting:
+def make_setting(
+    config: Config,
+    workdir: Path,
+    console: rich.console.Console,
+    *,
+    images: ImageData | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> Setting:
     """Resolves a config.
+
+    Args:
+        config: what the command line left of a recipe.
+        workdir: where everything goes that the run leaves.
+        console: where progress is shown.
+        images: the dataset; that which the config names if None.
+        devices: those of the mesh; JAX's if None.
 
     Raises:
         UserError: naming the key, its value and what it may be.
@@ -171,18 +185,18 @@ def make_setting(config: Config, workdir: Path, console: rich.console.Console) -
         value = functools.reduce(lambda section, name: section[name], key.split('.'), config)
         if value < least:
             raise UserError(f'{key}={value}: it must be at least {least}.')
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
-    devices, microbatches = mesh.devices.size, config.train.microbatches
-    if config.train.batch_size % (devices * microbatches):
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
+    count, microbatches = mesh.devices.size, config.train.microbatches
+    if config.train.batch_size % (count * microbatches):
         parts = f' in train.microbatches={microbatches} parts' if microbatches > 1 else ''
         raise UserError(
-            f'train.batch_size={config.train.batch_size} cannot be split over {devices} devices{parts}; '
+            f'train.batch_size={config.train.batch_size} cannot be split over {count} devices{parts}; '
             'take a multiple, or fewer devices (mesh.data).'
         )
     if config.train.replicas > 1:
-        if config.train.replicas % devices:
+        if config.train.replicas % count:
             raise UserError(
-                f'train.replicas={config.train.replicas} cannot be spread over {devices} devices; take a '
+                f'train.replicas={config.train.replicas} cannot be spread over {count} devices; take a '
                 'multiple, or fewer devices (mesh.data).'
             )
         if config.mesh.fsdp > 1 or jax.process_count() > 1:
@@ -195,7 +209,7 @@ def make_setting(config: Config, workdir: Path, console: rich.console.Console) -
             f'data.image_size={config.data.image_size}, data.on_device=True: squares are cut out on the way to the '
             'device; give --config.data.on_device=false.'
         )
-    images = load_images(
+    images = images or load_images(
         config.data.name,
         config.data.dir,
         config.data.validation_fraction,

@@ -23,17 +23,20 @@ BATCH_AXES = (DATA_AXIS, FSDP_AXIS)
 LARGEST, NONE = 'largest', 'none'
 
 
-def make_mesh(data: int, fsdp: int = 1) -> Mesh:
+def make_mesh(data: int, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns a mesh with the axes 'data' and 'fsdp' over the first data × fsdp devices, those of a process together.
 
     Args:
         data: -1 for as many as there are devices.
         fsdp: parts that large arrays are split into; the devices of one split are neighbours.
+        devices: all there are; JAX's if None.
 
     Raises:
         UserError: if there are not so many devices, or, with several processes, if some would have nothing to do.
     """
-    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    devices = sorted(
+        jax.devices() if devices is None else devices, key=lambda device: (device.process_index, device.id)
+    )
     if fsdp < 1 or len(devices) < fsdp:
         raise UserError(f'mesh.fsdp={fsdp}: there are {len(devices)} devices; give 1 to {len(devices)}.')
     count = len(devices) // fsdp if data == -1 else data

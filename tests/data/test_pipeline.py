@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from bqat_jax.data.pipeline import Split, get_examples, read_whole
+from bqat_jax.data.pipeline import Share, Split, get_examples, read_whole
 from bqat_jax.data.sources import load_images
 from bqat_jax.errors import UserError
 
@@ -64,6 +64,31 @@ def test_a_resumed_reading_goes_on_at_the_same_batch(splits):
     whole = [batch['index'] for batch in on_device.training_batches(3, 64, 0, 50)]
     rest = [batch['index'] for batch in on_device.training_batches(3, 64, 33, 50)]
     np.testing.assert_array_equal(whole[33:], rest)
+
+
+def shared_out(images, count, batch_size, start, stop):
+    """The batches number `start` to `stop - 1`, each put together from the rows of `count` processes."""
+    shares = [Split(images.train, {}, share=Share(number, count)) for number in range(count)]
+    readings = [split.training_batches(3, batch_size, start, stop) for split in shares]
+    return [np.concatenate([part['index'] for part in parts]) for parts in zip(*readings, strict=True)]
+
+
+@pytest.mark.parametrize('count', [2, 4])
+def test_processes_share_the_rows_of_the_same_batches(images, splits, count):
+    whole = [batch['index'] for batch in splits[0].training_batches(3, 64, 5, 30)]
+    np.testing.assert_array_equal(shared_out(images, count, 64, 5, 30), whole)
+    evaluated = [
+        list(Split(images.test, {}, share=Share(number, count)).evaluation_batches(64)) for number in range(count)
+    ]
+    seen = np.concatenate([batch['index'][batch['mask']] for own in evaluated for batch in own])
+    assert sorted(seen) == list(range(len(images.test)))
+
+
+def test_fewer_processes_go_on_so_that_every_example_of_the_epoch_is_seen_once(images):
+    n = len(images.train)
+    last = -(-n // 64)
+    order = [*shared_out(images, 4, 64, 0, 9), *shared_out(images, 2, 64, 9, 13), *shared_out(images, 1, 64, 13, last)]
+    assert sorted(np.concatenate(order)[:n]) == list(range(n))
 
 
 def test_on_the_device_or_not_the_batches_are_the_same(splits):

@@ -1,0 +1,76 @@
+import importlib.util
+import json
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from benchmarks.aot import collectives_of, described_images, devices_of, report
+from bqat_jax.errors import UserError
+from tests.conftest import ROOT
+from tests.test_configuration import load_recipe
+
+
+def config(plan, fsdp=1):
+    found = load_recipe(ROOT / 'configs' / 'digits.py').get_config()
+    found.network.width = 4
+    found.mesh.fsdp, found.mesh.least_elements = fsdp, 0
+    found.replacement.plan = plan
+    return found
+
+
+def test_collectives_are_counted_with_their_bytes():
+    text = """
+      %a = f32[4,2]{1,0} all-reduce(%x), replica_groups={}
+      %b = (bf16[8]{0}, f32[]) all-reduce(%x, %y), replica_groups={}
+      %c = (f32[2]{0:T(128)}, f32[16]{0:T(128)}) all-gather-start(%x), dimensions={0}
+      %d = f32[16]{0} all-gather-done(%c)
+      %e = s32[] add(%x, %y)
+    """
+    assert collectives_of(text) == {
+        'all-reduce': {'count': 2, 'bytes': 32 + 16 + 4},
+        'all-gather': {'count': 1, 'bytes': 64},
+    }
+
+
+@pytest.mark.parametrize(('plan', 'fsdp'), [('none', 1), ('prefix_sampled', 4)])
+def test_a_step_for_the_devices_of_this_machine(plan, fsdp):
+    found = report(config(plan, fsdp), 'local', 8)
+    assert (found['devices'], found['data'], found['fsdp']) == (8, 8 // fsdp, fsdp)
+    assert found['batch_per_device'] == 8 and found['flops'] > 0
+    assert found['collectives']['all-reduce']['count'] > 0
+    assert ('all-gather' in found['collectives']) == (fsdp > 1)
+    assert (found['conditionals'] > 0) == (plan == 'prefix_sampled')
+    json.dumps(found)
+
+
+def test_split_arguments_take_less_of_a_device():
+    whole, split = (report(config('none', fsdp), 'local', 8)['argument_bytes'] for fsdp in (1, 8))
+    assert split < whole / 4
+
+
+def test_what_is_not_known_is_told():
+    with pytest.raises(UserError, match='sizes are known'):
+        described_images('mnist')
+    if importlib.util.find_spec('libtpu') is None:
+        with pytest.raises(UserError, match='libtpu'):
+            devices_of('v5e:2x2')
+
+
+@pytest.mark.slow
+def test_a_step_for_a_tpu(tmp_path):
+    pytest.importorskip('libtpu', reason='libtpu (pip install "jax[tpu]") is not installed')
+    command = [
+        '--config=configs/cifar10_resnet20.py:plan=prefix_sampled',
+        '--topology=v5e:2x2',
+        '--batch_per_device=16',
+    ]
+    subprocess.run(
+        [sys.executable, '-m', 'benchmarks.aot', *command, f'--append={tmp_path}/found.json'],
+        cwd=ROOT, check=True, timeout=900,
+    )  # fmt: skip
+    found = json.loads((tmp_path / 'found.json').read_text())
+    assert found['devices'] == 4 and found['conditionals'] > 0 and found['peak_bytes'] > 0
+    assert found['collectives']['all-reduce']['count'] > 0
+    assert jax.default_backend() == 'cpu'
