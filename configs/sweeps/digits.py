@@ -25,11 +25,11 @@ COMMON = {'data.validation_fraction': 0.3, 'checkpoint.every_steps': 40, 'train.
 HARDER = {
     'narrow W2A2': {**COMMON, 'network.width': 4},
     'few images W2A2': {**COMMON, 'data.train_examples': 300, 'data.validation_fraction': 0.5, 'partner.steps': 800},
-    'narrow W1A2': {**COMMON, 'network.width': 4, 'quant.weights.name': 'binary', 'quant.weights.bits': 1},
 }
 SETTINGS = {
     **HARDER,
     **{f'W{bits}A{bits}': {**COMMON, 'quant.weights.bits': bits, 'quant.activations.bits': bits} for bits in (2, 3, 4)},
+    'narrow W1A2': {**COMMON, 'network.width': 4, 'quant.weights.name': 'binary', 'quant.weights.bits': 1},
 }
 
 

@@ -30,6 +30,6 @@ def get_sweep() -> Sweep:
         seeds=range(8),
         baseline='LSQ',
         settings={'narrow W2A2, depth 14': {**HARDER['narrow W2A2'], 'network.depth': 14}},
-        choices=learning_rates(0.005, 0.02, 0.08),
+        choices=learning_rates(0.02, 0.08),
         choice_seeds=range(100, 104),
     )
