@@ -21,6 +21,7 @@ SAFE_TO_CHANGE = (
     'data.dir',
     'data.on_device',
     'data.workers',
+    'data.skip_damaged',
     'checkpoint.*',
     'diagnosis.*',
     'distributed',
@@ -49,6 +50,7 @@ def base_config() -> Config:
         int
     )  # squares of so many pixels are cut out; unset: all is one size
     config.data.on_device = True  # the whole dataset lives on the device; batches are gathered inside the step
+    config.data.skip_damaged = False  # leave out what cannot be read, and count it, instead of stopping
     config.data.workers = 0  # processes that decode images, when the data is not on the device
     config.data.train_examples = config_dict.placeholder(int)  # so many of the training images, the same in every run
     config.data.validation_fraction = 0.0  # of the training split, held out for choosing the best checkpoint
@@ -56,6 +58,7 @@ def base_config() -> Config:
     config.data.std = (0.5,)
     config.data.crop_padding = 0  # random crops after padding by so many pixels
     config.data.flip = False  # random mirroring
+    config.data.color_jitter = 0.0  # random brightness, contrast and saturation, each by a factor of 1 ± so much
 
     config.network = ml_collections.ConfigDict()
     config.network.name = 'cifar_resnet'  # another network has other options: a recipe sets config.network whole
@@ -125,6 +128,7 @@ def base_config() -> Config:
     config.train.epochs = 10.0
     config.train.batch_size = 128
     config.train.microbatches = 1  # parts that a batch is run in, one after another: less memory
+    config.train.batch_norm_groups = 1  # parts of these normalised apart; the number of devices: each its own examples
     config.train.log_every_steps = 50
     config.train.replicas = 1  # low-precision networks trained side by side, with the seeds seed, seed + 1, ...
 

@@ -6,6 +6,7 @@ the same order; its images are gathered inside the jitted step.
 """
 
 import dataclasses
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +18,14 @@ from absl import flags
 
 from bqat_jax.data.crops import Crop
 from bqat_jax.data.sources import Subset
+from bqat_jax.errors import UserError
 
+logger = logging.getLogger(__name__)
+
+# In a batch of a reading that skips: the number of an example that could not be read, or that it is intact.
+DAMAGED, INTACT = 'damaged', -1
+# So many one after another are no accident.
+MOST_DAMAGED = 10
 # Batches that reading threads keep ready in each process, when examples are decoded on the way.
 PREFETCH_BATCHES = 4
 READ_THREADS = 4
@@ -47,6 +55,8 @@ class Split:
         workers: processes that decode; 0 for threads of this one. Not read when the split lives on the device.
         crop: how squares are cut out of encoded images; None where images come decoded.
         share: what this process reads of every batch.
+        damage: where examples that cannot be read are noted, when they are skipped; None to raise an error. Not read
+            when the split lives on the device.
     """
 
     source: Subset
@@ -54,6 +64,7 @@ class Split:
     workers: int = 0
     crop: Crop | None = None
     share: Share = Share()
+    damage: 'Damage | None' = None
 
     def __len__(self) -> int:
         return len(self.source)
@@ -77,18 +88,20 @@ class Split:
         # As many epochs as are read: an endless one has a length that overflows at batch size 1.
         epochs = max(1, -(-stop * batch_size // len(self)))
         order = grain.MapDataset.range(len(self)).seed(seed).shuffle().repeat(epochs)
-        return self._read(order, batch_size, start, stop, random_crops)
+        return self._read(order, batch_size, start, stop, for_training=True, random_crops=random_crops)
 
     def evaluation_batches(self, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
         """Yields every example once, in order, with a 'mask' that is false where the last batch is filled up."""
         count = -(-len(self) // batch_size)
         order = grain.MapDataset.range(count * batch_size)
-        return self._read(order, batch_size, 0, count, random_crops=False)
+        return self._read(order, batch_size, 0, count, for_training=False, random_crops=False)
 
     def _read(
-        self, order: grain.MapDataset, batch_size: int, start: int, stop: int, random_crops: bool
+        self, order: grain.MapDataset, batch_size: int, start: int, stop: int, *, for_training: bool, random_crops: bool
     ) -> Iterator[dict[str, Any]]:
-        read = _ReadExample(None if self.arrays is not None else self.source, len(self), self.crop)
+        source = None if self.arrays is not None else self.source
+        skips = source is not None and self.damage is not None
+        read = _ReadExample(source, len(self), self.crop, skips, for_training)
         # Grain gives every position of the endless reading a generator of its own, the same after a restart.
         is_random = self.crop is not None and random_crops
         examples = order.random_map(read) if is_random else order.map(read)
@@ -102,31 +115,81 @@ class Split:
             if not flags.FLAGS.is_parsed():  # Grain reads absl flags; as a library we may run without main.py
                 flags.FLAGS.mark_as_parsed()
             dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=self.workers))
-        return iter(dataset)
+        return self._note_damage(iter(dataset)) if skips else iter(dataset)
+
+    def _note_damage(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Passes batches on without what they say of damage."""
+        assert self.damage is not None
+        for batch in batches:
+            numbers = np.asarray(batch.pop(DAMAGED))
+            for number in numbers[numbers != INTACT]:
+                self.damage.note(self.source.where(int(number)))
+            yield batch
+
+
+class Damage:
+    """Notes examples that could not be read and were skipped, by this process since it began.
+
+    Attributes:
+        examples: what they are, in words.
+    """
+
+    def __init__(self):
+        self.examples: set[str] = set()
+
+    def note(self, example: str) -> None:
+        """Notes an example, and warns of it the first time."""
+        if example not in self.examples:
+            self.examples.add(example)
+            logger.warning('Skipped: %s cannot be read.', example)
 
 
 @dataclasses.dataclass(frozen=True)
 class _ReadExample:
-    """Reads the example at a position; without a source its number alone. Positions past the end are filling."""
+    """Reads the example at a position; without a source its number alone. Positions past the end are filling.
+
+    If `skips_damaged`, a training example that cannot be read gives its place to the next that can, and one of an
+    evaluation is masked; the batch tells its number.
+    """
 
     source: Subset | None
     count: int
     crop: Crop | None
+    skips_damaged: bool
+    for_training: bool
 
     def __call__(self, position: int, generator: np.random.Generator | None = None) -> dict[str, Any]:
         number = min(position, self.count - 1)
         mask = np.bool_(position < self.count)
         if self.source is None:
             return {'index': np.int32(number), 'mask': mask}
-        example = self.source[number]
-        image = example['image']
-        if self.crop is not None:
+        if not self.skips_damaged:
+            return {**self._read(number, generator), 'mask': mask}
+        for other in range(number, number + MOST_DAMAGED):
             try:
+                example = self._read(other % self.count, generator)
+            except UserError:
+                continue
+            damaged = np.int32(INTACT if other == number else number)
+            return {**example, 'mask': mask & (self.for_training | (other == number)), DAMAGED: damaged}
+        raise UserError(
+            f'{MOST_DAMAGED} examples one after another cannot be read, from {self.source.where(number)} on.'
+        )
+
+    def _read(self, number: int, generator: np.random.Generator | None) -> dict[str, Any]:
+        assert self.source is not None
+        try:
+            example = self.source[number]
+            image = example['image']
+            if self.crop is not None:
                 image = self.crop.center(image) if generator is None else self.crop.random(image, generator)
-            except OSError as error:
-                record = int(self.source.positions[number])
-                raise ValueError(f'Example {record} of its split cannot be decoded: {error}.') from error
-        return {'image': image, 'label': np.int32(example['label']), 'mask': mask}
+        except Exception as error:  # ArrayRecord, Pillow and TensorFlow Datasets raise many kinds for damaged files
+            where = self.source.where(number)
+            raise UserError(
+                f'{where[0].upper()}{where[1:]} cannot be read: {type(error).__name__}: {error}. Prepare the dataset '
+                'again, or skip what is damaged (--config.data.skip_damaged=true).'
+            ) from error
+        return {'image': image, 'label': np.int32(example['label'])}
 
 
 def read_whole(source: Subset) -> dict[str, np.ndarray]:

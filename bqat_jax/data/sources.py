@@ -21,16 +21,32 @@ VALIDATION_SEED = 0
 
 @dataclasses.dataclass(frozen=True)
 class Subset:
-    """Some examples of a random-access source, in a given order."""
+    """Some examples of a random-access source, in a given order.
+
+    Attributes:
+        source: of examples.
+        positions: of the examples in it.
+        files: name and number of records of each file of the source, in its order.
+    """
 
     source: Any
     positions: np.ndarray
+    files: tuple[tuple[str, int], ...] = ()
 
     def __len__(self) -> int:
         return len(self.positions)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         return self.source[int(self.positions[number])]
+
+    def where(self, number: int) -> str:
+        """Returns in words which record of which file an example is."""
+        record = int(self.positions[number])
+        for name, count in self.files:
+            if record < count:
+                return f'record {record} of {name}'
+            record -= count
+        return f'example {int(self.positions[number])} of its split'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,10 +120,11 @@ def load_images(
             raise UserError(f'data.train_examples={train_examples}: {name!r} has 1 to {len(train)}.')
         order = order[:train_examples]
     held_out = round(validation_fraction * len(order))
+    train_files, test_files = (_files_of(builder, split) for split in ('train', test_split))
     return ImageData(
-        train=Subset(train, np.sort(order[held_out:])),
-        validation=Subset(train, np.sort(order[:held_out])),
-        test=Subset(test, np.arange(len(test))),
+        train=Subset(train, np.sort(order[held_out:]), train_files),
+        validation=Subset(train, np.sort(order[:held_out]), train_files),
+        test=Subset(test, np.arange(len(test)), test_files),
         num_classes=features['label'].num_classes,
         image_shape=shape,
         crop=crop,
@@ -138,6 +155,10 @@ def _open_builder(name: str, directory: str | None) -> tfds.core.DatasetBuilder:
             f"file_format='array_record').download_and_prepare()\""
         )
     return builder
+
+
+def _files_of(builder: Any, split: str) -> tuple[tuple[str, int], ...]:
+    return tuple((str(file.filename), file.take) for file in builder.info.splits[split].file_instructions)
 
 
 def _expand(directory: str | None) -> str | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
@@ -67,6 +68,11 @@ def agree(value: bool) -> bool:
     if jax.process_count() == 1:
         return value
     return bool(multihost_utils.broadcast_one_to_all(value))
+
+
+def total(value: int) -> int:
+    """Returns the sum of a number over all processes, in all of them."""
+    return value if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.int32(value)).sum())
 
 
 def write_once(path: Path, value: Any) -> None:

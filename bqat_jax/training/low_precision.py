@@ -107,6 +107,7 @@ def make_phase(setting: Setting, partner: Partner, signed: dict[str, bool]) -> P
             regularizers=setting.regularizers,
             draw_seed=config.replacement.seed,
             microbatches=config.train.microbatches,
+            batch_norm_groups=config.train.batch_norm_groups,
         ),
         partner=partner.variables,
         steps=setting.steps(config.train),

@@ -50,6 +50,7 @@ class Partner:
             preprocessing=setting.preprocessing(self.facts['mean'], self.facts['std']),
             steps=setting.steps(setting.config.partner),
             microbatches=setting.config.train.microbatches,
+            batch_norm_groups=setting.config.train.batch_norm_groups,
         )
 
 

@@ -21,7 +21,7 @@ from bqat_jax.training.checkpoint import Restored
 from bqat_jax.training.diagnosis.report import DIRECTORY as DIAGNOSES
 from bqat_jax.training.diagnosis.report import diagnose
 from bqat_jax.training.evaluation import Evaluation, evaluate
-from bqat_jax.training.hosts import agree, check_workdir_is_shared, is_first, wait_for_all, write_once
+from bqat_jax.training.hosts import agree, check_workdir_is_shared, is_first, total, wait_for_all, write_once
 from bqat_jax.training.loop import Phase, open_checkpoints, state_target
 from bqat_jax.training.low_precision import low_precision_phase, quantizer_shapes, train_low_precision
 from bqat_jax.training.optimizer import NETWORK, QUANTIZERS
@@ -253,6 +253,8 @@ def _finish(
     }
     if 'validation_top1' in restored.facts:
         result |= _of_seeds(setting, 'validation_top1', restored.facts['validation_top1'])
+    if config.data.skip_damaged:
+        result['damaged_examples'] = total(len(setting.damage.examples))
     write_once(path, result)
     return result
 

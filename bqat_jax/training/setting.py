@@ -12,7 +12,7 @@ import rich.console
 from jax.sharding import Mesh
 
 from bqat_jax.configuration import Config, duration, to_plain
-from bqat_jax.data.pipeline import Share, Split, read_whole
+from bqat_jax.data.pipeline import Damage, Share, Split, read_whole
 from bqat_jax.data.sources import ImageData, Subset, load_images
 from bqat_jax.errors import UserError
 from bqat_jax.networks.cut import CutNetwork
@@ -36,8 +36,10 @@ LEAST = {
     'seed': 0,
     'data.workers': 0,
     'data.crop_padding': 0,
+    'data.color_jitter': 0,
     'train.batch_size': 1,
     'train.microbatches': 1,
+    'train.batch_norm_groups': 1,
     'train.replicas': 1,
     'train.log_every_steps': 1,
     'checkpoint.keep': 1,
@@ -116,7 +118,13 @@ class Setting:
             self.console.print(f'Reading {len(source)} images onto the device.')
             arrays = jax.device_put(read_whole(source), replicated(self.mesh))
         share = Share(jax.process_index(), jax.process_count())
-        return Split(source, arrays, self.config.data.workers, self.images.crop, share)
+        damage = self.damage if self.config.data.skip_damaged else None
+        return Split(source, arrays, self.config.data.workers, self.images.crop, share, damage)
+
+    @functools.cached_property
+    def damage(self) -> Damage:
+        """What could not be read and was skipped."""
+        return Damage()
 
     @property
     def evaluation_batch_size(self) -> int:
@@ -130,7 +138,8 @@ class Setting:
 
     def preprocessing(self, mean: Sequence[float], std: Sequence[float]) -> Preprocessing:
         """Returns the preprocessing of images, with this normalisation."""
-        return Preprocessing(tuple(mean), tuple(std), self.config.data.crop_padding, self.config.data.flip)
+        data = self.config.data
+        return Preprocessing(tuple(mean), tuple(std), data.crop_padding, data.flip, data.color_jitter)
 
     @property
     def seeds(self) -> range:
@@ -193,6 +202,11 @@ def make_setting(
             f'train.batch_size={config.train.batch_size} cannot be split over {count} devices{parts}; '
             'take a multiple, or fewer devices (mesh.data).'
         )
+    if config.train.batch_size // microbatches % config.train.batch_norm_groups:
+        raise UserError(
+            f'train.batch_norm_groups={config.train.batch_norm_groups} does not divide the '
+            f'{config.train.batch_size // microbatches} images that are run at once.'
+        )
     if config.train.replicas > 1:
         if config.train.replicas % count:
             raise UserError(
@@ -204,6 +218,11 @@ def make_setting(
                 f'train.replicas={config.train.replicas} needs each seed whole on one device of one process; '
                 'mesh.fsdp must be 1 and distributed off. Train the seeds one after another instead.'
             )
+    if config.data.on_device and config.data.skip_damaged:
+        raise UserError(
+            'data.skip_damaged=True, data.on_device=True: the whole of a dataset is read onto the device; give '
+            '--config.data.on_device=false.'
+        )
     if config.data.on_device and config.data.image_size is not None:
         raise UserError(
             f'data.image_size={config.data.image_size}, data.on_device=True: squares are cut out on the way to the '

@@ -11,6 +11,7 @@ from flax import struct
 
 from bqat_jax.data.augmentation import augment, normalize
 from bqat_jax.data.pipeline import get_examples
+from bqat_jax.networks.norm_groups import batch_norm_in_groups
 from bqat_jax.replacement.block_replacement import BlockReplacement
 from bqat_jax.training.accumulation import accumulate
 from bqat_jax.training.optimizer import NETWORK, QUANTIZERS, LearningRate
@@ -52,6 +53,7 @@ class Preprocessing:
     std: tuple[float, ...]
     crop_padding: int
     flip: bool
+    color_jitter: float = 0.0
 
 
 NO_REGULARIZERS = Regularizers()
@@ -69,6 +71,7 @@ class Problem:
         regularizers: what is done about oscillating weights.
         draw_seed: of what the plan draws.
         microbatches: parts that a batch is run in, one after another; see `accumulation`.
+        batch_norm_groups: parts of what is run at once that batch norm normalises apart; see `batch_norm_in_groups`.
     """
 
     replacement: BlockReplacement
@@ -77,6 +80,7 @@ class Problem:
     regularizers: Regularizers = NO_REGULARIZERS
     draw_seed: int = 0
     microbatches: int = 1
+    batch_norm_groups: int = 1
 
     def draw(self, step: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns mask and weights of the MP models of step number `step`, counted from 0; see `Plan.draw`."""
@@ -138,18 +142,19 @@ def loss_and_metrics(
     Returns:
         The loss, and (new batch statistics, metrics).
     """
-    loss, (new_stats, metrics) = problem.replacement.loss(
-        params[NETWORK],
-        params[QUANTIZERS],
-        batch_stats,
-        partner,
-        images,
-        labels,
-        key,
-        progress=progress,
-        deltas=deltas,
-        draw=draw,
-    )
+    with batch_norm_in_groups(problem.batch_norm_groups):
+        loss, (new_stats, metrics) = problem.replacement.loss(
+            params[NETWORK],
+            params[QUANTIZERS],
+            batch_stats,
+            partner,
+            images,
+            labels,
+            key,
+            progress=progress,
+            deltas=deltas,
+            draw=draw,
+        )
     if problem.regularizers.dampens:
         metrics['loss/dampening'] = problem.regularizers.loss(
             problem.replacement.quantization, params[QUANTIZERS], params[NETWORK], progress
@@ -165,7 +170,7 @@ def prepare_batch(
     augment_key, loss_key = jax.random.split(jax.random.fold_in(state.key, state.step))
     images, labels = get_examples(batch, arrays)
     how = problem.preprocessing
-    images = augment(augment_key, images, crop_padding=how.crop_padding, flip=how.flip)
+    images = augment(augment_key, images, crop_padding=how.crop_padding, flip=how.flip, jitter=how.color_jitter)
     return normalize(images, how.mean, how.std), labels, loss_key
 
 

@@ -29,7 +29,6 @@ HARDER = {
 SETTINGS = {
     **HARDER,
     **{f'W{bits}A{bits}': {**COMMON, 'quant.weights.bits': bits, 'quant.activations.bits': bits} for bits in (2, 3, 4)},
-    'narrow W1A2': {**COMMON, 'network.width': 4, 'quant.weights.name': 'binary', 'quant.weights.bits': 1},
 }
 
 

@@ -6,7 +6,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from bqat_jax.data.crops import AREA, RATIO, Crop, random_box
-from bqat_jax.data.pipeline import Split
+from bqat_jax.data.pipeline import Damage, Split
 from bqat_jax.data.sources import load_images
 from bqat_jax.errors import UserError
 
@@ -143,8 +143,48 @@ def test_a_damaged_image_is_named():
         def __getitem__(self, number):
             return {'image': b'no image', 'label': 0}
 
-    with pytest.raises(ValueError, match='Example 41'):
+        def where(self, number):
+            return f'record {self.positions[number]} of a file'
+
+    with pytest.raises(UserError, match='Record 41 of a file cannot be read: UnidentifiedImageError'):
         list(Split(Damaged(), None, 0, Crop(8, 3)).evaluation_batches(1))
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """Photographs, and their file, of which one record does not have the checksum that it should."""
+    builder = Photos(data_dir=str(tmp_path))
+    builder.download_and_prepare(file_format='array_record')
+    (path,) = builder.data_path.glob('*train.array_record*')
+    content = bytearray(path.read_bytes())
+    starts = [at for at in range(len(content)) if content[at : at + 3] == b'\xff\xd8\xff']
+    content[starts[1] + 20] ^= 0xFF
+    path.write_bytes(content)
+    return load_images('photos', str(tmp_path), 0.0, 16, 'validation'), str(path)
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_a_damaged_record_is_named_or_skipped_and_counted(damaged, workers):
+    images, path = damaged
+    with pytest.raises(Exception, match=f'ecord 1 of {path} cannot be read: RuntimeError: Corrupted'):
+        list(Split(images.train, None, workers, images.crop).evaluation_batches(8))
+    damage = Damage()
+    split = Split(images.train, None, workers, images.crop, damage=damage)
+    batches = list(split.evaluation_batches(8))
+    assert sum(int(np.asarray(batch['mask']).sum()) for batch in batches) == 29
+    assert damage.examples == {f'record 1 of {path}'}
+    for batch in split.training_batches(0, 10, 0, 3):  # an epoch
+        assert batch['image'].shape == (10, 16, 16, 3) and np.asarray(batch['mask']).all() and 'damaged' not in batch
+
+
+def test_a_file_that_is_cut_short_is_named(damaged):
+    images, path = damaged
+    with open(path, 'r+b') as file:
+        file.truncate(70_000)
+    with pytest.raises(UserError, match=f'of {path} cannot be read'):
+        list(Split(images.train, None, 0, images.crop).evaluation_batches(8))
+    with pytest.raises(UserError, match='10 examples one after another cannot be read'):
+        list(Split(images.train, None, 0, images.crop, damage=Damage()).evaluation_batches(8))
 
 
 def test_many_sizes_need_a_size_and_splits_a_name(photos):
