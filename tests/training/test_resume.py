@@ -1,5 +1,7 @@
 """Training survives being killed: real processes, real signals."""
 
+import contextlib
+import itertools
 import json
 import os
 import random
@@ -133,6 +135,42 @@ def test_a_killed_run_ends_bit_for_bit_like_one_that_was_not(command, tmp_path, 
     entries = [json.loads(line) for line in (broken / 'metrics.jsonl').read_text().splitlines()]
     logged = [entry['step'] for entry in entries if entry['phase'] == 'train' and 'loss' in entry]
     assert logged == sorted(set(logged))
+
+
+@pytest.mark.slow
+def test_sigterm_at_twenty_random_moments_loses_nothing(command, tmp_path):
+    """While libraries load, programs compile, the partner trains, quantizers are calibrated, and all is evaluated."""
+    seed = random.SystemRandom().randrange(2**32)
+    rng = random.Random(seed)
+    print(f'moments of the signals: seed {seed}')
+    whole = tmp_path / 'whole'
+    finish(command(whole))  # compiles
+    began = time.monotonic()
+    finish(command(tmp_path / 'timed'))
+    length = time.monotonic() - began
+    expected_step, expected = last_state(whole)
+    signals = 0
+    for number in itertools.count():
+        workdir = tmp_path / f'run{number}'
+        while not (workdir / 'result.json').exists():
+            process = command(workdir)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(rng.uniform(0, length))
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+                signals += 1
+            output, _ = process.communicate(timeout=120)
+            # Before anything is begun there is nothing to save, and the signal ends the process as ever.
+            assert process.returncode in (0, -signal.SIGTERM), output
+            assert 'Traceback' not in output, output
+        step, state = last_state(workdir)
+        assert step == expected_step
+        assert_bits_equal(state, expected)
+        for key in ('top1', 'fp_top1', 'checkpoint_step'):
+            found, wanted = (json.loads((run / 'result.json').read_text())[key] for run in (workdir, whole))
+            assert found == wanted
+        if signals >= 20:
+            return
 
 
 def assert_bits_equal(left, right, path=''):

@@ -1,6 +1,8 @@
 """Whole runs on the digits, shortened."""
 
 import json
+import os
+import signal
 
 import jax
 import ml_collections
@@ -10,7 +12,9 @@ import pytest
 from bqat_jax.errors import UserError
 from bqat_jax.files import read_json
 from bqat_jax.training.checkpoint import Checkpoints
+from bqat_jax.training.loop import Phase
 from bqat_jax.training.run import diagnose_run, evaluate_run, import_partner, summarize_network, train
+from bqat_jax.training.signals import Stopped
 from tests.conftest import ROOT
 from tests.test_configuration import load_recipe
 
@@ -355,6 +359,36 @@ def test_replicas_that_devices_cannot_share_are_refused(config, tmp_path):
     config.mesh.data = 2
     with pytest.raises(UserError, match=r'train.replicas=3 cannot be spread over 2 devices'):
         train(config, tmp_path, name='digits')
+
+
+def test_a_run_goes_on_with_fewer_devices_at_the_next_example(config, finished, tmp_path, monkeypatch):
+    config.partner.workdir = str(finished[1])
+    read = Phase.batches
+    seen = []
+
+    def watched(phase, setting, start, stop):
+        for number, batch in enumerate(read(phase, setting, start, stop), start):
+            seen.append(np.asarray(batch['index']))
+            if number == 4 and config.mesh.data == 8:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(Phase, 'batches', watched)
+    config.mesh.data = 8
+    with pytest.raises(Stopped, match='after step 5 of 12'):
+        train(config, tmp_path / 'run', name='digits')
+    config.mesh.data, config.mesh.fsdp, config.mesh.least_elements = 2, 2, 0
+    result = train(config, tmp_path / 'run', name='digits')
+    assert len(seen) == 12
+    order = np.concatenate(seen)
+    seen.clear()
+    config.mesh.data, config.mesh.fsdp = 1, 1
+    expected = train(config, tmp_path / 'whole', name='digits')
+    np.testing.assert_array_equal(order, np.concatenate(seen))
+    assert len(set(order.tolist())) == len(order)  # all of one epoch
+    assert result['top1'] == pytest.approx(expected['top1'], abs=0.1)
+    described = json.loads((tmp_path / 'run' / 'sharding_train.json').read_text())
+    assert 'params/network/stage3_block1/conv1/kernel' in described
 
 
 def test_a_checkpoint_is_diagnosed_and_training_too(config, finished, tmp_path):

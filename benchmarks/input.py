@@ -1,0 +1,111 @@
+"""How fast photographs are read: the input of a training run against a bare loop that only decodes.
+
+Command: python -m benchmarks.input --workers=0,1,2
+
+Images of the size that ImageNet's mostly have (500 x 375 pixels, JPEG) are made at random and prepared as a dataset of
+TensorFlow Datasets. The bare loop opens, crops and resizes the same encoded images one after another in one thread.
+Rounds of all are interleaved; the table has medians, and images per second and core: the bare loop has one core.
+"""
+
+import io
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import app, flags
+from PIL import Image
+
+from bqat_jax.data.pipeline import Split
+from bqat_jax.data.sources import ImageData, load_images
+
+WIDTH, HEIGHT, QUALITY = 500, 375, 90
+
+
+class Photographs(tfds.core.GeneratorBasedBuilder):
+    """Noise of several scales, which takes as many bytes as photographs do: about 100 kB each."""
+
+    VERSION = tfds.core.Version('1.0.0')
+    pkg_dir_path = None
+
+    def _info(self):
+        image, label = tfds.features.Image(encoding_format='jpeg'), tfds.features.ClassLabel(num_classes=10)
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict({'image': image, 'label': label})
+        )
+
+    def _split_generators(self, dl_manager):
+        del dl_manager
+        return {'train': self._generate_examples(512), 'validation': self._generate_examples(1)}
+
+    def _generate_examples(self, count):
+        generator = np.random.default_rng(count)
+        for number in range(count):
+            picture = np.zeros((HEIGHT, WIDTH, 3), np.float32)
+            for size in (4, 16, 64, 256):
+                noise = generator.integers(0, 256, (size, size, 3)).astype(np.uint8)
+                picture += np.asarray(Image.fromarray(noise).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC))
+            encoded = io.BytesIO()
+            Image.fromarray((picture / 4).astype(np.uint8)).save(encoded, format='JPEG', quality=QUALITY)
+            encoded.seek(0)
+            yield number, {'image': encoded, 'label': number % 10}
+
+
+def bare_loop(images: ImageData, count: int) -> None:
+    """Reads, decodes and crops `count` training images at random."""
+    assert images.crop is not None
+    generator = np.random.default_rng(0)
+    for number in range(count):
+        images.crop.random(images.train[number % len(images.train)]['image'], generator)
+
+
+def images_per_second(read: Callable[[], None], count: int) -> float:
+    """Returns the speed of a function that reads `count` images."""
+    began = time.perf_counter()
+    read()
+    return count / (time.perf_counter() - began)
+
+
+def main(argv: list[str]) -> None:
+    """Prints the table."""
+    del argv
+    count, batch_size = flags.FLAGS.images, flags.FLAGS.batch_size
+    directory = Path(tempfile.mkdtemp(prefix='photographs_'))
+    try:
+        Photographs(data_dir=str(directory)).download_and_prepare(file_format='array_record')
+        images = load_images(Photographs.name, str(directory), 0.0, flags.FLAGS.image_size, 'validation')
+        variants: dict[str, tuple[int, Callable[[], None]]] = {'bare loop': (1, lambda: bare_loop(images, count))}
+        for workers in map(int, flags.FLAGS.workers):
+            split = Split(images.train, None, workers, images.crop)
+
+            def read(split=split):
+                for _ in split.training_batches(0, batch_size, 0, count // batch_size):
+                    pass
+
+            cores = min(workers, os.cpu_count() or 1) if workers else os.cpu_count() or 1
+            variants[f'{workers} workers' if workers else 'threads of the process'] = (cores, read)
+        found: dict[str, list[float]] = {name: [] for name in variants}
+        for _ in range(flags.FLAGS.rounds):
+            for name, (_, read) in variants.items():
+                found[name].append(images_per_second(read, count))
+    finally:
+        shutil.rmtree(directory)
+    bare = statistics.median(found['bare loop'])
+    print('| | cores | images/s | images/s and core | against the bare loop |\n|---|---|---|---|---|')
+    for name, (cores, _) in variants.items():
+        speed = statistics.median(found[name])
+        print(f'| {name} | {cores} | {speed:.0f} | {speed / cores:.0f} | {speed / cores / bare:.2f} |')
+
+
+if __name__ == '__main__':
+    flags.DEFINE_integer('images', 1024, 'Images that each round reads.', lower_bound=1)
+    flags.DEFINE_integer('rounds', 5, 'Rounds.', lower_bound=1)
+    flags.DEFINE_integer('batch_size', 128, 'Images of a batch.', lower_bound=1)
+    flags.DEFINE_integer('image_size', 224, 'Side of the squares.', lower_bound=1)
+    flags.DEFINE_list('workers', ['0', '1', '2'], 'Numbers of worker processes; 0 for threads.')
+    app.run(main)
