@@ -55,7 +55,7 @@ EXAMPLES = {'imagenet2012': 1_281_167}
 SHAPES = {'imagenet2012': (1000, (224, 224, 3)), 'cifar10': (10, (32, 32, 3)), 'digits': (10, (8, 8, 1))}
 
 
-def devices_of(topology: str) -> Sequence[jax.Device]:
+def devices_of(topology: str) -> Sequence[Any]:
     """Returns the devices of a topology, such as 'v5e:16x16', or those of this machine for 'local'.
 
     Raises:
@@ -85,7 +85,7 @@ def described_images(name: str) -> ImageData:
     return ImageData(Subset(None, np.arange(EXAMPLES.get(name, 50_000))), nothing, nothing, num_classes, shape)
 
 
-def compile_step(config: Config, devices: Sequence[jax.Device]) -> tuple[Setting, Phase, Any, float]:
+def compile_step(config: Config, devices: Sequence[Any]) -> tuple[Setting, Phase, Any, float]:
     """Returns the setting, the phase, the compiled training step, and the seconds that compiling took.
 
     Raises:

@@ -4,6 +4,7 @@ Every array of the state, and every batch, has a leading axis with one entry for
 partner, the data on the device, and what a plan draws: so a `lax.cond` on the draw stays one.
 """
 
+import collections
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,6 +16,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bqat_jax.training.hosts import put_batch
 from bqat_jax.training.sharding import BATCH_AXES, Placement, over_batch, replicated
+
+# On their way to the devices, or there, before a step needs them.
+PREFETCH_BATCHES = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +88,13 @@ class Replicas:
 
     def batches(self, readings: Sequence[Iterator[Any]]) -> Iterator[Any]:
         """Yields batches on the devices, from a reading for each replica; of several processes from one's own rows."""
+        waiting: collections.deque[Any] = collections.deque()
         for found in zip(*readings, strict=True):
             batch = found[0] if self.count == 1 else jax.tree.map(lambda *leaves: np.stack(leaves), *found)
-            yield put_batch(batch, over_batch(self.mesh))
+            waiting.append(put_batch(batch, over_batch(self.mesh)))  # which goes on while steps run
+            if len(waiting) > PREFETCH_BATCHES:
+                yield waiting.popleft()
+        yield from waiting
 
     def stacked_shapes(self, shapes: Any) -> Any:
         """Returns shapes and dtypes of one replica's arrays as those of all, with their sharding."""

@@ -176,7 +176,7 @@ def make_setting(
     console: rich.console.Console,
     *,
     images: ImageData | None = None,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> Setting:
     """Resolves a config.
 

@@ -23,7 +23,7 @@ BATCH_AXES = (DATA_AXIS, FSDP_AXIS)
 LARGEST, NONE = 'largest', 'none'
 
 
-def make_mesh(data: int, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(data: int, fsdp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """Returns a mesh with the axes 'data' and 'fsdp' over the first data × fsdp devices, those of a process together.
 
     Args:
