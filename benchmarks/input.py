@@ -7,6 +7,7 @@ TensorFlow Datasets. The bare loop opens, crops and resizes the same encoded ima
 Rounds of all are interleaved; the table has medians, and images per second and core: the bare loop has one core.
 """
 
+import functools
 import io
 import os
 import shutil
@@ -64,6 +65,12 @@ def bare_loop(images: ImageData, count: int) -> None:
         images.crop.random(images.train[number % len(images.train)]['image'], generator)
 
 
+def pipeline(split: Split, batch_size: int, batches: int) -> None:
+    """Reads training batches as a run does."""
+    for _ in split.training_batches(0, batch_size, 0, batches):
+        pass
+
+
 def images_per_second(read: Callable[[], None], count: int) -> float:
     """Returns the speed of a function that reads `count` images."""
     began = time.perf_counter()
@@ -82,13 +89,9 @@ def main(argv: list[str]) -> None:
         variants: dict[str, tuple[int, Callable[[], None]]] = {'bare loop': (1, lambda: bare_loop(images, count))}
         for workers in map(int, flags.FLAGS.workers):
             split = Split(images.train, None, workers, images.crop)
-
-            def read(split=split):
-                for _ in split.training_batches(0, batch_size, 0, count // batch_size):
-                    pass
-
             cores = min(workers, os.cpu_count() or 1) if workers else os.cpu_count() or 1
-            variants[f'{workers} workers' if workers else 'threads of the process'] = (cores, read)
+            name = f'{workers} workers' if workers else 'threads of the process'
+            variants[name] = (cores, functools.partial(pipeline, split, batch_size, count // batch_size))
         found: dict[str, list[float]] = {name: [] for name in variants}
         for _ in range(flags.FLAGS.rounds):
             for name, (_, read) in variants.items():
