@@ -1,7 +1,7 @@
 """Compiles the training step of a recipe for a TPU topology on a machine that has no TPU, and reports what came of it.
 
 Nothing runs and no data is read: it shows that a step compiles, is split as the config says, and fits, not how fast it
-is. The inputs of all layers but the first are taken for unsigned, where a run looks at data.
+is.
 
 Command: python -m benchmarks.aot --config=configs/imagenet_resnet50.py:bits=2 --topology=v5e:16x16 \
     --batch_per_device=128 --config.mesh.fsdp=16
@@ -30,29 +30,18 @@ os.environ.setdefault('TPU_WORKER_ID', '0')
 
 import jax
 import numpy as np
-import rich.console
 from absl import app, flags
 from jax.experimental import topologies
 from ml_collections import config_flags
 
+from benchmarks.problem import make_bench, peak_bytes
 from bqat_jax.configuration import Config
-from bqat_jax.data.sources import ImageData, Subset
 from bqat_jax.errors import UserError
-from bqat_jax.training.loop import Phase, state_target
-from bqat_jax.training.low_precision import make_phase, quantizer_shapes
-from bqat_jax.training.optimizer import make_optimizer
-from bqat_jax.training.partner import Partner
-from bqat_jax.training.setting import Setting, make_setting
-from bqat_jax.training.sharding import over_batch
-from bqat_jax.training.step import make_train_step
 
 LOCAL = 'local'
 COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute')
 BYTES = {'pred': 1, 's4': 1, 'u4': 1, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 'bf16': 2, 'f16': 2}
 BYTES |= {'s32': 4, 'u32': 4, 'f32': 4, 's64': 8, 'u64': 8, 'f64': 8}
-# Images of a dataset that is not read: what a schedule counts epochs by.
-EXAMPLES = {'imagenet2012': 1_281_167}
-SHAPES = {'imagenet2012': (1000, (224, 224, 3)), 'cifar10': (10, (32, 32, 3)), 'digits': (10, (8, 8, 1))}
 
 
 def devices_of(topology: str) -> Sequence[Any]:
@@ -70,46 +59,6 @@ def devices_of(topology: str) -> Sequence[Any]:
             f'--topology={topology}: {error}. It needs libtpu (pip install "jax[tpu]") and a topology that it knows, '
             'such as v5e:2x2, v5e:16x16 or v5p:8x8x16; --topology=local takes the devices of this machine.'
         ) from error
-
-
-def described_images(name: str) -> ImageData:
-    """Returns a dataset of which only sizes are known.
-
-    Raises:
-        UserError: for a dataset whose sizes are not known here.
-    """
-    if name not in SHAPES:
-        raise UserError(f'data.name={name!r}: the sizes are known here of {", ".join(SHAPES)}.')
-    num_classes, shape = SHAPES[name]
-    nothing = Subset(None, np.arange(0))
-    return ImageData(Subset(None, np.arange(EXAMPLES.get(name, 50_000))), nothing, nothing, num_classes, shape)
-
-
-def compile_step(config: Config, devices: Sequence[Any]) -> tuple[Setting, Phase, Any, float]:
-    """Returns the setting, the phase, the compiled training step, and the seconds that compiling took.
-
-    Raises:
-        UserError: for a config that cannot work on these devices.
-    """
-    images = described_images(config.data.name)
-    config.data.on_device = False
-    setting = make_setting(config, Path('nowhere'), rich.console.Console(quiet=True), images=images, devices=devices)
-    variables = setting.abstract_variables()
-    facts = {'mean': config.data.mean, 'std': config.data.std}
-    signed = {path: path.startswith('stem') for path in setting.found.quantizable}
-    phase = make_phase(setting, Partner(variables, facts), signed)
-    state = state_target(setting, phase, quantizer_shapes(setting, phase.problem.replacement.quantization))
-    optimizer, learning_rate = make_optimizer(phase.optimizer, phase.steps, setting.steps(phase.optimizer, 'warmup_'))
-    step = make_train_step(phase.problem, optimizer, learning_rate, phase.replicas)
-    sharding, size = over_batch(setting.mesh), config.train.batch_size
-    batch = {
-        'image': jax.ShapeDtypeStruct((size, *images.image_shape), 'uint8', sharding=sharding),
-        'label': jax.ShapeDtypeStruct((size,), 'int32', sharding=sharding),
-    }
-    partner = variables if phase.problem.replacement.needs_partner else None
-    began = time.monotonic()
-    compiled = step.lower(state, partner, None, batch).compile()
-    return setting, phase, compiled, time.monotonic() - began
 
 
 def collectives_of(text: str) -> dict[str, dict[str, int]]:
@@ -145,8 +94,11 @@ def report(config: Config, topology: str, batch_per_device: int) -> dict[str, An
     devices = devices_of(topology)
     if batch_per_device:
         config.train.batch_size = batch_per_device * len(devices)
-    setting, phase, compiled, seconds = compile_step(config, devices)
-    memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
+    bench = make_bench(config, devices, with_arrays=False)
+    began = time.monotonic()
+    compiled = bench.step.lower(bench.state, bench.partner, None, bench.batch).compile()
+    seconds, setting = time.monotonic() - began, bench.setting
+    cost, text = compiled.cost_analysis(), compiled.as_text()
     collectives = collectives_of(text)
     flops = cost['flops']
     return {
@@ -158,19 +110,15 @@ def report(config: Config, topology: str, batch_per_device: int) -> dict[str, An
         'plan': config.replacement.plan,
         'batch_per_device': config.train.batch_size // setting.mesh.devices.size,
         'compile_seconds': round(seconds, 1),
-        # What is donated is in the arguments and the outputs, and lies there once.
-        'peak_bytes': memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes,
-        'argument_bytes': memory.argument_size_in_bytes,
+        'peak_bytes': peak_bytes(compiled),
+        'argument_bytes': compiled.memory_analysis().argument_size_in_bytes,
         'flops': flops,
         'bytes_accessed': cost.get('bytes accessed'),
         'collectives': collectives,
         'collective_bytes': sum(one['bytes'] for one in collectives.values()),
         'flops_per_collective_byte': flops / max(1, sum(one['bytes'] for one in collectives.values())),
         'conditionals': len(re.findall(r' conditional\(', text)),
-        'paths': phase.problem.replacement.plan.num_paths,
+        'paths': bench.phase.problem.replacement.plan.num_paths,
     }
 
 

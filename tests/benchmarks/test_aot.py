@@ -6,7 +6,8 @@ import sys
 import jax
 import pytest
 
-from benchmarks.aot import collectives_of, described_images, devices_of, report
+from benchmarks.aot import collectives_of, devices_of, report
+from benchmarks.problem import described_images
 from bqat_jax.errors import UserError
 from tests.conftest import ROOT
 from tests.test_configuration import load_recipe

@@ -1,0 +1,252 @@
+"""What a training step costs: full precision, plain QAT, block replacement, every estimator, and PyTorch.
+
+Command: python -m benchmarks.step --config=configs/cifar10_resnet20.py --variants=fp,lsq,distillation,prefix
+         python -m benchmarks.step --variants=fp,lsq,torch_fp,torch_lsq
+
+Every variant has a process of its own, which compiles and warms up; then they take turns, a few steps at a time, so
+that whatever else the machine does meets all of them. The table has medians over turns, and quartiles as their spread.
+A matrix product of 2048 x 2048 is measured in each process before the turns: the ceiling that achieved operations are
+compared with. Operations are those that XLA counts; PyTorch's are not counted. Images and labels are random.
+
+Variants: fp; lsq (plain QAT); distillation; a plan such as prefix or prefix_sampled; estimator:NAME (plain QAT with
+it); bf16:VARIANT; replicas:N (of plain QAT, each with a batch of its own); torch_fp and torch_lsq.
+"""
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+PLANS = ('prefix', 'prefix_sampled', 'single', 'single_sampled', 'suffix', 'bernoulli')
+VARIANTS = 'fp,lsq,distillation,prefix,prefix_sampled,single_sampled'
+CEILING_SIZE, CEILING_REPEATS = 2048, 5
+
+
+def expected_units(variant: str, blocks: int) -> float | None:
+    """Returns what a step costs in forward passes of the network if its blocks are equal (docs/method.md), or None."""
+    plain = {'fp': 3.0, 'lsq': 3.0, 'torch_fp': 3.0, 'torch_lsq': 3.0, 'distillation': 4.0}
+    plans = {'prefix': 4.0 + blocks - 1, 'prefix_sampled': 5.0}
+    variant = variant.removeprefix('bf16:')
+    if variant.startswith('replicas:'):
+        return 3.0 * int(variant.removeprefix('replicas:'))
+    if variant.startswith('estimator:'):
+        return 3.0
+    return {**plain, **plans}.get(variant)
+
+
+def change_config(config: Any, variant: str) -> Any:
+    """Returns a recipe's config as a variant has it.
+
+    Raises:
+        ValueError: for a variant that there is not.
+    """
+    config = config.copy_and_resolve_references()
+    if variant.startswith('bf16:'):
+        config.network.dtype = 'bfloat16'
+        return change_config(config, variant.removeprefix('bf16:'))
+    config.replacement.plan, config.replacement.distillation = 'none', 0.0
+    if variant == 'fp':
+        config.quant.weights.name = config.quant.activations.name = 'none'
+        config.quant.rules = ()
+    elif variant == 'distillation':
+        config.replacement.distillation = 1.0
+    elif variant in PLANS:
+        config.replacement.plan, config.replacement.distillation = variant, 1.0
+    elif variant.startswith('estimator:'):
+        config.quant.weights.estimator = config.quant.activations.estimator = variant.removeprefix('estimator:')
+    elif variant.startswith('replicas:'):
+        config.train.replicas = int(variant.removeprefix('replicas:'))
+    elif variant != 'lsq':
+        raise ValueError(f'There is no variant {variant!r}.')
+    return config
+
+
+def make_jax_runner(config: Any) -> tuple[Callable[[int], None], dict[str, Any]]:
+    """Returns a function that makes so many steps and waits for them, and what is known of the step."""
+    import jax
+    import jax.numpy as jnp
+
+    from benchmarks.problem import make_bench, peak_bytes
+
+    product = jax.jit(lambda a: a @ a)
+    square = jnp.ones((CEILING_SIZE, CEILING_SIZE), config.network.dtype)
+    ceiling = _ceiling(lambda: jax.block_until_ready(product(square)))
+    bench = make_bench(config, with_arrays=True)
+    began = time.monotonic()
+    compiled = bench.step.lower(bench.state, bench.partner, None, bench.batch).compile()
+    facts = {
+        'compile_seconds': time.monotonic() - began,
+        'flops': compiled.cost_analysis()['flops'] * len(jax.devices()),
+        'bytes_accessed': compiled.cost_analysis().get('bytes accessed'),
+        'peak_bytes': peak_bytes(compiled),
+        'ceiling': ceiling,
+        'images': config.train.batch_size * config.train.replicas,
+        'blocks': len(bench.setting.network.blocks),
+        'device': jax.devices()[0].device_kind,
+    }
+    state = bench.state
+
+    def run(count: int) -> None:
+        nonlocal state
+        for _ in range(count):
+            state, metrics = compiled(state, bench.partner, None, bench.batch)
+            jax.block_until_ready(metrics)  # XLA's CPU devices can block each other behind a long queue
+
+    return run, facts
+
+
+def make_torch_runner(config: Any, variant: str) -> tuple[Callable[[int], None], dict[str, Any]]:
+    """Returns the same of PyTorch.
+
+    Raises:
+        ValueError: for a network other than a CIFAR ResNet with shortcut A.
+    """
+    import torch
+
+    from benchmarks.torch_step import Step
+
+    network = config.network
+    if network.name != 'cifar_resnet' or network.shortcut != 'A' or network.preactivation:
+        raise ValueError('The PyTorch variants are CIFAR ResNets with shortcut A.')
+    square = torch.ones(CEILING_SIZE, CEILING_SIZE)
+    ceiling = _ceiling(lambda: square @ square)
+    bits = 0 if variant == 'torch_fp' else config.quant.weights.bits
+    step = Step(network.depth, network.width, bits, config.train.batch_size)
+    facts = {'ceiling': ceiling, 'images': config.train.batch_size, 'device': f'PyTorch {torch.__version__}'}
+
+    def run(count: int) -> None:
+        step(count)
+
+    return run, facts
+
+
+def _ceiling(product: Callable[[], Any]) -> float:
+    """Operations per second of a matrix product, the best of some."""
+    product()
+    seconds = []
+    for _ in range(CEILING_REPEATS):
+        began = time.perf_counter()
+        product()
+        seconds.append(time.perf_counter() - began)
+    return 2 * CEILING_SIZE**3 / min(seconds)
+
+
+def work(config: Any, variant: str) -> None:
+    """Answers every number on standard input with the seconds that so many steps take; says first what it knows."""
+    if variant.startswith('torch'):
+        run, facts = make_torch_runner(config, variant)
+    else:
+        run, facts = make_jax_runner(change_config(config, variant))
+    run(2)
+    print(json.dumps(facts), flush=True)
+    for line in sys.stdin:
+        began = time.perf_counter()
+        run(int(line))
+        seconds = time.perf_counter() - began
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(json.dumps({'seconds': seconds, 'resident': resident}), flush=True)
+
+
+def measure(variants: Sequence[str], arguments: Sequence[str], turns: int, steps: int) -> dict[str, dict[str, Any]]:
+    """Returns what was measured of every variant: its facts, and 'seconds' per step of every turn."""
+    found: dict[str, dict[str, Any]] = {}
+    workers: dict[str, subprocess.Popen[str]] = {}
+    try:
+        for variant in variants:
+            command = [sys.executable, '-m', 'benchmarks.step', *arguments, f'--work={variant}']
+            workers[variant] = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ}
+            )
+            found[variant] = {**_ask(workers[variant], variant, None), 'seconds': []}
+        for _ in range(turns):
+            for variant, worker in workers.items():
+                answer = _ask(worker, variant, steps)
+                found[variant]['seconds'].append(answer['seconds'] / steps)
+                found[variant]['resident'] = answer['resident']
+    finally:
+        for worker in workers.values():
+            worker.kill()
+            worker.wait()
+    return found
+
+
+def _ask(worker: subprocess.Popen[str], variant: str, steps: int | None) -> dict[str, Any]:
+    assert worker.stdin is not None and worker.stdout is not None
+    if steps is not None:
+        worker.stdin.write(f'{steps}\n')
+        worker.stdin.flush()
+    line = worker.stdout.readline()
+    if not line:
+        raise SystemExit(f'Error: the process of the variant {variant} ended; what it said is above.')
+    return json.loads(line)
+
+
+def table(found: dict[str, dict[str, Any]]) -> str:
+    """Returns what was measured as a Markdown table; the first variant is what others are compared with."""
+    lines = [
+        '| variant | ms | quartiles | images/s | time / first | by units | measured / units | compile s | peak MiB '
+        '| resident MiB | Gflop/s | of the ceiling |',
+        '|' + '---|' * 12,
+    ]
+    first, blocks = next(iter(found)), max(one.get('blocks', 1) for one in found.values())
+    base, base_units = statistics.median(found[first]['seconds']), expected_units(first, blocks)
+    for variant, one in found.items():
+        median = statistics.median(one['seconds'])
+        quartiles = statistics.quantiles(one['seconds'], n=4) if len(one['seconds']) > 1 else [median] * 3
+        units = expected_units(variant, blocks)
+        ratio = units / base_units if units and base_units else None
+        speed = one['flops'] / median if 'flops' in one else None
+        cells = [
+            variant,
+            f'{1e3 * median:.1f}',
+            f'{1e3 * quartiles[0]:.1f}-{1e3 * quartiles[2]:.1f}',
+            f'{one["images"] / median:.0f}',
+            f'{median / base:.2f}',
+            f'{ratio:.2f}' if ratio else '',
+            f'{median / base / ratio:.2f}' if ratio else '',
+            f'{one["compile_seconds"]:.0f}' if 'compile_seconds' in one else '',
+            f'{one["peak_bytes"] / 2**20:.0f}' if 'peak_bytes' in one else '',
+            f'{one["resident"] / 2**20:.0f}',
+            f'{speed / 1e9:.0f}' if speed else '',
+            f'{100 * speed / one["ceiling"]:.0f} %' if speed else '',
+        ]
+        lines.append(f'| {" | ".join(cells)} |')
+    return '\n'.join(lines) + '\n'
+
+
+def main(argv: list[str]) -> None:
+    """Measures, prints the table and stores it with all numbers."""
+    given = flags.FLAGS
+    if given.work:
+        work(given.config, given.work)
+        return
+    passed = [argument for argument in sys.argv[1:] if argument.startswith('--config')]
+    found = measure(given.variants.split(','), passed, given.turns, given.steps)
+    text = table(found)
+    print(text)
+    if given.output:
+        Path(given.output).write_text(json.dumps(found, indent=2) + '\n', encoding='utf-8')
+        Path(given.output).with_suffix('.md').write_text(text, encoding='utf-8')
+    del argv
+
+
+if __name__ == '__main__':
+    from ml_collections import config_flags
+
+    config_flags.DEFINE_config_file('config', 'configs/cifar10_resnet20.py', 'Recipe, with arguments after a colon.')
+    flags.DEFINE_string(
+        'variants', VARIANTS, 'What is measured, by commas; the first is what others are compared with.'
+    )
+    flags.DEFINE_integer('turns', 9, 'Turns of every variant.', lower_bound=1)
+    flags.DEFINE_integer('steps', 3, 'Steps of a turn.', lower_bound=1)
+    flags.DEFINE_string('output', None, 'A JSON file for all numbers; the table goes beside it.')
+    flags.DEFINE_string('work', None, 'For the processes of variants.')
+    app.run(main)
