@@ -89,9 +89,9 @@ def check_workdir_is_shared(workdir: Path) -> None:
     path = workdir / ROLL_CALL
     if is_first():
         write_bytes(path, b'')
-    wait_for_all(f'roll call {workdir}')
+    wait_for_all('roll call')
     seen = multihost_utils.process_allgather(path.exists())
-    wait_for_all(f'roll called {workdir}')
+    wait_for_all('roll called')
     if is_first():
         path.unlink()
     if not seen.all():
