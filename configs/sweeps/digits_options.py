@@ -12,12 +12,10 @@ from configs.sweeps.digits import HARDER, METHODS, STEPS, learning_rates, replac
 OPTIONS = {
     'LSQ': METHODS['LSQ'],
     'distillation': METHODS['distillation'],
-    'distillation, T 4': {**METHODS['distillation'], 'temperature': 4.0},
     'prefix': {},
     'prefix, w uniform': {'weights': 'uniform'},
     'prefix, w mean': {'weights': 'mean'},
     'prefix, T 4': {'temperature': 4.0},
-    'prefix, no labels on MP': {'path_cross_entropy': 0.0},
     'prefix, labels alone': {'distillation': 0.0, 'path_distillation': 0.0},
     'prefix, cut block': {'cut': 'block'},
 }
