@@ -18,6 +18,6 @@ def get_sweep() -> Sweep:
         seeds=range(3),
         baseline='LSQ',
         settings=bits(2, 3, 4),
-        choices=learning_rates(0.005, 0.02, 0.08),
+        choices=learning_rates(0.002, 0.005, 0.02),
         choice_seeds=range(100, 103),
     )
