@@ -17,7 +17,7 @@ COMMON = {
     'data.validation_fraction': 0.125,
     'checkpoint.every_epochs': 1.0,
 }
-STEPS = {'W2A2': 200, 'W4A4': 40}
+STEPS = {'W2A2': 200, 'W4A4': 80}
 
 
 def bits(*numbers):
