@@ -31,10 +31,9 @@ def commands():
     for block in blocks('bash'):
         for line in block.values[0].replace('\\\n', ' ').splitlines():
             if line and not line.startswith('#') and SETUP not in line:
-                # Whatever reads CIFAR-10 is evaluated on ten thousand images.
-                yield pytest.param(
-                    line, id=line[:60], marks=pytest.mark.slow if 'DIR' in line and 'sweep' not in line else ()
-                )
+                # Whatever reads CIFAR-10 is evaluated on ten thousand images; the README's others are run every time.
+                is_slow = ('DIR' in line and 'sweep' not in line) or not block.id.startswith('README')
+                yield pytest.param(line, id=line[:60], marks=pytest.mark.slow if is_slow else ())
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)

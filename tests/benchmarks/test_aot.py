@@ -46,6 +46,7 @@ def test_a_step_for_the_devices_of_this_machine(plan, fsdp):
     json.dumps(found)
 
 
+@pytest.mark.slow
 def test_split_arguments_take_less_of_a_device():
     whole, split = (report(config('none', fsdp), 'local', 8)['argument_bytes'] for fsdp in (1, 8))
     assert split < whole / 4

@@ -13,7 +13,7 @@ from tests.test_configuration import load_recipe
 
 def recipe():
     config = load_recipe(ROOT / 'configs' / 'digits.py').get_config()
-    config.network.width, config.train.batch_size = 4, 16
+    config.network.width, config.train.batch_size, config.mesh.data = 4, 16, 1
     return config
 
 
@@ -53,6 +53,7 @@ def test_the_table_compares_with_the_first():
     assert second.startswith('| prefix | 8000.0 | 8000.0-8000.0 | 1 | 4.00 | 2.00 | 2.00 |')
 
 
+@pytest.mark.slow
 def test_a_short_measurement(tmp_path):
     flags = ['--config=configs/digits.py', '--config.network.width=4', '--config.train.batch_size=16']
     command = [sys.executable, '-m', 'benchmarks.step', *flags, '--variants=fp,lsq', '--turns=2', '--steps=1']

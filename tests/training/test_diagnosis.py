@@ -79,6 +79,7 @@ def test_the_variance_over_batches_is_that_of_numpy():
     np.testing.assert_allclose(found['lp']['layers']['stage2_block1/conv1']['variance'], expected, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_two_bits_leave_less_of_the_gradient_than_eight():
     cosines = []
     for bits in (2, 8):
