@@ -129,9 +129,10 @@ def test_every_draw_equals_the_model_of_the_known_plan(drawn, known):
 def test_no_gradient_reaches_a_parameter_of_the_partner(name):
     plan = PLANS[name]
     mask, weights = plan.draw(jax.random.key(0))
+    quantizers = low_precision()[1]
 
     def loss(partner):
-        return loss_with(our_paths, plan, (PARTNER['params'], low_precision()[1]), partner, mask, weights)
+        return loss_with(our_paths, plan, (PARTNER['params'], quantizers), partner, mask, weights)
 
     gradients = jax.jit(jax.grad(loss))(PARTNER)
     assert all(float(jnp.abs(leaf).max()) == 0 for leaf in jax.tree.leaves(gradients))
@@ -141,9 +142,10 @@ def test_no_gradient_reaches_a_parameter_of_the_partner(name):
 def test_a_path_gives_gradients_to_its_lp_blocks_and_to_no_other(name):
     plan = PLANS[name]
     mask, weights = plan.draw(jax.random.key(3))
+    quantizers = low_precision()[1]
 
     def loss(params):
-        lp = backbone(params, low_precision()[1])
+        lp = backbone(params, quantizers)
         return jnp.sum(our_paths(plan, lp, PARTNER, mask) * weights.reshape(-1, 1, 1) ** 2)
 
     gradients = jax.jit(jax.grad(loss))(PARTNER['params'])
