@@ -52,7 +52,8 @@ class Quantizer(nn.Module):
             self.step.data = 2 * v.detach().abs().mean() / math.sqrt(self.high)
             self.is_set = True
         count = v[0].numel() if self.has_batch else v.numel()
-        return FakeQuantize.apply(v, self.step, self.low, self.high, 1 / math.sqrt(count * self.high))  # type: ignore
+        fake_quantize: Any = FakeQuantize.apply  # of which PyTorch declares no type
+        return fake_quantize(v, self.step, self.low, self.high, 1 / math.sqrt(count * self.high))
 
 
 class Layer(nn.Module):
@@ -116,7 +117,8 @@ class Step:
 
     def __init__(self, depth: int, width: int, bits: int, batch_size: int):
         torch.manual_seed(0)
-        self.network = cifar_resnet(depth, width, bits).to(memory_format=torch.channels_last)  # type: ignore
+        network: Any = cifar_resnet(depth, width, bits)  # `to` is declared without its memory format
+        self.network = network.to(memory_format=torch.channels_last)
         self.images = torch.randn(batch_size, 3, 32, 32).to(memory_format=torch.channels_last)
         self.labels = torch.randint(0, 10, (batch_size,))
         self.optimizer = torch.optim.SGD(self.network.parameters(), 0.01, 0.9, weight_decay=1e-4, nesterov=True)

@@ -50,11 +50,6 @@ class StopRequest:
         if self.is_due():
             raise Stopped(f'Stopped by {self._signal_name} {where}. Run the same command again to continue.')
 
-    @property
-    def signal_name(self) -> str | None:
-        """'SIGTERM' or 'SIGINT' once it is due, else None."""
-        return self._signal_name
-
     def _note(self, number, frame) -> None:
         del frame
         if number == signal.SIGINT and self._signal_name is not None:
