@@ -27,6 +27,7 @@ os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
 os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-4')
 os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
 os.environ.setdefault('TPU_WORKER_ID', '0')
+os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')  # nothing is held, so several may compile at once
 
 import jax
 import numpy as np
@@ -62,27 +63,65 @@ def devices_of(topology: str) -> Sequence[Any]:
 
 
 def collectives_of(text: str) -> dict[str, dict[str, int]]:
-    """Returns, for every kind of collective in a compiled program's text, how many there are and the bytes they give.
+    """Returns, for every kind of collective in a compiled program's text, how many there are and their bytes.
 
-    Bytes are those of the results on one device. A collective in a branch or a loop counts once.
+    Bytes are those of the whole arrays on one device: what an all-reduce or an all-gather gives, what a reduce-scatter
+    takes. XLA for TPUs repeats a collective's text where it hides one behind other work; by its channel it counts once,
+    and an all-reduce of which every device keeps a part is the reduce-scatter that it is. What stands in a branch or a
+    loop counts once.
     """
     found: dict[str, dict[str, int]] = collections.defaultdict(lambda: {'count': 0, 'bytes': 0})
-    kinds = '|'.join(COLLECTIVES)
-    for shapes, kind, start in re.findall(rf'= ([^=\n]*?) ({kinds})(-start)?\(', text):
-        sizes = [
-            BYTES[dtype] * int(np.prod([int(size) for size in dims.split(',') if size]))
-            for dtype, dims in re.findall(r'\b([a-z]+\d*)\[([\d,]*)\]', shapes)
-            if dtype in BYTES
-        ]
-        # What an asynchronous one begins with holds its operands too: the results are the larger half, or the same.
-        total = (
-            max(sum(sizes[: len(sizes) // 2]), sum(sizes[len(sizes) // 2 :]))
-            if start and len(sizes) > 1
-            else sum(sizes)
-        )
+    seen, computation = set(), ''
+    pattern = re.compile(rf' = (.*?) ({"|".join(COLLECTIVES)})(-start)?\((.*)')
+    for line in text.splitlines():
+        if line.endswith('{'):
+            computation = line.split()[0]
+        match = pattern.search(line)
+        if match is None:
+            continue
+        shapes, kind, start, rest = match.groups()
+        channel, sizes = re.search(r'channel_id=(\d+)', rest), _sizes(shapes)
+        if channel:  # a pass may give a channel's number again, to another collective
+            repeated = (channel[1], kind, *sizes) in seen
+            seen.add((channel[1], kind, *sizes))
+            if repeated:
+                continue
+        if start and kind != 'all-reduce':  # these begin with operands and results
+            sizes = sizes[len(sizes) // 2 :] if kind == 'all-gather' else sizes[: len(sizes) // 2]
+        elif kind == 'reduce-scatter':
+            sizes = [size * _group_size(rest) for size in sizes]
+        if 'all-reduce-scatter' in computation:
+            kind = 'reduce-scatter'
         found[kind]['count'] += 1
-        found[kind]['bytes'] += total
+        found[kind]['bytes'] += sum(sizes)
     return dict(found)
+
+
+def _sizes(shapes: str) -> list[int]:
+    """Bytes of the arrays whose shapes stand in a text; without layouts and the numbers that XLA adds as remarks."""
+    plain = re.sub(r'/\*.*?\*/|\{[^}]*\}', '', shapes)
+    return [
+        BYTES[dtype] * int(np.prod([int(size) for size in dims.split(',') if size]))
+        for dtype, dims in re.findall(r'\b([a-z]+\d*)\[([\d,]*)\]', plain)
+        if dtype in BYTES
+    ]
+
+
+def _group_size(attributes: str) -> int:
+    """How many devices take part in a collective, from `replica_groups={{0,1},{2,3}}` or `[2,2]<=[4]`."""
+    listed = re.search(r'replica_groups=\{\{([\d,]+)\}', attributes)
+    if listed:
+        return listed[1].count(',') + 1
+    shaped = re.search(r'replica_groups=\[\d+,(\d+)\]', attributes)
+    return int(shaped[1]) if shaped else 1
+
+
+def sent_bytes(collectives: dict[str, dict[str, int]]) -> int:
+    """Returns the bytes that a device sends in a step on rings, without their factor (n - 1) / n for n devices.
+
+    An all-reduce sends what it works on twice, once to sum and once to spread the sums.
+    """
+    return sum((2 if kind == 'all-reduce' else 1) * one['bytes'] for kind, one in collectives.items())
 
 
 def report(config: Config, topology: str, batch_per_device: int) -> dict[str, Any]:
@@ -115,16 +154,52 @@ def report(config: Config, topology: str, batch_per_device: int) -> dict[str, An
         'flops': flops,
         'bytes_accessed': cost.get('bytes accessed'),
         'collectives': collectives,
-        'collective_bytes': sum(one['bytes'] for one in collectives.values()),
-        'flops_per_collective_byte': flops / max(1, sum(one['bytes'] for one in collectives.values())),
+        'sent_bytes': sent_bytes(collectives),
+        'flops_per_sent_byte': flops / max(1, sent_bytes(collectives)),
         'conditionals': len(re.findall(r' conditional\(', text)),
         'paths': bench.phase.problem.replacement.plan.num_paths,
     }
 
 
+def table(reports: Sequence[dict[str, Any]]) -> str:
+    """Returns reports as a Markdown table, in their order."""
+    kinds = ('all-reduce', 'all-gather', 'reduce-scatter')
+    lines = [
+        '| network | topology | devices | data x fsdp | plan | compile s | peak GiB | arguments MiB | Tflop '
+        '| all-reduce MB | all-gather MB | reduce-scatter MB | Mflop / sent byte | branches |',
+        '|' + '---|' * 14,
+    ]
+    for one in reports:
+        network = one['network']
+        cells = [
+            f'{network["name"]}{network.get("depth", "")}',
+            one['topology'],
+            one['devices'],
+            f'{one["data"]} x {one["fsdp"]}',
+            one['plan'],
+            f'{one["compile_seconds"]:.0f}',
+            f'{one["peak_bytes"] / 2**30:.2f}',
+            f'{one["argument_bytes"] / 2**20:.0f}',
+            f'{one["flops"] / 1e12:.2f}',
+            *(
+                f'{one["collectives"][kind]["bytes"] / 1e6:.1f} ({one["collectives"][kind]["count"]})'
+                if kind in one['collectives']
+                else '-'
+                for kind in kinds
+            ),
+            f'{one["flops_per_sent_byte"] / 1e6:.3f}',
+            one['conditionals'],
+        ]
+        lines.append(f'| {" | ".join(map(str, cells))} |')
+    return '\n'.join(lines)
+
+
 def main(argv: list[str]) -> None:
-    """Prints the report as JSON, and appends it to a file as a line."""
+    """Prints the report as JSON, and appends it to a file as a line; or prints such a file as a table."""
     del argv
+    if flags.FLAGS.table:
+        print(table([json.loads(line) for line in Path(flags.FLAGS.table).read_text(encoding='utf-8').splitlines()]))
+        return
     try:
         found = report(flags.FLAGS.config, flags.FLAGS.topology, flags.FLAGS.batch_per_device)
     except UserError as error:
@@ -143,4 +218,5 @@ if __name__ == '__main__':
         'batch_per_device', 0, "Images for each device; the config's batch is split if 0.", lower_bound=0
     )
     flags.DEFINE_string('append', None, 'A file to which the report is added as a line of JSON.')
+    flags.DEFINE_string('table', None, 'A file of reports to print as a table; nothing is compiled.')
     app.run(main)

@@ -6,7 +6,7 @@ import sys
 import jax
 import pytest
 
-from benchmarks.aot import collectives_of, devices_of, report
+from benchmarks.aot import collectives_of, devices_of, report, sent_bytes, table
 from benchmarks.problem import described_images
 from bqat_jax.errors import UserError
 from tests.conftest import ROOT
@@ -23,15 +23,38 @@ def config(plan, fsdp=1):
 
 def test_collectives_are_counted_with_their_bytes():
     text = """
-      %a = f32[4,2]{1,0} all-reduce(%x), replica_groups={}
-      %b = (bf16[8]{0}, f32[]) all-reduce(%x, %y), replica_groups={}
-      %c = (f32[2]{0:T(128)}, f32[16]{0:T(128)}) all-gather-start(%x), dimensions={0}
+      %a = f32[4,2]{1,0} all-reduce(%x), channel_id=1, replica_groups={}
+      %b = (bf16[8]{0}, /*index=1*/f32[]) all-reduce-start(%x, %y), channel_id=2
+      %c = (f32[2]{0:T(128)}, f32[16]{0:T(8,128)S(1)}) all-gather-start(%x), channel_id=3, dimensions={0}
       %d = f32[16]{0} all-gather-done(%c)
-      %e = s32[] add(%x, %y)
+      %e = s32[] add(%x, %all-reduce.1)
+      %f = f32[2] reduce-scatter(%x), channel_id=4, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
+      %g = f32[2] reduce-scatter(%x), channel_id=5, replica_groups=[2,4]<=[8], dimensions={0}
     """
-    assert collectives_of(text) == {
+    found = collectives_of(text)
+    assert found == {
         'all-reduce': {'count': 2, 'bytes': 32 + 16 + 4},
         'all-gather': {'count': 1, 'bytes': 64},
+        'reduce-scatter': {'count': 2, 'bytes': 2 * 4 * 8},
+    }
+    assert sent_bytes(found) == 2 * 52 + 64 + 64
+
+
+def test_what_a_tpu_program_repeats_counts_once():
+    text = """
+    %all-reduce-scatter.4 (input_0: f32[3,32]) -> f32[3,16] {
+      %all-reduce.9 = f32[3,32]{1,0:T(8,128)} all-reduce(%input_0), channel_id=7
+    }
+    %fused_computation.1 (p: bf16[4]) -> bf16[8] {
+      %all-gather.1 = bf16[8]{0} all-gather(%p), channel_id=8
+    }
+    %fused_computation.2 (p: bf16[4]) -> bf16[8] {
+      %all-gather.2 = bf16[8]{0} all-gather(%p), channel_id=8
+    }
+    """
+    assert collectives_of(text) == {
+        'reduce-scatter': {'count': 1, 'bytes': 4 * 96},
+        'all-gather': {'count': 1, 'bytes': 16},
     }
 
 
@@ -43,7 +66,8 @@ def test_a_step_for_the_devices_of_this_machine(plan, fsdp):
     assert found['collectives']['all-reduce']['count'] > 0
     assert ('all-gather' in found['collectives']) == (fsdp > 1)
     assert (found['conditionals'] > 0) == (plan == 'prefix_sampled')
-    json.dumps(found)
+    rows = table([json.loads(json.dumps(found))]).splitlines()
+    assert len({row.count('|') for row in rows}) == 1 and plan in rows[-1]
 
 
 @pytest.mark.slow
