@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bqat_jax.networks import convolution
 from bqat_jax.networks.convolution import LAYOUT, conv_general_dilated, kernel_gradient
 
 
@@ -26,9 +27,9 @@ SIMPLE = [
 ]
 
 
-def gradients(convolution, x, kernel, **options):
+def gradients(convolve, x, kernel, **options):
     def loss(x, kernel):
-        return jnp.sum(jnp.sin(convolution(x, kernel, dimension_numbers=LAYOUT, **options)))
+        return jnp.sum(jnp.sin(convolve(x, kernel, dimension_numbers=LAYOUT, **options)))
 
     return jax.jit(jax.grad(loss, (0, 1)))(x, kernel)
 
@@ -47,16 +48,21 @@ def draw(shape, size, features=4, dtype='float32', groups=1):
     return x, jax.random.normal(jax.random.key(1), (*size, shape[-1] // groups, features), dtype)
 
 
+@pytest.mark.parametrize('strides', [(1, 1), (2, 2), (3, 1)], ids=str)
 @pytest.mark.parametrize(('shape', 'size', 'padding'), SIMPLE)
-def test_the_gradients_are_those_of_jax(shape, size, padding):
-    check(*draw(shape, size), window_strides=(1, 1), padding=padding)
+def test_the_gradients_are_those_of_jax(shape, size, padding, strides):
+    check(*draw(shape, size), window_strides=strides, padding=padding)
+
+
+@pytest.mark.parametrize('images', [1, 2, 3, 7, 100])
+def test_however_many_images_are_taken_at_once(images, monkeypatch):
+    monkeypatch.setattr(convolution, 'COLUMN_BYTES', images * 6 * 5 * 9 * 3 * 4)
+    check(*draw((7, 6, 5, 3), (3, 3)), window_strides=(1, 1), padding='SAME')
 
 
 @pytest.mark.parametrize(
     'options',
     [
-        {'window_strides': (2, 2)},
-        {'window_strides': (2, 1)},
         {'window_strides': (1, 1), 'rhs_dilation': (2, 2)},
         {'window_strides': (1, 1), 'lhs_dilation': (1, 2)},
         {'window_strides': (1, 1), 'feature_group_count': 2},
@@ -71,15 +77,15 @@ def test_what_is_not_simple_is_left_to_jax(options):
 def test_in_bfloat16_sums_are_in_float32():
     x, _ = draw((2, 4, 4, 3), (3, 3), dtype='bfloat16')
     check(*draw((8, 16, 16, 3), (3, 3), dtype='bfloat16'), 0.02, window_strides=(1, 1), padding='SAME')
-    assert kernel_gradient(x, x, ((1, 1), (1, 1))).dtype == 'float32'
+    assert kernel_gradient(x, x, ((1, 1), (1, 1)), (3, 3)).dtype == 'float32'
 
 
 def test_it_can_be_differentiated_twice_and_batched():
     x, kernel = draw((2, 5, 5, 3), (3, 3))
 
-    def product(convolution):
+    def product(convolve):
         def norm(kernel):
-            _, gradient = gradients(convolution, x, kernel, window_strides=(1, 1), padding='SAME')
+            _, gradient = gradients(convolve, x, kernel, window_strides=(1, 1), padding='SAME')
             return jnp.sum(gradient**2)
 
         return jax.grad(norm)(kernel)
