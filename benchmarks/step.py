@@ -19,9 +19,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import app, flags
 
@@ -155,22 +155,40 @@ def work(config: Any, variant: str) -> None:
         print(json.dumps({'seconds': seconds, 'resident': resident}), flush=True)
 
 
-def measure(variants: Sequence[str], arguments: Sequence[str], turns: int, steps: int) -> dict[str, dict[str, Any]]:
-    """Returns what was measured of every variant: its facts, and 'seconds' per step of every turn."""
+class Case(NamedTuple):
+    """What a process measures.
+
+    Attributes:
+        variant: see above.
+        arguments: the config and changes of it, `--config=FILE --config.key=value`.
+        devices: virtual CPU devices; None for what the machine has.
+    """
+
+    variant: str
+    arguments: Sequence[str]
+    devices: int | None = None
+
+
+def measure(cases: Mapping[str, Case], turns: int, steps: int) -> dict[str, dict[str, Any]]:
+    """Returns what was measured of every case: its facts, and 'seconds' per step of every turn."""
     found: dict[str, dict[str, Any]] = {}
     workers: dict[str, subprocess.Popen[str]] = {}
     try:
-        for variant in variants:
-            command = [sys.executable, '-m', 'benchmarks.step', *arguments, f'--work={variant}']
-            workers[variant] = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ}
+        for name, case in cases.items():
+            command = [sys.executable, '-m', 'benchmarks.step', *case.arguments, f'--work={case.variant}']
+            flags_of_xla = os.environ.get('XLA_FLAGS', '')
+            if case.devices is not None:
+                flags_of_xla += f' --xla_force_host_platform_device_count={case.devices}'
+            environment = {**os.environ, 'XLA_FLAGS': flags_of_xla.strip()}
+            workers[name] = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
             )
-            found[variant] = {**_ask(workers[variant], variant, None), 'seconds': []}
+            found[name] = {**_ask(workers[name], name, None), 'seconds': []}
         for _ in range(turns):
-            for variant, worker in workers.items():
-                answer = _ask(worker, variant, steps)
-                found[variant]['seconds'].append(answer['seconds'] / steps)
-                found[variant]['resident'] = answer['resident']
+            for name, worker in workers.items():
+                answer = _ask(worker, name, steps)
+                found[name]['seconds'].append(answer['seconds'] / steps)
+                found[name]['resident'] = answer['resident']
     finally:
         for worker in workers.values():
             worker.kill()
@@ -178,14 +196,19 @@ def measure(variants: Sequence[str], arguments: Sequence[str], turns: int, steps
     return found
 
 
-def _ask(worker: subprocess.Popen[str], variant: str, steps: int | None) -> dict[str, Any]:
+def config_arguments() -> list[str]:
+    """Returns those arguments of this process that are about the config."""
+    return [argument for argument in sys.argv[1:] if argument.startswith('--config')]
+
+
+def _ask(worker: subprocess.Popen[str], name: str, steps: int | None) -> dict[str, Any]:
     assert worker.stdin is not None and worker.stdout is not None
     if steps is not None:
         worker.stdin.write(f'{steps}\n')
         worker.stdin.flush()
     line = worker.stdout.readline()
     if not line:
-        raise SystemExit(f'Error: the process of the variant {variant} ended; what it said is above.')
+        raise SystemExit(f'Error: the process of {name} ended; what it said is above.')
     return json.loads(line)
 
 
@@ -228,8 +251,8 @@ def main(argv: list[str]) -> None:
     if given.work:
         work(given.config, given.work)
         return
-    passed = [argument for argument in sys.argv[1:] if argument.startswith('--config')]
-    found = measure(given.variants.split(','), passed, given.turns, given.steps)
+    cases = {variant: Case(variant, config_arguments()) for variant in given.variants.split(',')}
+    found = measure(cases, given.turns, given.steps)
     text = table(found)
     print(text)
     if given.output:

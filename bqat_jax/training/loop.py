@@ -18,6 +18,7 @@ from bqat_jax.training.diagnosis.report import diagnose
 from bqat_jax.training.evaluation import evaluate
 from bqat_jax.training.hosts import write_once
 from bqat_jax.training.optimizer import NETWORK, QUANTIZERS, make_optimizer
+from bqat_jax.training.profiling import Profile, make_profile
 from bqat_jax.training.recorder import NoRecorder, Recorder, open_recorder
 from bqat_jax.training.replicas import Replicas, values_of
 from bqat_jax.training.setting import Setting
@@ -186,23 +187,32 @@ class _Run:
 
         The loop never waits for the step it has just begun: metrics are fetched when the next one is under way.
         """
-        setting, phase, stop = self._setting, self._phase, self._stop
+        setting, phase = self._setting, self._phase
         optimizer, learning_rate = _make_optimizer(setting, phase)
         step = make_train_step(phase.problem, optimizer, learning_rate, phase.replicas)
+        if is_new:
+            self._save(state, start)
+        with make_profile(setting.config, setting.workdir, phase.name) as profile:
+            self._loop(state, start, step, profile)
+        self._checkpoints.wait()
+        return self._seconds
+
+    def _loop(self, state: TrainState, start: int, step: Callable[..., Any], profile: Profile) -> None:
+        setting, phase, stop = self._setting, self._phase, self._stop
         save_every = max(1, setting.steps(setting.config.checkpoint, 'every_'))
         measure_every = self._measure_every()
         log_every = setting.config.train.log_every_steps
         has_quantizers = bool(phase.problem.replacement.quantization.layers)
         diagnose_every = (setting.config.diagnosis.every_steps or 0) if has_quantizers else 0
-        if is_new:
-            self._save(state, start)
         due: tuple[int, Any] | None = None  # metrics to record
         for done, batch in enumerate(phase.batches(setting, start, phase.steps), start + 1):
             if measure_every and done > 1 and (done - 1) % measure_every == 0:
                 pause = time.monotonic()
                 state = self._measure_deltas(state, done - 1)
                 self._speed.skip(time.monotonic() - pause)
-            state, metrics = step(state, phase.partner, setting.train_split.arrays, batch)
+            with profile.step(done):
+                state, metrics = step(state, phase.partner, setting.train_split.arrays, batch)
+            profile.after(done, metrics)
             if done == start + 1:
                 jax.block_until_ready(metrics)
                 self._speed.restart(done)  # compiling does not count as speed
@@ -224,8 +234,6 @@ class _Run:
             if stops:
                 self._checkpoints.wait()
                 stop.check(f'after step {done} of {phase.steps} of phase {phase.name}; a checkpoint is saved')
-        self._checkpoints.wait()
-        return self._seconds
 
     def _measure_every(self) -> int:
         """Steps between two measurements of estimators' strengths; 0 if no estimator needs one."""
