@@ -11,6 +11,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from bqat_jax.errors import UserError
+from bqat_jax.training.compilation import keep_compiled
 from bqat_jax.training.hosts import initialize
 from bqat_jax.training.run import diagnose_run, evaluate_run, import_partner, summarize_network, train
 from bqat_jax.training.signals import Stopped
@@ -36,6 +37,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f'{" ".join(argv[1:])!r} is not understood; write flags as --name=value.')
     config = flags.FLAGS.config
     initialize(config.distributed)
+    keep_compiled(config.compilation_cache)
     name = config_flags.get_config_filename(flags.FLAGS['config']).partition(':')[0]
     workdir = Path(flags.FLAGS.workdir or Path('runs') / Path(name).stem)
     record = {'name': Path(name).stem, 'overrides': config_flags.get_override_values(flags.FLAGS['config'])}

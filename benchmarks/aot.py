@@ -172,7 +172,7 @@ def table(reports: Sequence[dict[str, Any]]) -> str:
     for one in reports:
         network = one['network']
         cells = [
-            f'{network["name"]}{network.get("depth", "")}',
+            f'{network["name"]} {network.get("depth", network.get("size", ""))}',
             one['topology'],
             one['devices'],
             f'{one["data"]} x {one["fsdp"]}',

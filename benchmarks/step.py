@@ -9,7 +9,8 @@ A matrix product of 2048 x 2048 is measured in each process before the turns: th
 compared with. Operations are those that XLA counts; PyTorch's are not counted. Images and labels are random.
 
 Variants: fp; lsq (plain QAT); distillation; a plan such as prefix or prefix_sampled; estimator:NAME (plain QAT with
-it); bf16:VARIANT; replicas:N (of plain QAT, each with a batch of its own); torch_fp and torch_lsq.
+it); recipe (as the config has it); bf16:VARIANT; replicas:N (of plain QAT, each with a batch of its own); torch_fp and
+torch_lsq.
 """
 
 import json
@@ -49,6 +50,8 @@ def change_config(config: Any, variant: str) -> Any:
         ValueError: for a variant that there is not.
     """
     config = config.copy_and_resolve_references()
+    if variant == 'recipe':
+        return config
     if variant.startswith('bf16:'):
         config.network.dtype = 'bfloat16'
         return change_config(config, variant.removeprefix('bf16:'))
@@ -169,47 +172,64 @@ class Case(NamedTuple):
     devices: int | None = None
 
 
+class Worker:
+    """A process that has compiled and warmed up a case, and makes steps when asked."""
+
+    def __init__(self, name: str, case: Case):
+        """Starts it, and waits until it is ready; `facts` is what it knows of its step."""
+        self._name = name
+        command = [sys.executable, '-m', 'benchmarks.step', *case.arguments, f'--work={case.variant}']
+        flags_of_xla = os.environ.get('XLA_FLAGS', '')
+        if case.devices is not None:
+            flags_of_xla += f' --xla_force_host_platform_device_count={case.devices}'
+        environment = {**os.environ, 'XLA_FLAGS': flags_of_xla.strip()}
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        self.facts = self._answer()
+
+    def ask(self, steps: int) -> dict[str, float]:
+        """Returns the 'seconds' that so many steps took, and the most memory the process has had, 'resident'."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f'{steps}\n')
+        self._process.stdin.flush()
+        return self._answer()
+
+    def end(self) -> None:
+        """Ends the process."""
+        self._process.kill()
+        self._process.wait()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f'Error: the process of {self._name} ended; what it said is above.')
+        return json.loads(line)
+
+
 def measure(cases: Mapping[str, Case], turns: int, steps: int) -> dict[str, dict[str, Any]]:
     """Returns what was measured of every case: its facts, and 'seconds' per step of every turn."""
     found: dict[str, dict[str, Any]] = {}
-    workers: dict[str, subprocess.Popen[str]] = {}
+    workers: dict[str, Worker] = {}
     try:
         for name, case in cases.items():
-            command = [sys.executable, '-m', 'benchmarks.step', *case.arguments, f'--work={case.variant}']
-            flags_of_xla = os.environ.get('XLA_FLAGS', '')
-            if case.devices is not None:
-                flags_of_xla += f' --xla_force_host_platform_device_count={case.devices}'
-            environment = {**os.environ, 'XLA_FLAGS': flags_of_xla.strip()}
-            workers[name] = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-            )
-            found[name] = {**_ask(workers[name], name, None), 'seconds': []}
+            workers[name] = Worker(name, case)
+            found[name] = {**workers[name].facts, 'seconds': []}
         for _ in range(turns):
             for name, worker in workers.items():
-                answer = _ask(worker, name, steps)
+                answer = worker.ask(steps)
                 found[name]['seconds'].append(answer['seconds'] / steps)
                 found[name]['resident'] = answer['resident']
     finally:
         for worker in workers.values():
-            worker.kill()
-            worker.wait()
+            worker.end()
     return found
 
 
 def config_arguments() -> list[str]:
     """Returns those arguments of this process that are about the config."""
     return [argument for argument in sys.argv[1:] if argument.startswith('--config')]
-
-
-def _ask(worker: subprocess.Popen[str], name: str, steps: int | None) -> dict[str, Any]:
-    assert worker.stdin is not None and worker.stdout is not None
-    if steps is not None:
-        worker.stdin.write(f'{steps}\n')
-        worker.stdin.flush()
-    line = worker.stdout.readline()
-    if not line:
-        raise SystemExit(f'Error: the process of {name} ended; what it said is above.')
-    return json.loads(line)
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:

@@ -26,6 +26,7 @@ SAFE_TO_CHANGE = (
     'diagnosis.*',
     'distributed',
     'mesh.*',
+    'compilation_cache',
     'profile',
     'profile_steps',
     'train.log_every_steps',
@@ -42,6 +43,7 @@ def base_config() -> Config:
     config.seed = 0
     config.plugins = config_dict.placeholder(str)  # your own estimators and quantizers: Python files, by commas
     config.sweep = config_dict.placeholder(str)  # for --mode=sweep: the file that says what is compared
+    config.compilation_cache = config_dict.placeholder(str)  # a folder for compiled programs: a second start is quick
     config.profile = False  # record a trace of some steps of each phase: docs/performance.md
     config.profile_steps = (11, 13)  # the first and the last of them, counted from 1
     config.distributed = 'off'  # or 'auto', or 'HOST:PORT,n,i' for process i of n: docs/pods.md

@@ -266,6 +266,7 @@ class _Run:
         values = {name: values_of(value) for name, value in jax.device_get(metrics).items()}
         self._check_finite(values.pop('first_bad_step'))
         means = {name: sum(found) / len(found) for name, found in values.items()}
+        means['seconds'] = time.monotonic() - self._began
         speed = self._speed.images_per_second(step)
         self._recorder.record(step, means if speed is None else {**means, 'images_per_second': speed})
 

@@ -17,7 +17,9 @@ def recipe():
     return config
 
 
-@pytest.mark.parametrize('variant', ['fp', 'lsq', 'distillation', 'bf16:lsq', 'estimator:dsq', 'replicas:2', *PLANS])
+@pytest.mark.parametrize(
+    'variant', ['fp', 'lsq', 'recipe', 'distillation', 'bf16:lsq', 'estimator:dsq', 'replicas:2', *PLANS]
+)
 def test_every_variant_is_a_config_that_works(variant):
     config = change_config(recipe(), variant)
     bench = make_bench(config, with_arrays=False)

@@ -1,0 +1,29 @@
+"""Compiled programs kept on disk, so that the next start need not compile them again."""
+
+from pathlib import Path
+
+import jax
+
+from bqat_jax.errors import UserError
+
+
+def keep_compiled(folder: str | None) -> None:
+    """Makes JAX keep what it compiles in a folder, and look there first; to be called before anything is compiled.
+
+    Args:
+        folder: where; `~` is the home folder. With None nothing changes, and JAX_COMPILATION_CACHE_DIR still counts.
+
+    Raises:
+        UserError: if the folder cannot be made.
+    """
+    if folder is None:
+        return
+    path = Path(folder).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'compilation_cache={folder!r}: the folder cannot be made ({error}).') from error
+    jax.config.update('jax_compilation_cache_dir', str(path))
+    # However quickly compiled and however small: a run compiles dozens of small programs before its first step.
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+    jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
