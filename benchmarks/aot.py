@@ -166,7 +166,7 @@ def table(reports: Sequence[dict[str, Any]]) -> str:
     kinds = ('all-reduce', 'all-gather', 'reduce-scatter')
     lines = [
         '| network | topology | devices | data x fsdp | plan | compile s | peak GiB | arguments MiB | Tflop '
-        '| all-reduce MB | all-gather MB | reduce-scatter MB | Mflop / sent byte | branches |',
+        '| all-reduce MB | all-gather MB | reduce-scatter MB | kflop / sent byte | branches |',
         '|' + '---|' * 14,
     ]
     for one in reports:
@@ -187,7 +187,7 @@ def table(reports: Sequence[dict[str, Any]]) -> str:
                 else '-'
                 for kind in kinds
             ),
-            f'{one["flops_per_sent_byte"] / 1e6:.3f}',
+            f'{one["flops_per_sent_byte"] / 1e3:.0f}',
             one['conditionals'],
         ]
         lines.append(f'| {" | ".join(map(str, cells))} |')

@@ -14,6 +14,7 @@ torch_lsq.
 """
 
 import json
+import logging
 import os
 import resource
 import statistics
@@ -144,6 +145,7 @@ def _ceiling(product: Callable[[], Any]) -> float:
 
 def work(config: Any, variant: str) -> None:
     """Answers every number on standard input with the seconds that so many steps take; says first what it knows."""
+    logging.getLogger('absl').setLevel(logging.ERROR)
     if variant.startswith('torch'):
         run, facts = make_torch_runner(config, variant)
     else:

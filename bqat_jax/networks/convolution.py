@@ -1,4 +1,4 @@
-"""A convolution whose kernel's gradient is quick on CPUs too."""
+"""A convolution whose gradients are quick on CPUs too."""
 
 import functools
 from collections.abc import Sequence
@@ -19,10 +19,11 @@ def conv_general_dilated(
     """Returns `jax.lax.conv_general_dilated` of the same arguments; for `flax.linen.Conv(conv_general_dilated=...)`.
 
     XLA for CPUs computes the gradient of a small kernel as a convolution with a window as large as the image, at a
-    fraction of the speed of the convolution itself. Where channels are neither grouped nor pixels spread, we take
-    `kernel_gradient` on a CPU. On other platforms nothing changes, nor where one process has several (virtual) CPU
-    devices: such devices wait for each other in collectives, and with loops between these we have seen them wait for
-    ever (JAX 0.10.2).
+    fraction of the speed of the convolution itself; and the gradient of an image inside a branch of a `lax.cond` as one
+    with a transposed kernel, for which it has no quick code there (13 times slower, JAX 0.10.2). Where channels are
+    neither grouped nor pixels spread, we take `kernel_gradient` and `input_gradient` on a CPU. On other platforms
+    nothing changes, nor where one process has several (virtual) CPU devices: such devices wait for each other in
+    collectives, and with loops between these we have seen them wait for ever (JAX 0.10.2).
 
     Like the estimators, it defines no forward-mode derivative.
 
@@ -40,8 +41,13 @@ def conv_general_dilated(
     if isinstance(padding, str):
         sides = jax.lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], window_strides, padding)
 
-    def gradient_of_plain(x, kernel, gradient):
-        return jax.vjp(lambda kernel: plain(x, kernel), kernel)[1](gradient)[0]
+    def gradients_of_plain(x, kernel, gradient):
+        return jax.vjp(plain, x, kernel)[1](gradient)
+
+    def gradients_on_cpu(x, kernel, gradient):
+        of_x = input_gradient(x.shape, kernel, gradient, sides, window_strides, **options)
+        of_kernel = kernel_gradient(x, gradient, sides, kernel.shape[:2], window_strides)
+        return of_x, of_kernel.astype(kernel.dtype)
 
     @jax.custom_vjp
     def convolve(x, kernel):
@@ -51,21 +57,41 @@ def conv_general_dilated(
         return plain(x, kernel), (x, kernel)
 
     def backward(saved, gradient):
-        x, kernel = saved
-        (of_x,) = jax.vjp(lambda x: plain(x, kernel), x)[1](gradient)
-        of_kernel = jax.lax.platform_dependent(
-            x,
-            kernel,
-            gradient,
-            cpu=lambda x, kernel, gradient: kernel_gradient(
-                x, gradient, sides, kernel.shape[:2], window_strides
-            ).astype(kernel.dtype),
-            default=gradient_of_plain,
-        )
-        return of_x, of_kernel
+        return jax.lax.platform_dependent(*saved, gradient, cpu=gradients_on_cpu, default=gradients_of_plain)
 
     convolve.defvjp(forward, backward)
     return convolve(lhs, rhs)
+
+
+def input_gradient(
+    shape: Sequence[int],
+    kernel: jax.Array,
+    gradient: jax.Array,
+    padding: Sequence[tuple[int, int]],
+    strides: Sequence[int] = (1, 1),
+    **options: Any,
+) -> jax.Array:
+    """Returns the gradient of a convolution's input: the output's, spread by the strides, with the kernel turned round.
+
+    The kernel is turned and its channels swapped as an array of its own, so that what is left is a plain convolution.
+
+    Args:
+        shape: of the input (batch, height, width, channels).
+        kernel: (height, width, channels, features).
+        gradient: of the output (batch, rows, columns, features).
+        padding: pixels before and after for height and width.
+        strides: of the convolution, for height and width.
+        **options: others of the convolution, such as its precision.
+    """
+    sides = []
+    for size, window, rows, stride, (before, _) in zip(
+        shape[1:3], kernel.shape[:2], gradient.shape[1:3], strides, padding, strict=True
+    ):
+        first = window - 1 - before
+        sides.append((first, size + window - 1 - (stride * (rows - 1) + 1) - first))
+    turned = jnp.swapaxes(jnp.flip(kernel, (0, 1)), 2, 3)
+    options = {**options, 'lhs_dilation': strides}
+    return jax.lax.conv_general_dilated(gradient, turned, (1, 1), sides, **options)
 
 
 def kernel_gradient(
@@ -132,8 +158,8 @@ def _is_simple(
     batch_group_count: int = 1,
     **_: Any,
 ) -> bool:
-    """Whether `kernel_gradient` holds for a convolution, and pays."""
-    if lhs.ndim != 4 or rhs.shape[0] * rhs.shape[1] == 1 or feature_group_count * batch_group_count != 1:
+    """Whether the gradients below hold for a convolution."""
+    if lhs.ndim != 4 or feature_group_count * batch_group_count != 1:
         return False
     layout = jax.lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
     spread = any(size != 1 for sizes in (lhs_dilation or (), rhs_dilation or ()) for size in sizes)

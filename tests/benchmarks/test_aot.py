@@ -84,7 +84,6 @@ def test_what_is_not_known_is_told():
             devices_of('v5e:2x2')
 
 
-@pytest.mark.slow
 def test_a_step_for_a_tpu(tmp_path):
     pytest.importorskip('libtpu', reason='libtpu (pip install "jax[tpu]") is not installed')
     command = [

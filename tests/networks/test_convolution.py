@@ -22,6 +22,7 @@ SIMPLE = [
     pytest.param((2, 7, 6, 3), (4, 2), 'SAME', id='even'),
     pytest.param((2, 7, 6, 3), (3, 3), ((0, 0), (2, 0)), id='one side'),
     pytest.param((2, 7, 6, 3), (3, 3), ((3, 4), (5, 2)), id='padded beyond the kernel'),
+    pytest.param((2, 4, 5, 3), (1, 1), 'SAME', id='one by one'),
     pytest.param((1, 3, 3, 1), (3, 3), 'VALID', id='one pixel of output'),
     pytest.param((1, 1, 1, 2), (5, 5), ((4, 4), (4, 4)), id='one pixel of input'),
 ]
