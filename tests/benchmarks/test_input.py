@@ -1,0 +1,17 @@
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+
+@pytest.mark.slow
+def test_a_short_measurement():
+    options = ['--images=64', '--rounds=1', '--batch_size=32', '--workers=0,1']
+    found = subprocess.run(
+        [sys.executable, '-m', 'benchmarks.input', *options],
+        cwd=ROOT, env={'JAX_PLATFORMS': 'cpu'}, check=True, timeout=300, capture_output=True, text=True,
+    )  # fmt: skip
+    rows = found.stdout.strip().splitlines()
+    assert [row.split(' | ')[0] for row in rows[2:]] == ['| bare loop', '| threads of the process', '| 1 workers']
