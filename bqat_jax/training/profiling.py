@@ -8,7 +8,6 @@ from typing import Any
 import jax
 
 from bqat_jax.configuration import Config
-from bqat_jax.errors import UserError
 
 FOLDER = 'profile'
 
@@ -47,14 +46,6 @@ class Profile:
 
 
 def make_profile(config: Config, workdir: Path, phase: str) -> Profile:
-    """Returns the profile of a phase that the config asks for, `workdir/profile/<phase>`.
-
-    Raises:
-        UserError: for steps that are no first and last step.
-    """
-    steps = tuple(config.profile_steps)
-    if len(steps) != 2 or not 1 <= steps[0] <= steps[1]:
-        raise UserError(
-            f'profile_steps={steps}: give the first and the last step to record, counted from 1, such as (11, 13).'
-        )
-    return Profile(workdir / FOLDER / phase, *(steps if config.profile else (0, 0)))
+    """Returns the profile of a phase that the config asks for, `workdir/profile/<phase>`."""
+    first, last = config.profile_steps if config.profile else (0, 0)
+    return Profile(workdir / FOLDER / phase, first, last)

@@ -194,6 +194,11 @@ def make_setting(
         value = functools.reduce(lambda section, name: section[name], key.split('.'), config)
         if value < least:
             raise UserError(f'{key}={value}: it must be at least {least}.')
+    if len(config.profile_steps) != 2 or not 1 <= config.profile_steps[0] <= config.profile_steps[1]:
+        raise UserError(
+            f'profile_steps={tuple(config.profile_steps)}: give the first and the last step to record, counted from 1, '
+            'such as (11, 13).'
+        )
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
     count, microbatches = mesh.devices.size, config.train.microbatches
     if config.train.batch_size % (count * microbatches):

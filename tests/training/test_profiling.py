@@ -4,11 +4,13 @@ import gzip
 import json
 
 import pytest
+import rich.console
 
 from bqat_jax.configuration import base_config
 from bqat_jax.errors import UserError
-from bqat_jax.training.profiling import FOLDER, make_profile
+from bqat_jax.training.profiling import FOLDER
 from bqat_jax.training.run import train
+from bqat_jax.training.setting import make_setting
 from tests.training.test_run import shortened
 
 
@@ -33,4 +35,4 @@ def test_steps_that_are_none(steps, tmp_path):
     config = base_config()
     config.profile_steps = steps
     with pytest.raises(UserError, match='profile_steps'):
-        make_profile(config, tmp_path, 'train')
+        make_setting(config, tmp_path, rich.console.Console(quiet=True))
