@@ -1,7 +1,6 @@
 """Traces of single training steps, made by `jax.profiler`."""
 
 import contextlib
-import types
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ class Profile:
     def __enter__(self) -> 'Profile':
         return self
 
-    def __exit__(self, *exception: types.TracebackType | Any) -> None:
+    def __exit__(self, *exception: Any) -> None:
         self._stop()
 
     def step(self, number: int) -> contextlib.AbstractContextManager[Any]:
