@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from bqat_jax.networks.batch_norm import BatchNorm
 from bqat_jax.networks.convolution import conv_general_dilated
 
 # PyTorch's defaults, with which most public weights were made; Linen counts the momentum the other way round.
@@ -66,7 +67,7 @@ def batch_norm(
     """
 
     def normalize(x: jax.Array) -> jax.Array:
-        norm = nn.BatchNorm(
+        norm = BatchNorm(
             use_running_average=not train, momentum=momentum, epsilon=epsilon, dtype=jnp.float32, name=name
         )
         return norm(x.astype(jnp.float32)).astype(dtype)

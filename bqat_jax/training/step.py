@@ -11,7 +11,7 @@ from flax import struct
 
 from bqat_jax.data.augmentation import augment, normalize
 from bqat_jax.data.pipeline import get_examples
-from bqat_jax.networks.norm_groups import batch_norm_in_groups
+from bqat_jax.networks.batch_norm import batch_norm_in_groups
 from bqat_jax.replacement.block_replacement import BlockReplacement
 from bqat_jax.training.accumulation import accumulate
 from bqat_jax.training.optimizer import NETWORK, QUANTIZERS, LearningRate
