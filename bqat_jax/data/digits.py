@@ -6,8 +6,6 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 TEST_FRACTION = 0.2
 
@@ -35,13 +33,16 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager):
         del dl_manager
+        # Here: it takes 2 seconds to import, and only what prepares the digits needs it.
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
         digits: Any = load_digits()
         labels = digits.target
         train, test = train_test_split(np.arange(len(labels)), test_size=TEST_FRACTION, stratify=labels, random_state=0)
-        return {'train': self._generate_examples(train), 'test': self._generate_examples(test)}
+        return {'train': self._generate_examples(digits, train), 'test': self._generate_examples(digits, test)}
 
-    def _generate_examples(self, chosen):
-        digits: Any = load_digits()
+    def _generate_examples(self, digits: Any, chosen: np.ndarray):
         for number in sorted(chosen):
             # The scans have 17 grey levels, 0 to 16.
             pixels = np.round(digits.images[number] * (255 / 16)).astype(np.uint8)

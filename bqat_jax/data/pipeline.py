@@ -29,6 +29,8 @@ MOST_DAMAGED = 10
 # Batches that reading threads keep ready in each process, when examples are decoded on the way.
 PREFETCH_BATCHES = 4
 READ_THREADS = 4
+# Examples that are read at once when a whole split is.
+READ_AT_ONCE = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,11 +196,14 @@ class _ReadExample:
 
 def read_whole(source: Subset) -> dict[str, np.ndarray]:
     """Decodes a whole split into memory: {'image': uint8, 'label': int32}."""
-    examples = [source[number] for number in range(len(source))]
-    return {
-        'image': np.stack([example['image'] for example in examples]),
-        'label': np.array([example['label'] for example in examples], np.int32),
-    }
+    shape = source[0]['image'].shape
+    arrays = {'image': np.empty((len(source), *shape), np.uint8), 'label': np.empty(len(source), np.int32)}
+    for start in range(0, len(source), READ_AT_ONCE):
+        run = slice(start, start + READ_AT_ONCE)
+        examples = source.read(run)
+        arrays['image'][run] = np.stack([example['image'] for example in examples])
+        arrays['label'][run] = [example['label'] for example in examples]
+    return arrays
 
 
 def get_examples(batch: dict[str, jax.Array], arrays: dict[str, jax.Array] | None) -> tuple[jax.Array, jax.Array]:

@@ -39,6 +39,13 @@ class Subset:
     def __getitem__(self, number: int) -> dict[str, Any]:
         return self.source[int(self.positions[number])]
 
+    def read(self, numbers: slice) -> list[dict[str, Any]]:
+        """Returns a run of examples; at once where the source can, which ArrayRecord does twice as fast."""
+        positions = self.positions[numbers].tolist()
+        if hasattr(self.source, '__getitems__'):
+            return self.source.__getitems__(positions)
+        return [self.source[position] for position in positions]
+
     def where(self, number: int) -> str:
         """Returns in words which record of which file an example is."""
         record = int(self.positions[number])
