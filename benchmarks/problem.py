@@ -82,7 +82,7 @@ def make_bench(config: Config, devices: Sequence[Any] | None = None, *, with_arr
     setting = make_setting(config, Path('nowhere'), rich.console.Console(quiet=True), images=images, devices=devices)
     facts = {'mean': config.data.mean, 'std': config.data.std}
     signed = {path: path.startswith('stem') for path in setting.found.quantizable}
-    variables = setting.abstract_variables()
+    variables = setting.abstract_variables
     if with_arrays:
         make = jax.jit(
             lambda key: setting.network.init(key, images.image_shape),

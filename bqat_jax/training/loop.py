@@ -129,7 +129,7 @@ def open_checkpoints(setting: Setting, directory: Path, *, read_only: bool = Fal
 def state_target(setting: Setting, phase: Phase, quantizer_shapes: Any) -> Any:
     """Returns the shapes, dtypes and shardings of a phase's state."""
     optimizer, _ = _make_optimizer(setting, phase)
-    variables = setting.abstract_variables()
+    variables = setting.abstract_variables
     params = {NETWORK: variables['params'], QUANTIZERS: quantizer_shapes}
     shapes = jax.eval_shape(
         lambda params, stats: init_state(phase.problem, jax.random.key(0), params, stats, optimizer),

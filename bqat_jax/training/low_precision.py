@@ -127,7 +127,7 @@ def _build(setting: Setting, signed: dict[str, bool]) -> Quantization:
 
 def quantizer_shapes(setting: Setting, quantization: Quantization) -> Any:
     """Returns the shapes and dtypes of the quantizers' parameters."""
-    variables = setting.abstract_variables()
+    variables = setting.abstract_variables
     batch = jax.ShapeDtypeStruct((1, *setting.images.image_shape), 'float32')
 
     def init(variables, batch):

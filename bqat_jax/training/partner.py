@@ -89,7 +89,7 @@ def obtain_partner(setting: Setting, stop: StopRequest) -> Partner:
                 'bqat_jax.networks.name_rules.NAME_RULES in a plugin.'
             )
         rules = NAME_RULES[name]
-        variables = import_state_dict(read_state_dict(file), rules, setting.abstract_variables())
+        variables = import_state_dict(read_state_dict(file), rules, setting.abstract_variables)
         partner = Partner(
             setting.single.placement.put(variables), {**facts, 'source': f'PyTorch file {Path(file).name}'}
         )
@@ -115,7 +115,7 @@ def load_partner(setting: Setting, workdir: Path) -> Partner | None:
         listed = '; '.join(changes)
         raise UserError(f'The partner in {workdir} is not the network of this config (there -> here): {listed}.')
     with Checkpoints(workdir / DIRECTORY / 'final', read_only=True) as checkpoints:
-        restored = checkpoints.restore_latest(setting.abstract_variables())
+        restored = checkpoints.restore_latest(setting.abstract_variables)
     return None if restored is None else Partner(restored.state, facts)
 
 
@@ -142,7 +142,7 @@ def _pretrain(setting: Setting, facts: dict[str, Any], stop: StopRequest) -> Par
 
     def init(_):
         # Each device makes its part: nowhere is the whole of a large tree.
-        shardings = setting.single.placement.shardings(setting.abstract_variables())
+        shardings = setting.single.placement.shardings(setting.abstract_variables)
         make = jax.jit(lambda key: setting.network.init(key, setting.images.image_shape), out_shardings=shardings)
         variables = make(setting.key(INIT))
         return {NETWORK: variables['params'], QUANTIZERS: {}}, variables['batch_stats']

@@ -164,8 +164,9 @@ class Setting:
         """Returns the seed of the order of examples for a purpose."""
         return int(np.random.SeedSequence([self.seeds[replica], purpose]).generate_state(1)[0])
 
+    @functools.cached_property
     def abstract_variables(self) -> Any:
-        """Returns the shapes, dtypes and shardings of the network's variables."""
+        """Shapes, dtypes and shardings of the network's variables."""
         shapes = jax.eval_shape(lambda: self.network.init(jax.random.key(0), self.images.image_shape))
         return self.single.stacked_shapes(shapes)
 

@@ -62,7 +62,7 @@ def diagnose(setting: Setting, problem: Problem, partner: Any, optimizer: Config
         return (put_batch(batch, over_batch(setting.mesh)) for batch in batches)
 
     batches = [prepare(batch, split.arrays) for batch in read(0, settings.batches, random_crops=False)]
-    blocks = blocks_of_layers(setting.network, setting.abstract_variables(), setting.images.image_shape)
+    blocks = blocks_of_layers(setting.network, setting.abstract_variables, setting.images.image_shape)
     found: dict[str, Any] = {
         'step': step,
         'blocks': blocks,
