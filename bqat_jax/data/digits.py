@@ -42,7 +42,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
         train, test = train_test_split(np.arange(len(labels)), test_size=TEST_FRACTION, stratify=labels, random_state=0)
         return {'train': self._generate_examples(digits, train), 'test': self._generate_examples(digits, test)}
 
-    def _generate_examples(self, digits: Any, chosen: np.ndarray):
+    def _generate_examples(self, digits: Any, chosen: Any):
         for number in sorted(chosen):
             # The scans have 17 grey levels, 0 to 16.
             pixels = np.round(digits.images[number] * (255 / 16)).astype(np.uint8)
