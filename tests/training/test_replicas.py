@@ -15,7 +15,7 @@ STEPS = 20
 
 
 def run_seeds(problem, quantizers, seeds, devices, program=None):
-    """Trains seeds side by side; returns the losses, (steps, seeds), and the last state."""
+    """Trains seeds in one program; returns the losses, (steps, seeds), and the last state."""
     replicas = Replicas(len(seeds), Placement(make_mesh(devices)))
     config = optimizer_config()
     config.learning_rate = config.quantizers.learning_rate = 0.01
@@ -46,6 +46,13 @@ def run_seeds(problem, quantizers, seeds, devices, program=None):
     return np.array(losses), state
 
 
+@pytest.fixture(params=[True, False], ids=['in turns', 'as one'])
+def turns(request, monkeypatch):
+    """As on a CPU, and as on other platforms."""
+    monkeypatch.setattr(Replicas, 'take_turns', request.param)
+
+
+@pytest.mark.usefixtures('turns')
 @pytest.mark.parametrize(('plan', 'quantized'), [('prefix', True), ('bernoulli', False)])
 def test_a_replica_is_the_same_seed_alone(plan, quantized):
     """Two replicas on each of two devices, 20 steps."""
@@ -61,6 +68,11 @@ def test_a_replica_is_the_same_seed_alone(plan, quantized):
     assert np.abs(together[:, 1] / alone[:, 0] - 1).max() > 1e-2  # another seed is another run
 
 
+def test_replicas_take_turns_on_a_cpu():
+    assert Replicas(2, Placement(make_mesh(1))).take_turns
+
+
+@pytest.mark.usefixtures('turns')
 @pytest.mark.parametrize('devices', [1, 2])
 def test_what_is_drawn_stays_a_conditional_side_by_side(devices):
     problem, quantizers = make_problem('prefix_sampled')
