@@ -1,6 +1,6 @@
 """Replacement plans against plain QAT and distillation on the digits, at equal steps.
 
-Command: XLA_FLAGS=--xla_force_host_platform_device_count=4 python main.py --mode=sweep \
+Command: python main.py --mode=sweep \
     --config.sweep=configs/sweeps/digits.py --config.train.replicas=4 --workdir=runs/sweeps/digits
 """
 

@@ -3,7 +3,7 @@
 Units of a step for three equal blocks (docs/method.md): 3 LSQ, 4 distillation, 6 `prefix`, 5 `prefix_sampled`, 5.11
 `single_sampled`, 4.63 `bernoulli` (half to all blocks low precision). All have what 160 steps of `prefix` take.
 
-Command: XLA_FLAGS=--xla_force_host_platform_device_count=4 python main.py --mode=sweep \
+Command: python main.py --mode=sweep \
     --config.sweep=configs/sweeps/digits_equal_compute.py --config.train.replicas=4 \
     --workdir=runs/sweeps/digits_equal_compute
 """

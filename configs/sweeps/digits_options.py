@@ -2,7 +2,7 @@
 
 The network is deeper than in the other sweeps, so that stages and residual blocks differ: six blocks in three stages.
 
-Command: XLA_FLAGS=--xla_force_host_platform_device_count=4 python main.py --mode=sweep \
+Command: python main.py --mode=sweep \
     --config.sweep=configs/sweeps/digits_options.py --config.train.replicas=4 --workdir=runs/sweeps/digits_options
 """
 
