@@ -61,12 +61,10 @@ class Replicas:
             return jax.vmap(function, in_axes=tuple(in_axes))
 
         def run(*arguments):
-            own = [argument for argument, axis in zip(arguments, in_axes, strict=True) if axis is not None]
+            own = {number: arguments[number] for number, axis in enumerate(in_axes) if axis is not None}
 
             def run_one(own):
-                rest = iter(own)
-                pairs = zip(arguments, in_axes, strict=True)
-                return function(*(argument if axis is None else next(rest) for argument, axis in pairs))
+                return function(*(own.get(number, shared) for number, shared in enumerate(arguments)))
 
             return jax.lax.map(run_one, own)
 
