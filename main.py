@@ -10,11 +10,11 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
+from bqat_jax.distributed.preemption import Stopped
+from bqat_jax.distributed.processes import initialize
 from bqat_jax.errors import UserError
-from bqat_jax.training.compilation import keep_compiled
-from bqat_jax.training.hosts import initialize
-from bqat_jax.training.run import diagnose_run, evaluate_run, import_partner, summarize_network, train
-from bqat_jax.training.signals import Stopped
+from bqat_jax.experiment.compilation import keep_compiled
+from bqat_jax.experiment.run import diagnose_run, evaluate_run, import_partner, summarize_network, train
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 DEFAULT_CONFIG = Path(__file__).resolve().parent / 'configs' / 'digits.py'

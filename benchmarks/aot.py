@@ -36,8 +36,8 @@ from jax.experimental import topologies
 from ml_collections import config_flags
 
 from benchmarks.problem import make_bench, peak_bytes
-from bqat_jax.configuration import Config
 from bqat_jax.errors import UserError
+from bqat_jax.experiment.configuration import Config
 
 LOCAL = 'local'
 COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute')

@@ -9,18 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import rich.console
 
-from bqat_jax.configuration import Config
 from bqat_jax.data.augmentation import normalize
 from bqat_jax.data.sources import ImageData, Subset
+from bqat_jax.distributed.sharding import over_batch
 from bqat_jax.errors import UserError
-from bqat_jax.quantization.transform import calibrate
-from bqat_jax.training.loop import Phase, state_target
-from bqat_jax.training.low_precision import make_phase, quantizer_shapes
+from bqat_jax.experiment.configuration import Config
+from bqat_jax.experiment.experiment import Setting, make_setting
+from bqat_jax.experiment.loop import Phase, state_target
+from bqat_jax.experiment.low_precision import make_phase, quantizer_shapes
+from bqat_jax.experiment.partner import Partner
 from bqat_jax.training.optimizer import NETWORK, QUANTIZERS, make_optimizer
-from bqat_jax.training.partner import Partner
-from bqat_jax.training.setting import Setting, make_setting
-from bqat_jax.training.sharding import over_batch
 from bqat_jax.training.step import init_state, make_train_step
+from bqat_jax.transform import calibrate
 
 # Training images, classes and shape of datasets that are not read.
 SIZES = {

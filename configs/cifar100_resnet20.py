@@ -17,7 +17,7 @@ with cosine decay, weight decay 5e-4), but for the batch of 256. Its shortcuts (
 Command: python main.py --config=configs/cifar100_resnet20.py:bits=2,plan=prefix --config.data.dir=DIR
 """
 
-from bqat_jax.configuration import Config, base_config, parse_argument
+from bqat_jax.experiment.configuration import Config, base_config, parse_argument
 
 
 def get_config(argument: str | None = None) -> Config:

@@ -6,7 +6,7 @@ trained weights; without partner.torch_file or partner.workdir the partner is tr
 Command: python main.py --config=configs/cifar10_resnet20.py:bits=2,plan=prefix --config.data.dir=DIR
 """
 
-from bqat_jax.configuration import Config, base_config, parse_argument
+from bqat_jax.experiment.configuration import Config, base_config, parse_argument
 
 
 def get_config(argument: str | None = None) -> Config:

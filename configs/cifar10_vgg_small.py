@@ -18,7 +18,7 @@ Command: python main.py --config=configs/cifar10_vgg_small.py:bits=2,plan=prefix
 
 import ml_collections
 
-from bqat_jax.configuration import Config, base_config, parse_argument
+from bqat_jax.experiment.configuration import Config, base_config, parse_argument
 
 
 def get_config(argument: str | None = None) -> Config:

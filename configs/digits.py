@@ -6,7 +6,7 @@ precision 0.997, 0.997, 1.000, 0.989; W2A2 0.989, 0.997, 0.989, 0.994. One test 
 Command: python main.py
 """
 
-from bqat_jax.configuration import Config, base_config, parse_argument
+from bqat_jax.experiment.configuration import Config, base_config, parse_argument
 
 
 def get_config(argument: str | None = None) -> Config:

@@ -21,7 +21,7 @@ Command: python main.py --config=configs/imagenet_mobilenet_v2.py:bits=4,plan=pr
 
 import ml_collections
 
-from bqat_jax.configuration import Config, base_config, parse_argument
+from bqat_jax.experiment.configuration import Config, base_config, parse_argument
 
 
 def get_config(argument: str | None = None) -> Config:

@@ -18,7 +18,7 @@ Command: python main.py --config=configs/imagenet_resnet18.py:bits=2,plan=prefix
 
 import ml_collections
 
-from bqat_jax.configuration import Config, base_config, parse_argument
+from bqat_jax.experiment.configuration import Config, base_config, parse_argument
 
 WEIGHT_DECAY = {2: 0.25e-4, 3: 0.5e-4}  # by bits; 1e-4 from 4 bits on
 

@@ -22,22 +22,22 @@ import numpy as np
 import rich.console
 from absl import app, flags, logging
 
-from bqat_jax.configuration import Config
-from bqat_jax.files import read_json, write_json, write_text
-from bqat_jax.quantization.estimators import ESTIMATORS
-from bqat_jax.quantization.quantizers import QUANTIZERS
-from bqat_jax.quantization.rules import assign_quantizers
-from bqat_jax.quantization.transform import build_quantization, calibrate
+from bqat_jax.distributed.preemption import StopRequest
+from bqat_jax.experiment.configuration import Config
+from bqat_jax.experiment.experiment import Setting, make_setting
+from bqat_jax.experiment.partner import obtain_partner
+from bqat_jax.quantizers import QUANTIZERS
+from bqat_jax.quantizers.estimators import ESTIMATORS
 from bqat_jax.replacement.block_replacement import BlockReplacement
 from bqat_jax.replacement.objective import Objective
 from bqat_jax.replacement.plans import Plan
-from bqat_jax.training.curvature import TraceSettings, make_measurement
+from bqat_jax.storage import read_json, write_json, write_text
 from bqat_jax.training.optimizer import NETWORK, make_optimizer
 from bqat_jax.training.optimizer import QUANTIZERS as QUANTIZER_PARAMETERS
-from bqat_jax.training.partner import obtain_partner
-from bqat_jax.training.setting import Setting, make_setting
-from bqat_jax.training.signals import StopRequest
 from bqat_jax.training.step import Problem, evaluation_step, init_state, train_step
+from bqat_jax.training.strengths import TraceSettings, make_measurement
+from bqat_jax.transform import build_quantization, calibrate
+from bqat_jax.transform.rules import assign_quantizers
 from configs.digits import get_config
 
 NO_TRAINING = 'calibrated, not trained'

@@ -16,10 +16,10 @@ import jax
 import ml_collections
 from absl import app, flags, logging
 
+from bqat_jax.analysis.diagnosis import DIRECTORY
 from bqat_jax.errors import UserError
-from bqat_jax.files import read_json, write_text
-from bqat_jax.training.diagnosis.report import DIRECTORY
-from bqat_jax.training.run import diagnose_run
+from bqat_jax.experiment.run import diagnose_run
+from bqat_jax.storage import read_json, write_text
 
 COLUMNS = (
     'LP loss: cosine to FP',

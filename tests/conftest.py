@@ -24,8 +24,8 @@ import jax
 import pytest
 
 from bqat_jax.networks import registry as registry_of_networks
-from bqat_jax.quantization.estimators import ESTIMATORS
-from bqat_jax.quantization.quantizers import QUANTIZERS
+from bqat_jax.quantizers import QUANTIZERS
+from bqat_jax.quantizers.estimators import ESTIMATORS
 
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
 jax.config.update('jax_numpy_rank_promotion', 'raise')

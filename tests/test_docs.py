@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bqat_jax.quantization.estimators import ESTIMATORS
-from bqat_jax.quantization.quantizers import QUANTIZERS
+from bqat_jax.quantizers import QUANTIZERS
+from bqat_jax.quantizers.estimators import ESTIMATORS
 from tests.conftest import ONE_DEVICE, ROOT
 
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
@@ -113,7 +113,7 @@ def test_every_name_has_its_row(registry):
 
 def test_the_picture_is_drawn_from_the_functions(tmp_path):
     path = tmp_path / 'picture.png'
-    subprocess.run([sys.executable, '-m', 'docs.draw_estimators', str(path)], cwd=ROOT, check=True, timeout=300)
+    subprocess.run([sys.executable, '-m', 'research.draw_estimators', str(path)], cwd=ROOT, check=True, timeout=300)
     assert path.stat().st_size > 10_000
 
 

@@ -4,11 +4,11 @@ import pytest
 
 from bqat_jax.errors import UserError
 from bqat_jax.plugins import load_plugins
-from bqat_jax.quantization.estimators import ESTIMATORS, get_estimator
+from bqat_jax.quantizers.estimators import ESTIMATORS, get_estimator
 
 PLUGIN = """
-from bqat_jax.quantization.estimators import register_estimator
-from bqat_jax.quantization.rounding import Estimator
+from bqat_jax.quantizers.estimators import register_estimator
+from bqat_jax.quantizers.rounding import Estimator
 
 
 @register_estimator('{name}')

@@ -5,8 +5,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from bqat_jax.blocks.block_network import CutNetwork
 from bqat_jax.networks.cifar_resnet import cifar_resnet
-from bqat_jax.networks.cut import CutNetwork
 from bqat_jax.networks.mobilenet_v2 import mobilenet_v2
 from bqat_jax.networks.resnet import resnet
 from bqat_jax.networks.vgg_small import vgg_small

@@ -7,8 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bqat_jax.networks.chain import block_class, compute_dtype, cut_chain, stage_blocks
-from bqat_jax.networks.cut import CutNetwork
+from bqat_jax.blocks.block_network import CutNetwork
+from bqat_jax.blocks.chain import block_class, compute_dtype, cut_chain, stage_blocks
 from bqat_jax.networks.layers import batch_norm, conv
 
 # Blocks of each stage (He et al., arXiv 1512.03385, table 1); from 50 layers on the blocks are bottlenecks.

@@ -7,8 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bqat_jax.networks.chain import block_class, compute_dtype, cut_chain
-from bqat_jax.networks.cut import CutNetwork
+from bqat_jax.blocks.block_network import CutNetwork
+from bqat_jax.blocks.chain import block_class, compute_dtype, cut_chain
 
 # Width and heads (Touvron et al., arXiv 2012.12877, table 1).
 SIZES = {'tiny': (192, 3), 'small': (384, 6), 'base': (768, 12)}

@@ -7,19 +7,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bqat_jax.networks.cut import CutNetwork
-from bqat_jax.quantization.rounding import Context
-from bqat_jax.quantization.rules import assign_quantizers
-from bqat_jax.quantization.transform import (
+from bqat_jax.blocks.block_network import CutNetwork
+from bqat_jax.quantizers.rounding import Context
+from bqat_jax.replacement.objective import Objective
+from bqat_jax.replacement.paths import Teacher, run_backbone, run_paths, run_teacher
+from bqat_jax.replacement.plans import Plan
+from bqat_jax.transform import (
     Quantization,
     build_quantization,
     calibrate,
     find_layers,
     find_signed_inputs,
 )
-from bqat_jax.replacement.objective import Objective
-from bqat_jax.replacement.paths import Teacher, run_backbone, run_paths, run_teacher
-from bqat_jax.replacement.plans import Plan
+from bqat_jax.transform.rules import assign_quantizers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +150,7 @@ def replace_blocks(
         batches: images to calibrate on, as the network takes them; at least one batch.
         weights: settings of the weights' quantizers, such as {'name': 'lsq', 'bits': 2, 'estimator': 'identity'}.
         activations: settings of the quantizers of the layers' inputs.
-        rules: which layers differ; see `bqat_jax.quantization.rules`.
+        rules: which layers differ; see `bqat_jax.transform.rules`.
         plan: a plan, or the name of one with its defaults.
         objective: what is minimised; its defaults if None.
 

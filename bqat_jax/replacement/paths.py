@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bqat_jax.networks.cut import CutNetwork
-from bqat_jax.quantization.rounding import EVALUATION, Context
-from bqat_jax.quantization.transform import Quantization
+from bqat_jax.blocks.block_network import CutNetwork
+from bqat_jax.quantizers.rounding import EVALUATION, Context
 from bqat_jax.replacement.plans import Plan
+from bqat_jax.transform import Quantization
 
 RunBlock = Callable[[int, jax.Array], jax.Array]
 

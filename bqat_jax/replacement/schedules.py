@@ -6,7 +6,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from bqat_jax.quantization.registry import Registry
+from bqat_jax.registry import Registry
 
 SCHEDULES = Registry('schedule')
 

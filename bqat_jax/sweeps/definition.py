@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bqat_jax.configuration import Config
 from bqat_jax.errors import UserError
+from bqat_jax.experiment.configuration import Config
 
 Overrides = Mapping[str, Any]
 NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9 _.+,-]*')

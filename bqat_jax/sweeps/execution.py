@@ -13,13 +13,13 @@ from typing import Any
 import jax
 import rich.console
 
-from bqat_jax.configuration import Config, check_resumable, to_plain
+from bqat_jax.distributed.preemption import Stopped
 from bqat_jax.errors import UserError
-from bqat_jax.files import locked, read_json, write_json
+from bqat_jax.experiment.configuration import Config, check_resumable, to_plain
+from bqat_jax.experiment.run import prepare_partner, train
+from bqat_jax.storage import locked, read_json, write_json
 from bqat_jax.sweeps.definition import Overrides, Sweep, load_sweep, override
 from bqat_jax.sweeps.tables import write_tables
-from bqat_jax.training.run import prepare_partner, train
-from bqat_jax.training.signals import Stopped
 
 RESULT, ERROR, LOG = 'result.json', 'error.json', 'log.txt'
 LOG_WIDTH = 140

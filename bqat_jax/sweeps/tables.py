@@ -11,7 +11,7 @@ from typing import Any
 import matplotlib
 from scipy import stats
 
-from bqat_jax.files import write_bytes, write_json, write_text
+from bqat_jax.storage import write_bytes, write_json, write_text
 from bqat_jax.sweeps.definition import Sweep
 
 matplotlib.use('agg')  # no screen is needed

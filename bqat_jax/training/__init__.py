@@ -1,1 +1,1 @@
-"""The training program: state, step, optimizer, checkpoints, loop."""
+"""Training, its pure parts: state, loss, step, optimizer, control of oscillations, measured strengths, evaluation."""

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax
 
 from bqat_jax.data.pipeline import Split
-from bqat_jax.training.hosts import put_batch
-from bqat_jax.training.replicas import Replicas, values_of
+from bqat_jax.distributed.processes import put_batch
+from bqat_jax.distributed.replicas import Replicas, values_of
 
 
 class Evaluation(NamedTuple):

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bqat_jax.configuration import Config
 from bqat_jax.errors import UserError
-from bqat_jax.quantization.transform import WEIGHT_NAME
+from bqat_jax.experiment.configuration import Config
+from bqat_jax.transform import WEIGHT_NAME
 
 # The two groups of trainable parameters, the keys of `TrainState.params`.
 NETWORK, QUANTIZERS = 'network', 'quantizers'

@@ -10,11 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bqat_jax.quantization.transform import mean_of_trees
+from bqat_jax.distributed.replicas import Replicas
 from bqat_jax.replacement.paths import run_backbone
 from bqat_jax.training.optimizer import NETWORK, QUANTIZERS
-from bqat_jax.training.replicas import Replicas
 from bqat_jax.training.step import Problem, TrainState, prepare_batch
+from bqat_jax.transform import mean_of_trees
 
 
 def reestimate_batch_stats(

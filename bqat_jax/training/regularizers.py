@@ -1,4 +1,4 @@
-"""What is done about oscillating weights during training, on a schedule: see `bqat_jax.quantization.oscillations`."""
+"""What is done about oscillating weights during training, on a schedule: see `bqat_jax.quantizers.oscillations`."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from bqat_jax.quantization.oscillations import (
+from bqat_jax.quantizers import QUANTIZERS, Quantizer
+from bqat_jax.quantizers.oscillations import (
     AGGREGATIONS,
     MOST_BITS,
     Tracker,
@@ -18,8 +19,7 @@ from bqat_jax.quantization.oscillations import (
     init_tracker,
     track,
 )
-from bqat_jax.quantization.quantizers import QUANTIZERS, Quantizer
-from bqat_jax.quantization.transform import WEIGHT_NAME, Layer, Quantization
+from bqat_jax.transform import WEIGHT_NAME, Layer, Quantization
 
 # A weight oscillates visibly if it does so this often; the bound of the paper's figures.
 VISIBLE_FREQUENCY = 0.005

@@ -11,12 +11,12 @@ from flax import struct
 
 from bqat_jax.data.augmentation import augment, normalize
 from bqat_jax.data.pipeline import get_examples
+from bqat_jax.distributed.replicas import Replicas
 from bqat_jax.networks.batch_norm import batch_norm_in_groups
 from bqat_jax.replacement.block_replacement import BlockReplacement
-from bqat_jax.training.accumulation import accumulate
+from bqat_jax.training.microbatches import accumulate
 from bqat_jax.training.optimizer import NETWORK, QUANTIZERS, LearningRate
 from bqat_jax.training.regularizers import Regularizers, oscillation_metrics
-from bqat_jax.training.replicas import Replicas
 
 
 @struct.dataclass

@@ -10,7 +10,7 @@ from benchmarks.aot import collectives_of, devices_of, report, sent_bytes, table
 from benchmarks.problem import described_images
 from bqat_jax.errors import UserError
 from tests.conftest import ROOT
-from tests.test_configuration import load_recipe
+from tests.experiment.test_configuration import load_recipe
 
 
 def config(plan, fsdp=1):

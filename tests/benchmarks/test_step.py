@@ -8,7 +8,7 @@ import pytest
 from benchmarks.problem import make_bench
 from benchmarks.step import PLANS, change_config, expected_units, table
 from tests.conftest import ONE_DEVICE, ROOT
-from tests.test_configuration import load_recipe
+from tests.experiment.test_configuration import load_recipe
 
 
 def recipe():
@@ -71,7 +71,7 @@ def test_a_short_measurement(tmp_path):
 def test_pytorchs_step_is_lsqs():
     torch = pytest.importorskip('torch', reason='PyTorch, which the step is written in, is not installed')
     from benchmarks.torch_step import FakeQuantize, Step
-    from bqat_jax.quantization.quantizers import LSQ
+    from bqat_jax.quantizers import LSQ
 
     v = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)
     tensor, step = torch.tensor(v, requires_grad=True), torch.tensor(0.3, requires_grad=True)

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bqat_jax.networks.chain import CUTS
+from bqat_jax.blocks.chain import CUTS
 from bqat_jax.networks.cifar_resnet import ResidualBlock, cifar_resnet
 
 

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bqat_jax.networks.chain import CUTS, DTYPES
+from bqat_jax.blocks.chain import CUTS, DTYPES
 from bqat_jax.networks.mobilenet_v2 import make_divisible
 from bqat_jax.networks.registry import NETWORKS, make_network
-from bqat_jax.quantization.transform import count_macs
+from bqat_jax.transform import count_macs
 
 # Name of a network in the tests, to its name in the registry and to options that make it small.
 SMALL = {

@@ -6,11 +6,11 @@ import numpy as np
 import optax
 import pytest
 
-from bqat_jax.networks.cut_module import cut_behind
+from bqat_jax.blocks.splitting import cut_behind
 from bqat_jax.replacement.block_replacement import replace_blocks
 from bqat_jax.replacement.objective import Objective
 from bqat_jax.replacement.plans import PLANS
-from tests.networks import outside
+from tests.blocks import outside
 
 SHAPE = (8, 8, 3)
 LSQ = {'name': 'lsq', 'bits': 4, 'estimator': 'identity'}

@@ -7,18 +7,18 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bqat_jax.networks.cifar_resnet import cifar_resnet
-from bqat_jax.quantization.rules import assign_quantizers
-from bqat_jax.quantization.transform import (
+from bqat_jax.replacement.objective import Objective
+from bqat_jax.replacement.paths import run_backbone, run_paths, run_teacher
+from bqat_jax.replacement.plans import Plan
+from bqat_jax.replacement.schedules import Constant
+from bqat_jax.transform import (
     FULL_PRECISION,
     build_quantization,
     calibrate,
     find_layers,
     find_signed_inputs,
 )
-from bqat_jax.replacement.objective import Objective
-from bqat_jax.replacement.paths import run_backbone, run_paths, run_teacher
-from bqat_jax.replacement.plans import Plan
-from bqat_jax.replacement.schedules import Constant
+from bqat_jax.transform.rules import assign_quantizers
 
 NETWORK = cifar_resnet(10, depth=8, width=4, shortcut='B', cut='block')  # three blocks
 BLOCKS = len(NETWORK.blocks)

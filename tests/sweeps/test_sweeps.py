@@ -12,14 +12,14 @@ import time
 import pytest
 from scipy import stats
 
-from bqat_jax.configuration import to_plain
 from bqat_jax.errors import UserError
-from bqat_jax.files import write_json
+from bqat_jax.experiment.configuration import to_plain
+from bqat_jax.storage import write_json
 from bqat_jax.sweeps import Sweep, execution
 from bqat_jax.sweeps.definition import load_sweep, override
 from bqat_jax.sweeps.tables import paired_difference
 from tests.conftest import ONE_DEVICE, ROOT
-from tests.test_configuration import load_recipe
+from tests.experiment.test_configuration import load_recipe
 
 RATE = 'optimizer.learning_rate'
 FILE = """

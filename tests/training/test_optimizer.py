@@ -4,8 +4,8 @@ import numpy as np
 import optax
 import pytest
 
-from bqat_jax.configuration import optimizer_config
 from bqat_jax.errors import UserError
+from bqat_jax.experiment.configuration import optimizer_config
 from bqat_jax.training.optimizer import learning_rate_schedule, make_optimizer
 
 PARAMS = {

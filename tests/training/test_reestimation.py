@@ -2,12 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bqat_jax.configuration import optimizer_config
+from bqat_jax.distributed.replicas import Replicas
+from bqat_jax.distributed.sharding import Placement, make_mesh
+from bqat_jax.experiment.configuration import optimizer_config
 from bqat_jax.replacement.paths import run_backbone
 from bqat_jax.training.optimizer import make_optimizer
 from bqat_jax.training.reestimation import reestimate_batch_stats
-from bqat_jax.training.replicas import Replicas
-from bqat_jax.training.sharding import Placement, make_mesh
 from bqat_jax.training.step import init_state, prepare_batch
 from tests.training.test_step import ARRAYS, VARIABLES, make_problem
 

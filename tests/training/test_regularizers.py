@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from bqat_jax.quantization.quantizers import LSQ, SAWB
-from bqat_jax.quantization.transform import KernelLayout, Layer
+from bqat_jax.quantizers import LSQ, SAWB
 from bqat_jax.training.regularizers import Regularizers
+from bqat_jax.transform import KernelLayout, Layer
 
 LAYER = Layer('Dense', (6, 4), (), KernelLayout((0, 1)), jax.ShapeDtypeStruct((2, 6), 'float32'))
 

@@ -6,22 +6,14 @@ import numpy as np
 import optax
 import pytest
 
-from bqat_jax.configuration import optimizer_config
+from bqat_jax.distributed.replicas import Replicas
+from bqat_jax.distributed.sharding import Placement, make_mesh, over_batch, replicated
+from bqat_jax.experiment.configuration import optimizer_config
 from bqat_jax.networks.cifar_resnet import cifar_resnet
-from bqat_jax.quantization.rules import assign_quantizers
-from bqat_jax.quantization.transform import (
-    FULL_PRECISION,
-    build_quantization,
-    calibrate,
-    find_layers,
-    find_signed_inputs,
-)
 from bqat_jax.replacement.block_replacement import BlockReplacement
 from bqat_jax.replacement.objective import Objective
 from bqat_jax.replacement.plans import Plan
 from bqat_jax.training.optimizer import make_optimizer
-from bqat_jax.training.replicas import Replicas
-from bqat_jax.training.sharding import Placement, make_mesh, over_batch, replicated
 from bqat_jax.training.step import (
     Preprocessing,
     Problem,
@@ -29,6 +21,14 @@ from bqat_jax.training.step import (
     make_evaluation_step,
     make_train_step,
 )
+from bqat_jax.transform import (
+    FULL_PRECISION,
+    build_quantization,
+    calibrate,
+    find_layers,
+    find_signed_inputs,
+)
+from bqat_jax.transform.rules import assign_quantizers
 
 NETWORK = cifar_resnet(10, depth=8, width=8)
 HOW = Preprocessing((0.5,), (0.5,), crop_padding=1, flip=True)

@@ -1,0 +1,122 @@
+"""What a network is before it is trained: layers, quantizers, parameters, operations and size."""
+
+import math
+from typing import Any
+
+import jax
+import rich.box
+import rich.console
+import rich.table
+from flax import traverse_util
+
+from bqat_jax.experiment.experiment import Setting, blocks_of_layers
+from bqat_jax.quantizers.estimators import ESTIMATORS, IDENTITY
+from bqat_jax.transform import count_macs
+from bqat_jax.transform.operations import NO_LAYER
+from bqat_jax.transform.rules import QuantizerSettings
+
+FULL_PRECISION_BITS = 32
+# Of a table that does not go to a terminal.
+TABLE_WIDTH = 140
+
+
+def summarize(setting: Setting) -> dict[str, Any]:
+    """Returns the summary of a config's network as JSON; nothing is computed.
+
+    Per layer: 'path', 'block', 'kind', 'kernel' (its shape), 'weights' and 'activations' (quantizer and bits, or None),
+    'parameters', 'macs' (multiply-accumulate operations for one image) and 'bitops', which are MACs × bits of the
+    weights × bits of the input, 32 for full precision (Baskin et al., arXiv 1804.10969, section 4.1). In 'totals' what
+    is in no layer that can be quantized counts too: batch norms among the parameters, the products within attention
+    among the operations. Sizes are of parameters in bytes, at the bits of the weights' quantizers and without those
+    quantizers' own parameters. 'not_quantizable' has the path of every other weight, and why no quantizer reaches it.
+    """
+    network = setting.network
+    variables: Any = jax.eval_shape(lambda: network.init(jax.random.key(0), setting.images.image_shape))
+    image = jax.ShapeDtypeStruct((1, *setting.images.image_shape), 'float32')
+
+    def run(params, x, batch_stats):
+        return network.apply({'params': params, 'batch_stats': batch_stats}, x, network.names, train=False)[0]
+
+    blocks = blocks_of_layers(network, variables, setting.images.image_shape)
+    macs = count_macs(run, variables['params'], image, variables['batch_stats'])
+    flat: Any = traverse_util.flatten_dict(variables['params'], sep='/')
+    rows, saved_bits = [], 0
+    for path, layer in setting.found.quantizable.items():
+        settings = setting.layers[path]
+        weight_bits, input_bits = _bits(settings.weights), _bits(settings.activations)
+        kernel = (*layer.stack, *layer.kernel)
+        saved_bits += math.prod(kernel) * (FULL_PRECISION_BITS - weight_bits)
+        rows.append(
+            {
+                'path': path,
+                'block': blocks[path],
+                'kind': layer.kind,
+                'kernel': list(kernel),
+                'weights': _describe(settings.weights),
+                'activations': _describe(settings.activations),
+                'parameters': sum(math.prod(x.shape) for name, x in flat.items() if name.rpartition('/')[0] == path),
+                'macs': macs.get(path, 0),
+                'bitops': macs.get(path, 0) * weight_bits * input_bits,
+            }
+        )
+    parameters = sum(math.prod(x.shape) for x in flat.values())
+    full_bits = parameters * FULL_PRECISION_BITS
+    totals = {
+        'parameters': parameters,
+        'macs': sum(macs.values()),
+        'bitops': sum(row['bitops'] for row in rows) + macs.get(NO_LAYER, 0) * FULL_PRECISION_BITS**2,
+        'bitops_full_precision': sum(macs.values()) * FULL_PRECISION_BITS**2,
+        'bytes_full_precision': full_bits // 8,
+        'bytes': -(-(full_bits - saved_bits) // 8),
+    }
+    return {'layers': rows, 'totals': totals, 'not_quantizable': dict(setting.found.others)}
+
+
+def print_summary(setting: Setting, summary: dict[str, Any]) -> None:
+    """Prints a summary as a table on the setting's console."""
+    console = setting.console
+    if not console.is_terminal:
+        console = rich.console.Console(width=TABLE_WIDTH, file=console.file)
+    title = f'{setting.config.network.name}, {len(setting.network.blocks)} blocks'
+    table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD)
+    for name in ('layer', 'block', 'kernel', 'weights', 'input'):
+        table.add_column(name, overflow='fold')
+    for name in ('parameters', 'MACs', 'BitOPs'):
+        table.add_column(name, justify='right')
+    for row in summary['layers']:
+        table.add_row(
+            row['path'],
+            row['block'],
+            f'{row["kind"]} {"x".join(map(str, row["kernel"]))}',
+            row['weights'] or 'full precision',
+            row['activations'] or 'full precision',
+            *(_short(row[name]) for name in ('parameters', 'macs', 'bitops')),
+        )
+    totals = summary['totals']
+    table.add_section()
+    table.add_row('all', '', '', '', '', *(_short(totals[name]) for name in ('parameters', 'macs', 'bitops')))
+    console.print(table)
+    console.print(
+        f'Size: {_short(totals["bytes_full_precision"])}B in full precision, {_short(totals["bytes"])}B quantized; '
+        f'BitOPs: {totals["bitops"] / max(totals["bitops_full_precision"], 1):.2%} of full precision.'
+    )
+    for path, reason in summary['not_quantizable'].items():
+        console.print(f'Not quantized: {path}: {reason}.', soft_wrap=True)
+
+
+def _bits(settings: QuantizerSettings | None) -> int:
+    return FULL_PRECISION_BITS if settings is None else settings.bits
+
+
+def _describe(settings: QuantizerSettings | None) -> str | None:
+    if settings is None:
+        return None
+    estimator = '' if settings.estimator == ESTIMATORS.describe(IDENTITY) else f', {settings.estimator}'
+    return f'{settings.name} {settings.bits} bits{estimator}'
+
+
+def _short(number: int) -> str:
+    for unit, size in (('G', 10**9), ('M', 10**6), ('k', 10**3)):
+        if number >= size:
+            return f'{number / size:.2f} {unit}'
+    return f'{number} '

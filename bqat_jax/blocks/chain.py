@@ -1,0 +1,87 @@
+"""A stem, stages of blocks and a head that run one after another: the shape of all networks here."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from bqat_jax.blocks.block_network import CutNetwork, run_submodules
+
+CUTS = ('stage', 'block')
+DTYPES = ('float32', 'bfloat16')
+Make = Callable[[], nn.Module]
+
+
+class Chain(nn.Module):
+    """Named submodules that run one after another.
+
+    Attributes:
+        parts: name and constructor of each; a submodule is called as `submodule(x, train)`.
+    """
+
+    parts: tuple[tuple[str, Make], ...]
+
+    def setup(self):
+        """Makes the submodules."""
+        for name, make in self.parts:
+            setattr(self, name, make())
+
+    def __call__(self, x: Any, train: bool = False) -> Any:
+        """Runs all submodules on x."""
+        return run_submodules(self, x, [name for name, _ in self.parts], train)
+
+
+def cut_chain(stem: Make, stages: Sequence[Mapping[str, Make]], head: Make, cut: str) -> CutNetwork:
+    """Returns a chain cut into blocks.
+
+    Args:
+        stem: makes what comes before the first block.
+        stages: for each stage its blocks by name.
+        head: makes what comes after the last block.
+        cut: 'stage', 'block', or names of blocks behind which to cut, separated by commas; what follows the last of
+            them is a block too.
+
+    Raises:
+        ValueError: for another cut.
+    """
+    parts = {name: make for stage in stages for name, make in stage.items()}
+    if cut == 'stage':
+        blocks = tuple(tuple(stage) for stage in stages)
+    elif cut == 'block':
+        blocks = tuple((name,) for name in parts)
+    else:
+        blocks = _cut_behind(tuple(parts), tuple(name.strip() for name in cut.split(',')))
+    return CutNetwork(Chain((('stem', stem), *parts.items(), ('head', head))), ('stem',), blocks, ('head',))
+
+
+def _cut_behind(names: tuple[str, ...], ends: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+    positions = [names.index(end) + 1 if end in names else 0 for end in ends]
+    if 0 in positions or sorted(set(positions)) != positions:
+        raise ValueError(
+            f'cut={",".join(ends)!r}: it must be one of {", ".join(CUTS)}, or some of these, in this order, separated '
+            f'by commas: {", ".join(names)}.'
+        )
+    starts, stops = [0, *positions], [*positions, len(names)]
+    return tuple(names[start:stop] for start, stop in zip(starts, stops, strict=True) if start < stop)
+
+
+def stage_blocks(number: int, makes: Sequence[Make]) -> dict[str, Make]:
+    """Returns the blocks of stage `number`, counted from 1, by their names 'stage1_block1', ..."""
+    return {f'stage{number}_block{position}': make for position, make in enumerate(makes, 1)}
+
+
+def block_class(cls: type[nn.Module], remat: bool) -> Any:
+    """Returns the class of a block, which recomputes its inside in the backward pass if `remat`, to save memory."""
+    return nn.remat(cls, static_argnums=(2,)) if remat else cls
+
+
+def compute_dtype(name: str) -> Any:
+    """Returns the dtype called 'float32' or 'bfloat16'.
+
+    Raises:
+        ValueError: for another name.
+    """
+    if name not in DTYPES:
+        raise ValueError(f'dtype={name!r}: it must be one of {", ".join(DTYPES)}.')
+    return jnp.dtype(name)

@@ -1,0 +1,1 @@
+"""Devices and processes: the mesh and what lies where on it, replicas, processes, requests to stop."""

@@ -1,0 +1,118 @@
+"""What a run leaves to read: metrics.jsonl, TensorBoard events, and progress on the terminal."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import rich.console
+import rich.progress
+from tensorboardX import SummaryWriter
+
+from bqat_jax.distributed.processes import is_first
+from bqat_jax.storage import write_text
+
+METRICS_FILE = 'metrics.jsonl'
+# The metrics shown on the terminal, and how; the files have all.
+SHOWN = {'loss': 'loss {:.3g}', 'images_per_second': '{:.0f} images/s', 'validation_top1': 'validation {:.3f}'}
+
+
+class Recorder:
+    """Records the metrics of one phase, steps `start` to `total`; use as a context manager.
+
+    What an earlier process of the same run recorded of this phase from `start` on, after its last checkpoint, is
+    removed: those steps are done again.
+    """
+
+    def __init__(self, workdir: Path, phase: str, start: int, total: int, console: rich.console.Console):
+        """Opens the files in `workdir`."""
+        self._phase, self._start, self._total = phase, start, total
+        self._console = console
+        path = workdir / METRICS_FILE
+        _remove_after(path, phase, start)
+        self._file = path.open('a', encoding='utf-8')
+        self._events = SummaryWriter(str(workdir / 'tensorboard' / phase), purge_step=start)
+        self._began = time.monotonic()
+        self._progress = None
+        self._latest: dict[str, float] = {}
+        if console.is_terminal:
+            self._progress = rich.progress.Progress(
+                rich.progress.TextColumn('{task.description}'),
+                rich.progress.BarColumn(bar_width=12),
+                rich.progress.MofNCompleteColumn(),
+                rich.progress.TextColumn('{task.fields[shown]}'),
+                rich.progress.TimeRemainingColumn(),
+                rich.progress.TextColumn('left'),
+                console=console,
+            )
+            self._task = self._progress.add_task(phase, total=total, completed=start, shown='compiling')
+
+    def __enter__(self) -> 'Recorder':
+        if self._progress:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._progress:
+            self._progress.stop()
+        self._events.close()
+        self._file.close()
+
+    def record(self, step: int, metrics: dict[str, float]) -> None:
+        """Writes the metrics of a step, counted from 1, and shows the progress."""
+        self._file.write(json.dumps({'phase': self._phase, 'step': step, **metrics}) + '\n')
+        self._file.flush()
+        for name, value in metrics.items():
+            self._events.add_scalar(name, value, step)
+        self._events.flush()
+        if self._progress:
+            self._latest |= metrics  # the bar stands still: it shows the last of each
+            shown = _show(self._latest)
+            self._progress.update(self._task, completed=step, shown=shown)
+        else:
+            line = f'{self._phase} {step}/{self._total}  {_show(metrics)}'
+            if step > self._start:
+                seconds = (time.monotonic() - self._began) / (step - self._start) * (self._total - step)
+                line += f'  left {seconds:.0f} s'
+            self._console.print(line, markup=False, highlight=False)
+
+
+class NoRecorder:
+    """Records nothing: for the processes beside the first."""
+
+    def __enter__(self) -> 'NoRecorder':
+        return self
+
+    def __exit__(self, *exception) -> None:
+        pass
+
+    def record(self, step: int, metrics: dict[str, float]) -> None:
+        """Does nothing."""
+
+
+def open_recorder(
+    workdir: Path, phase: str, start: int, total: int, console: rich.console.Console
+) -> Recorder | NoRecorder:
+    """Returns the recorder of a phase; of several processes the first one records."""
+    return Recorder(workdir, phase, start, total, console) if is_first() else NoRecorder()
+
+
+def _show(metrics: dict[str, float]) -> str:
+    return '  '.join(text.format(metrics[name]) for name, text in SHOWN.items() if name in metrics)
+
+
+def _remove_after(path: Path, phase: str, start: int) -> None:
+    if not path.exists():
+        return
+    lines = path.read_text(encoding='utf-8').splitlines(keepends=True)
+    kept = [line for line in lines if _belongs_before(line, phase, start)]
+    if kept != lines:
+        write_text(path, ''.join(kept))
+
+
+def _belongs_before(line: str, phase: str, start: int) -> bool:
+    try:
+        entry: dict[str, Any] = json.loads(line)
+    except json.JSONDecodeError:  # half a line, from a process that was killed
+        return False
+    return line.endswith('\n') and (entry['phase'] != phase or entry['step'] <= start)

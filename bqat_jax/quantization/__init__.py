@@ -1,1 +1,0 @@
-"""Quantizers, gradient estimators and rules; all but `transform` import only jax and numpy."""

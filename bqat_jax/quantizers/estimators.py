@@ -1,0 +1,427 @@
+"""Gradient estimators: every backward rule for rounding, by name.
+
+Notation: g is the gradient with respect to the rounded value, x the value in the integer domain (codes are 1 apart),
+r = x - floor(x) - 1/2 its distance from the threshold between the two nearest codes. The forward pass is rounding to
+the nearest, ties to even, unless a rule says otherwise. `docs/estimators.md` compares them.
+"""
+
+import abc
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bqat_jax.quantizers.rounding import Estimator
+from bqat_jax.registry import Registry
+
+ESTIMATORS = Registry('gradient estimator')
+register_estimator = ESTIMATORS.register
+
+# Points in one period at which a rule's sign is checked.
+CHECKED_POINTS = 4001
+
+
+def get_estimator(text: str) -> Estimator:
+    """Returns the estimator that a text such as 'identity' or 'ewgs:delta=0.1' describes.
+
+    Raises:
+        ValueError: for a name or option that does not exist, or a value that it cannot take.
+    """
+    return ESTIMATORS.make(text)
+
+
+def _from_threshold(value: jax.Array) -> jax.Array:
+    """r, from -1/2 to 1/2."""
+    return value - jnp.floor(value) - 0.5
+
+
+def _check(holds: bool, estimator: Estimator, message: str) -> None:
+    if not holds:
+        raise ValueError(f'{ESTIMATORS.describe(estimator)}: {message}.')
+
+
+@register_estimator('identity')
+class Identity(Estimator):
+    """The straight-through estimator: rounding counts as the identity (Bengio et al., arXiv 1308.3432).
+
+    dx = g
+    """
+
+    def backward(self, cotangent, value, rounded, context):
+        """See `Estimator.backward`."""
+        del value, rounded, context
+        return cotangent
+
+
+@register_estimator('ewgs')
+class EWGS(Estimator):
+    """Element-wise gradient scaling with a fixed strength (Lee et al., CVPR 2021, arXiv 2104.00903).
+
+    dx = g · (1 + δ · sign(g) · (x - round(x)))
+
+    The paper measures x - round(x) in the normalized domain, where the codes run from 0 to 1; there the same δ does
+    1 / (number of codes - 1) of what it does in the integer domain, in which others use it (arXiv 2203.11086 compares
+    with δ = 0.2).
+
+    Attributes:
+        delta: δ >= 0; 0 is the identity.
+        domain: 'integer' or 'normalized'.
+    """
+
+    delta: float = 0.2
+    domain: str = 'integer'
+
+    def __post_init__(self):
+        _check(self.delta >= 0, self, 'delta must not be negative')
+        _check(self.domain in ('integer', 'normalized'), self, "domain must be 'integer' or 'normalized'")
+
+    def backward(self, cotangent, value, rounded, context):
+        """See `Estimator.backward`."""
+        delta = self.delta / (context.upper - context.lower) if self.domain == 'normalized' else self.delta
+        return cotangent * (1.0 + delta * jnp.sign(cotangent) * (value - rounded))
+
+
+@register_estimator('ewgs_trace')
+class EWGSTrace(Estimator):
+    """Element-wise gradient scaling whose strength follows the loss's curvature (arXiv 2104.00903, section 3.3).
+
+    dx = g · (1 + δ · sign(g) · (x - round(x)) / (number of codes - 1)),   δ = max(0, (Tr(H) / N) / (3 · std(g)))
+
+    in the normalized domain, with H the Hessian of the loss with respect to the codes so normalized. δ is measured for
+    every layer, for weights and inputs apart, by `bqat_jax.training.strengths` on the schedule of `quant.trace`; it is
+    0 before the first measurement, as in the paper.
+    """
+
+    needs_delta = True
+
+    def backward(self, cotangent, value, rounded, context):
+        """See `Estimator.backward`."""
+        delta = 0.0 if context.delta is None else context.delta / (context.upper - context.lower)
+        return cotangent * (1.0 + delta * jnp.sign(cotangent) * (value - rounded))
+
+
+@register_estimator('dsq')
+class DSQ(Estimator):
+    """Differentiable soft quantization (Gong et al., ICCV 2019, arXiv 1908.05033).
+
+    The gradient is that of floor(x) + (c · tanh(k · r) + 1) / 2, with c = 1 / (1 - α) = 1 / tanh(k / 2) and
+    k = ln(2 / α - 1): largest at the thresholds.
+
+    dx = g · (c · k / 2) · sech²(k · r)
+
+    The paper learns α; here it is fixed, as in public implementations that train stably.
+
+    Attributes:
+        alpha: 0 < α < 1; towards 0 the soft function becomes a staircase, towards 1 the identity.
+    """
+
+    alpha: float = 0.2
+
+    def __post_init__(self):
+        _check(0 < self.alpha < 1, self, 'alpha must lie between 0 and 1')
+
+    def backward(self, cotangent, value, rounded, context):
+        """See `Estimator.backward`."""
+        del rounded, context
+        k, c = math.log(2 / self.alpha - 1), 1 / (1 - self.alpha)
+        return cotangent * (0.5 * c * k / jnp.cosh(k * _from_threshold(value)) ** 2)
+
+
+@register_estimator('soft_round')
+class SoftRound(Estimator):
+    """Tanh soft rounding (Agustsson and Theis, NeurIPS 2020, arXiv 2006.09952), in the backward pass alone.
+
+    The gradient is that of floor(x) + 1/2 + tanh(a · r) / (2 · tanh(a / 2)).
+
+    dx = g · a · sech²(a · r) / (2 · tanh(a / 2))
+
+    It is DSQ's rule with k = a, but here the sharpness may follow a schedule: from `sharpness` to `final_sharpness`,
+    linearly over training.
+
+    Attributes:
+        sharpness: a > 0 at the beginning of training.
+        final_sharpness: a at its end.
+    """
+
+    sharpness: float = 2.0
+    final_sharpness: float = 2.0
+
+    def __post_init__(self):
+        _check(min(self.sharpness, self.final_sharpness) > 0, self, 'sharpness and final_sharpness must be positive')
+
+    def backward(self, cotangent, value, rounded, context):
+        """See `Estimator.backward`."""
+        del rounded
+        a = jnp.float32(self.sharpness + (self.final_sharpness - self.sharpness) * context.progress)
+        return cotangent * (a / (2 * jnp.tanh(a / 2)) / jnp.cosh(a * _from_threshold(value)) ** 2)
+
+
+@register_estimator('stacked_sigmoid')
+class StackedSigmoid(Estimator):
+    """A sigmoid between every two codes (one of the discretizers compared in arXiv 2203.11086).
+
+    The gradient is that of floor(x) + (σ(a · r) - σ(-a / 2)) / (σ(a / 2) - σ(-a / 2)).
+
+    dx = g · a · σ(a · r) · σ(-a · r) / (2 · σ(a / 2) - 1)
+
+    Attributes:
+        sharpness: a > 0.
+    """
+
+    sharpness: float = 4.0
+
+    def __post_init__(self):
+        _check(self.sharpness > 0, self, 'sharpness must be positive')
+
+    def backward(self, cotangent, value, rounded, context):
+        """See `Estimator.backward`."""
+        del rounded, context
+        a = self.sharpness
+        scaled = a * _from_threshold(value)
+        return cotangent * (a / math.tanh(a / 4) * jax.nn.sigmoid(scaled) * jax.nn.sigmoid(-scaled))
+
+
+@register_estimator('rdfs')
+class RDFS(Estimator):
+    """Rotated damped Fourier surrogate (StableQAT, arXiv 2601.19320).
+
+    Turned by 45 degrees the staircase is a triangle wave; its Fourier series, damped and cut off, is smooth.
+
+    dx = g · (1 - C) / (1 + C),   C = A · √2 · π · Σ_{m=0}^{M} (-1)^m / (2m + 1) · cos((2m + 1) · π · (x + round(x)))
+
+    The authors' code takes a list of amplitudes, without the factor (-1)^m / (2m + 1) of the formula; with one term, as
+    in their configurations, both are the same. The gradient is far below 1 near the codes (its mean is 0.30 at A =
+    0.21), so a larger learning rate may be needed.
+
+    Attributes:
+        amplitude: A; 0 is the identity. With one term it must be below 1 / (√2 · π) = 0.225.
+        terms: M + 1.
+
+    Raises:
+        ValueError: if the gradient were negative or infinite somewhere.
+    """
+
+    amplitude: float = 0.21
+    terms: int = 1
+
+    def __post_init__(self):
+        _check(self.terms >= 1 and self.amplitude >= 0, self, 'terms must be at least 1, amplitude not negative')
+        phase = np.linspace(0, 2 * np.pi, CHECKED_POINTS)
+        series = sum((-1) ** m / (2 * m + 1) * np.cos((2 * m + 1) * phase) for m in range(self.terms))
+        largest = 1 / (math.sqrt(2) * math.pi * np.abs(series).max())
+        _check(
+            self.amplitude < largest,
+            self,
+            f'the gradient would be negative for some inputs; with {self.terms} terms take amplitude < {largest:.4f}',
+        )
+
+    def backward(self, cotangent, value, rounded, context):
+        """See `Estimator.backward`."""
+        del context
+        phase = math.pi * (value + rounded)
+        series = jnp.zeros_like(value)
+        for m in range(self.terms):
+            series += (-1) ** m / (2 * m + 1) * jnp.cos((2 * m + 1) * phase)
+        scaled = self.amplitude * math.sqrt(2) * math.pi * series
+        return cotangent * ((1 - scaled) / (1 + scaled))
+
+
+@register_estimator('mad')
+class MAD(Estimator):
+    """Magnitude-aware differentiation (Sakr et al., ICML 2022, arXiv 2206.06501).
+
+    dx = g between the bounds; g · |bound| / |x| beyond them
+
+    so that clipped inputs still learn. Only the input's gradient is changed: that of a learned scale keeps the clip's
+    own derivative (ours; the paper's clip is calibrated). The paper uses it for weights and clips the gradient of
+    activations.
+    """
+
+    def backward(self, cotangent, value, rounded, context):
+        """See `Estimator.backward`."""
+        del value, rounded, context
+        return cotangent
+
+    def beyond(self, cotangent, value, bound, context, *, passes):
+        """See `Estimator.beyond`."""
+        del context, passes
+        # Beyond a bound of zero, the lower one of an unsigned grid, nothing passes.
+        return cotangent * jnp.abs(bound) / jnp.maximum(jnp.abs(value), 1e-30)
+
+
+@register_estimator('psgd')
+class PSGD(Estimator):
+    """Position-based scaled gradient (Kim et al., NeurIPS 2020, arXiv 2005.11035), for weights.
+
+    dx = g · scale · (|x - round(x)| + epsilon)
+
+    so that weights near a code stay there. In the paper the forward pass uses the full-precision weight and the network
+    is quantized after training: `forward=full_precision`. Its authors' code has no epsilon, so that a weight exactly on
+    a code gets no gradient at all.
+
+    Attributes:
+        scale: λ > 0, in the integer domain.
+        epsilon: > 0.
+        forward: 'round', or 'full_precision' in training.
+    """
+
+    scale: float = 4.0
+    epsilon: float = 0.01
+    forward: str = 'round'
+
+    weights_only = True
+
+    def __post_init__(self):
+        _check(self.scale > 0 and self.epsilon > 0, self, 'scale and epsilon must be positive')
+        _check(self.forward in ('round', 'full_precision'), self, "forward must be 'round' or 'full_precision'")
+
+    @property
+    def rounds_in_training(self) -> bool:
+        """See `Estimator`."""
+        return self.forward == 'round'
+
+    def round(self, value, context):
+        """See `Estimator.round`."""
+        return jnp.round(value) if self.rounds_in_training or context.key is None else value
+
+    def backward(self, cotangent, value, rounded, context):
+        """See `Estimator.backward`."""
+        del rounded, context
+        return cotangent * (self.scale * (jnp.abs(value - jnp.round(value)) + self.epsilon))
+
+
+@register_estimator('stochastic')
+class Stochastic(Estimator):
+    """Stochastic rounding in training: up with the probability of the fractional part (Gupta et al., arXiv 1502.02551).
+
+    Forward floor(x + u), u uniform on [0, 1), in training; rounding in evaluation. dx = g
+    """
+
+    def round(self, value, context):
+        """See `Estimator.round`."""
+        if context.key is None:
+            return jnp.round(value)
+        return jnp.floor(value + jax.random.uniform(context.key, value.shape))
+
+    def backward(self, cotangent, value, rounded, context):
+        """See `Estimator.backward`."""
+        del value, rounded, context
+        return cotangent
+
+
+@register_estimator('noise')
+class Noise(Estimator):
+    """Additive noise in place of rounding in training (UNIQ, arXiv 1804.10969).
+
+    Forward x + u, u uniform on [-1/2, 1/2), in training; rounding in evaluation. dx = g, the exact derivative.
+    """
+
+    @property
+    def rounds_in_training(self) -> bool:
+        """See `Estimator`."""
+        return False
+
+    def round(self, value, context):
+        """See `Estimator.round`."""
+        if context.key is None:
+            return jnp.round(value)
+        return value + jax.random.uniform(context.key, value.shape, minval=-0.5, maxval=0.5)
+
+    def backward(self, cotangent, value, rounded, context):
+        """See `Estimator.backward`."""
+        del value, rounded, context
+        return cotangent
+
+
+class SignEstimator(Estimator):
+    """A rule that approximates the sign function, for two levels.
+
+    With u = -1 at the lower and 1 at the upper code, F'(u) is the derivative of an approximation F of sign(u). As
+    2 · (round(x) - lower) - 1 = sign(u), the derivative of rounding is F'(u). It holds beyond the codes too.
+    """
+
+    sign_only = True
+
+    @abc.abstractmethod
+    def derivative(self, u: jax.Array, progress: jax.Array) -> jax.Array:
+        """Returns F'(u) when the fraction `progress` of training is done."""
+
+    def backward(self, cotangent, value, rounded, context):
+        """See `Estimator.backward`."""
+        del rounded
+        return cotangent * self.derivative(2.0 * (value - context.lower) - 1.0, context.progress)
+
+    def beyond(self, cotangent, value, bound, context, *, passes):
+        """See `Estimator.beyond`."""
+        del bound, passes
+        return cotangent * self.derivative(2.0 * (value - context.lower) - 1.0, context.progress)
+
+
+@register_estimator('reste')
+class ReSTE(SignEstimator):
+    """Rectified straight-through estimator (Wu et al., ICCV 2023): the sign as a limit of powers.
+
+    F(u) = sign(u) · |u|^(1/o);  F'(u) = (1/o) · |u|^((1-o)/o) for m < |u| <= t,  F(m) / m for |u| <= m,  0 beyond t
+
+    o grows with training: o = 1 + (1 - cos(π/2 · progress)) · (o_end - 1), so that the rule goes from the
+    straight-through estimator towards the sign.
+
+    Attributes:
+        o_end: o at the end of training, >= 1.
+        threshold: t, in units of the scale.
+        floor: m, in units of the scale.
+    """
+
+    o_end: float = 3.0
+    threshold: float = 1.5
+    floor: float = 0.1
+
+    def __post_init__(self):
+        _check(self.o_end >= 1, self, 'o_end must be at least 1')
+        _check(0 < self.floor < self.threshold, self, 'floor must lie between 0 and threshold')
+
+    def derivative(self, u, progress):
+        """See `SignEstimator.derivative`."""
+        o = 1.0 + (1.0 - jnp.cos(jnp.float32(math.pi / 2 * progress))) * (self.o_end - 1.0)
+        size = jnp.abs(u)
+        power = jnp.maximum(size, self.floor) ** ((1.0 - o) / o) / o
+        slope = jnp.where(size > self.floor, power, self.floor ** (1.0 / o) / self.floor)
+        return jnp.where(size <= self.threshold, slope, 0.0)
+
+
+@register_estimator('piecewise')
+class Piecewise(SignEstimator):
+    """The piecewise polynomial of Bi-Real Net (Liu et al., ECCV 2018, arXiv 1808.00278).
+
+    F(u) = 2u + u² for -1 <= u < 0, 2u - u² for 0 <= u < 1;  F'(u) = 2 - 2|u|, 0 beyond
+    """
+
+    def derivative(self, u, progress):
+        """See `SignEstimator.derivative`."""
+        del progress
+        return jnp.maximum(2.0 - 2.0 * jnp.abs(u), 0.0)
+
+
+@register_estimator('polynomial')
+class Polynomial(SignEstimator):
+    """Polynomial approximations of the sign, of any degree (ours; degree 1 is `piecewise`).
+
+    F(u) = (1 + 1/p) · (u - sign(u) · |u|^(p+1) / (p+1));  F'(u) = (1 + 1/p) · (1 - |u|^p) for |u| <= 1, 0 beyond
+
+    Attributes:
+        degree: p >= 1, of F'; the larger, the nearer to the straight-through estimator.
+    """
+
+    degree: int = 2
+
+    def __post_init__(self):
+        _check(self.degree >= 1, self, 'degree must be at least 1')
+
+    def derivative(self, u, progress):
+        """See `SignEstimator.derivative`."""
+        del progress
+        return (1.0 + 1.0 / self.degree) * jnp.maximum(1.0 - jnp.abs(u) ** self.degree, 0.0)
+
+
+IDENTITY = Identity()

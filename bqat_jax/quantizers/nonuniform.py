@@ -1,0 +1,385 @@
+"""Quantizers whose levels, or thresholds, are not equidistant: APoT, nuLSQ, LCQ and N2UQ."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bqat_jax.quantizers.base import (
+    LevelQuantizer,
+    Quantizer,
+    UniformQuantizer,
+    positive_or,
+    register_quantizer,
+)
+from bqat_jax.quantizers.grids import IntegerGrid, code_dtype
+from bqat_jax.quantizers.rounding import EVALUATION, Rounding, quantize, scale_gradient
+from bqat_jax.quantizers.statistics import (
+    mean_magnitude,
+    normal_step,
+    optimal_clip,
+    root_mean_square,
+    standard_deviation,
+)
+
+# APoT's initial clip of normalized weights.
+APOT_WEIGHT_CLIP = 3.0
+# LCQ's number of intervals of the compressing function.
+LCQ_INTERVALS = 16
+
+
+def standardize(v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns mean and standard deviation of weights, float32, without a gradient; a constant's deviation is 1."""
+    x = jax.lax.stop_gradient(v.astype(jnp.float32))
+    # Of what is at most 1, since squares of large numbers overflow.
+    largest = positive_or(jnp.max(jnp.abs(x)), 1.0)
+    return jnp.mean(x / largest) * largest, positive_or(jnp.std(x / largest) * largest, 1.0)
+
+
+def additive_powers_of_two(bits: int) -> np.ndarray:
+    """Returns the 2^bits magnitudes of APoT, ascending from 0 to 1 (arXiv 1909.13144, section 3.1).
+
+    Sums of bits / 2 terms, each with 2 bits: p_i in {0, 2^-i, 2^-(i+n), 2^-(i+2n)}, n = bits / 2. Where bits is odd one
+    more term has a single bit; its power lies before the smallest of the others.
+    """
+    terms, is_odd = divmod(bits, 2)
+    powers = [[0.0] for _ in range(terms)]
+    exponent = 0
+    last = None
+    for repeat in range(3):
+        if is_odd and repeat == (2 if terms else 0):
+            last = [0.0, 2.0**-exponent]
+            exponent += 1
+        for term in powers:
+            term.append(2.0**-exponent)
+            exponent += 1
+    sums = np.zeros(1)
+    for term in powers + ([last] if last else []):
+        sums = (sums[:, None] + np.array(term)[None, :]).reshape(-1)
+    levels = np.unique(sums)
+    return (levels / levels.max()).astype(np.float32)
+
+
+@register_quantizer('apot')
+class APoT(LevelQuantizer):
+    """Additive powers of two (Li et al., ICLR 2020, arXiv 1909.13144) with the reparameterized clip α.
+
+        activations: y = α · Π(clip(x / α, 0, 1));   weights: y = σ · α · Π(clip(w~ / α, -1, 1)),  w~ = (w - μ) / σ
+        dy/dx = 1 where |x| <= α, else 0;   dy/dα = Π(u) - u inside, u = x / α;  sign(x) outside
+
+    Π projects to the nearest of the levels `additive_powers_of_two`, with a sign bit for weights and signed
+    activations: at 2 bits those are ternary. μ and σ have no gradient, as in the authors' code for CIFAR (their
+    ImageNet code differentiates them), and the gradient is clipped at every number of bits. σ is multiplied back
+    (ours), so that the layer's output keeps its scale; the paper leaves it to batch norm. α starts at 3 for weights, as
+    in the authors' code; for activations, where that starts from 6 or 8, at the clip of least squared error (ours).
+    """
+
+    positive = ('clip_value',)
+
+    @property
+    def is_idempotent(self) -> bool:
+        """See `Quantizer`."""
+        return not self.of_weights
+
+    @property
+    def has_zero(self) -> bool:
+        """Whether zero is quantized to zero: the mean is, for weights."""
+        return not self.of_weights
+
+    @property
+    def upper(self) -> int:
+        """The largest code."""
+        return 2**self.bits - (2 if self.signed else 1)
+
+    def init(self, v):
+        """See `Quantizer.init`."""
+        return {'clip_value': jnp.float32(APOT_WEIGHT_CLIP) if self.of_weights else optimal_clip(self, v)}
+
+    def prepare(self, parameters, v):
+        """Adds mean and standard deviation of weights."""
+        if not self.of_weights:
+            return parameters
+        mean, deviation = standardize(v)
+        return {**parameters, 'mean': mean, 'deviation': deviation}
+
+    def center(self, prepared):
+        """See `LevelQuantizer.center`."""
+        return prepared.get('mean')
+
+    def levels(self, prepared):
+        """See `LevelQuantizer.levels`."""
+        magnitudes = additive_powers_of_two(self.bits - self.signed)
+        units = np.concatenate([-magnitudes[:0:-1], magnitudes]) if self.signed else magnitudes
+        scale = prepared['clip_value']
+        return jnp.asarray(units) * (scale * prepared['deviation'] if self.of_weights else scale)
+
+
+@register_quantizer('nulsq')
+class NuLSQ(LevelQuantizer):
+    """Non-uniform learned step sizes (nuLSQ; Yamamoto et al., ACCV 2024): every level has a step to the next.
+
+        levels c_j = s_1 + .. + s_j, thresholds halfway between them
+        dy/dx = 1 within the levels, else 0
+        dy/ds_j = round(u) - u in bin j, u = (x - c_{j-1}) / s_j;  1 above all levels
+
+    Signed values have steps of their own below zero. The steps' gradient is multiplied by 1 / sqrt(N · (2^bits - 1))
+    for activations and 2 / sqrt(N · Q_P) for weights, N as for LSQ. All steps start equal, at the step of least squared
+    error for a normal (half-normal for unsigned) of the data's second moment.
+    """
+
+    positive = ('step_sizes', 'negative_step_sizes')
+
+    @property
+    def upper(self) -> int:
+        """The largest code."""
+        return 2**self.bits - 1
+
+    def init(self, v):
+        """See `Quantizer.init`."""
+        grid = IntegerGrid(self.bits, self.signed)
+        deviation = standard_deviation(self, v) if self.signed else math.sqrt(2) * root_mean_square(self, v)
+        step = deviation * normal_step(grid.lower, grid.upper)
+        parameters = {'step_sizes': jnp.full(grid.upper, 1.0, jnp.float32) * step}
+        if self.signed:
+            parameters['negative_step_sizes'] = jnp.full(-grid.lower, 1.0, jnp.float32) * step
+        return parameters
+
+    def prepare(self, parameters, v):
+        """Scales the steps' gradients; the values stay as they are."""
+        factor = (2 if self.of_weights else 1) / math.sqrt(
+            self.count(v.shape) * IntegerGrid(self.bits, self.of_weights).upper
+        )
+        return {name: scale_gradient(factor, x) for name, x in parameters.items()}
+
+    def levels(self, prepared):
+        """See `LevelQuantizer.levels`."""
+        zero, above = jnp.zeros(1, jnp.float32), jnp.cumsum(prepared['step_sizes'])
+        if not self.signed:
+            return jnp.concatenate([zero, above])
+        return jnp.concatenate([-jnp.cumsum(prepared['negative_step_sizes'])[::-1], zero, above])
+
+
+@register_quantizer('lcq')
+class LCQ(Quantizer):
+    """Learnable companding quantization (Yamamoto, CVPR 2021, arXiv 2103.07156).
+
+        y = sign(x) · α · f⁻¹(round(n · f(|x| / α)) / n) where |x| < α, else sign(x) · α
+        dy/dx = 1 where |x| < α, else 0;   dy/dα = y / α - x / α inside, sign(x) outside
+        dy/dθ by the chain rule through f and f⁻¹
+
+    n = 2^bits - 1, with a sign bit 2^(bits-1) - 1. f is piecewise linear on 16 intervals of [0, 1], of slopes
+    16 · softmax(θ). The round is the estimator's, in the compressed domain; x and α see f⁻¹ ∘ round ∘ f as one
+    rounding, θ sees all three. Weights are normalized before, and scaled back (limited weight normalization): y = σ ·
+    Q((w - μ) / σ), without a gradient through μ and σ (ours). α starts at the clip of least squared error (ours), θ at
+    zero: uniform.
+    """
+
+    positive = ('clip_value',)
+
+    @property
+    def is_idempotent(self) -> bool:
+        """See `Quantizer`."""
+        return not self.of_weights
+
+    @property
+    def has_zero(self) -> bool:
+        """Whether zero is quantized to zero: the mean is, for weights."""
+        return not self.of_weights
+
+    @property
+    def compands(self) -> bool:
+        """Whether there is anything to compand: 2-bit weights are ternary and, as in the paper, uniform."""
+        return not (self.of_weights and self.bits == 2)
+
+    @property
+    def lower(self) -> int:
+        """The smallest code."""
+        return IntegerGrid(self.bits, self.signed, narrow=True).lower
+
+    @property
+    def rounding(self) -> Rounding:
+        """How codes are found."""
+        return Rounding(self.estimator, self.lower, self.upper, includes_bounds=True)
+
+    def init(self, v):
+        """See `Quantizer.init`."""
+        if self.of_weights:
+            mean, deviation = standardize(v)
+            v = (v.astype(jnp.float32) - mean) / deviation
+        parameters = {'clip_value': optimal_clip(self, v)}
+        return {**parameters, 'theta': jnp.zeros(LCQ_INTERVALS, jnp.float32)} if self.compands else parameters
+
+    def prepare(self, parameters, v):
+        """Adds mean and standard deviation of weights."""
+        if not self.of_weights:
+            return parameters
+        mean, deviation = standardize(v)
+        return {**parameters, 'mean': mean, 'deviation': deviation}
+
+    def fake_quantize(self, parameters, v, context=EVALUATION):
+        """See `Quantizer.fake_quantize`."""
+        prepared = self.prepare(parameters, v)
+        units = self._units(prepared, v)
+        position, slopes = self._compress(prepared, jax.lax.stop_gradient(units))
+        # θ's way: through f, the rounding and f⁻¹.
+        rounded = quantize(self.rounding, jnp.float32(1), jnp.float32(0), position, context)
+        output = self._expand(slopes, rounded)
+        # The way of x and α: the rounding alone. Beyond the clip α has no part in it.
+        clip = prepared['clip_value']
+        units = jnp.where(jnp.abs(units) < 1, units, self._units({**prepared, 'clip_value': _frozen(clip)}, v))
+        # |x| = α counts as beyond the clip, x = 0 as inside, for unsigned values too.
+        beyond = jnp.where(jnp.abs(units) < 1, 1.0, 1.0 + 1e-6)
+        straight = _frozen(position * beyond) + (units - _frozen(units))
+        through = quantize(self.rounding, jnp.float32(1), jnp.float32(0), straight, context)
+        output = output + (through - _frozen(through))
+        return (output * self._scale(prepared)).astype(v.dtype)
+
+    def encode(self, parameters, v):
+        """See `Quantizer.encode`."""
+        prepared = self.prepare(parameters, v)
+        position, _ = self._compress(prepared, self._units(prepared, v))
+        return self.rounding.codes(position, EVALUATION).astype(code_dtype(self.lower))
+
+    def clips(self, parameters, v):
+        """See `Quantizer.clips`."""
+        units = self._units(self.prepare(parameters, v), v)
+        return (units > 1) | (units < (-1 if self.signed else 0))
+
+    def decode(self, prepared, codes, dtype=jnp.float32):
+        """See `Quantizer.decode`."""
+        _, slopes = self._compress(prepared, jnp.zeros(()))
+        output = self._expand(slopes, codes.astype(jnp.float32))
+        return (output * self._scale(prepared)).astype(dtype)
+
+    def _units(self, prepared, v):
+        """x / α."""
+        x = v.astype(jnp.float32)
+        if self.of_weights:
+            x = (x - prepared['mean']) * (1 / prepared['deviation'])
+        return x * (1 / prepared['clip_value'])
+
+    def _scale(self, prepared):
+        clip = prepared['clip_value']
+        return clip * prepared['deviation'] if self.of_weights else clip
+
+    def _compress(self, prepared, units):
+        """n · sign · f(|units|), which goes on beyond 1 with slope 1, and the slopes of f."""
+        theta = prepared['theta'] if self.compands else jnp.zeros(LCQ_INTERVALS, jnp.float32)
+        slopes = LCQ_INTERVALS * jax.nn.softmax(theta)
+        size = jnp.abs(units)
+        interval = jnp.clip(jnp.floor(size * LCQ_INTERVALS), 0, LCQ_INTERVALS - 1).astype(jnp.int32)
+        inside = slopes[interval] * (size - interval / LCQ_INTERVALS) + _starts(slopes)[interval]
+        compressed = jnp.where(size < 1, inside, size)
+        return self.upper * jnp.sign(units) * compressed, slopes
+
+    def _expand(self, slopes, codes):
+        """sign · f⁻¹(|codes| / n)."""
+        # Not jnp.sign and jnp.abs: at 0 the derivative is that of the right-hand side.
+        sign = jnp.where(codes < 0, -1.0, 1.0)
+        size = sign * codes * (1 / self.upper)
+        starts = _starts(slopes)
+        interval = jnp.searchsorted(starts[1:], size, side='right').astype(jnp.int32)
+        expanded = interval / LCQ_INTERVALS + (size - starts[interval]) / slopes[interval]
+        # Exactly 1 at the end, with the derivative from the left.
+        return sign * (expanded + _frozen(jnp.where(size < 1, 0.0, 1.0 - expanded)))
+
+
+def _starts(slopes: jax.Array) -> jax.Array:
+    """f at the beginning of every interval."""
+    return jnp.concatenate([jnp.zeros(1, jnp.float32), jnp.cumsum(slopes)[:-1] / LCQ_INTERVALS])
+
+
+def _frozen(x):
+    return jax.lax.stop_gradient(x)
+
+
+@register_quantizer('n2uq')
+class N2UQ(UniformQuantizer):
+    """Nonuniform-to-uniform quantization (Liu et al., CVPR 2022, arXiv 2111.14826).
+
+    Activations have learned thresholds and equidistant outputs. With widths a_i > 0, D = 2 / (2^bits - 1) and two
+    scales:
+
+        x' = c_in · x;   p(x') piecewise linear from 0 at `start`, rising by 1 over every width a_i
+        y = c_out · D · round(p(x')):  thresholds T_1 = start + a_1 / 2, T_(i+1) = T_i + (a_i + a_(i+1)) / 2
+
+    The generalized straight-through estimator is the derivative of that piecewise linear map, D / a_i inside segment i
+    and 0 outside, by which a_i and start learn too. Unsigned activations only: outputs begin at zero.
+
+    Weights have a scale per output channel, read off them without a gradient:
+
+        y = c · (2/n) · (round(n · (clip(w / c, -1, 1) + 1) / 2) - n/2)
+        c = n / 2^(bits-1) · mean|w|,   n = 2^bits - 1
+
+    without a level at zero; dy/dw = 1 where |w| <= c. The authors' code writes the pass-through with respect to w / c,
+    so that it multiplies the gradient by 1/c and does not clip it; we follow the formula. At first all widths are D,
+    start is 0 and the range is that of least squared error (ours; the authors start from scales of 1).
+    """
+
+    bits_signed = (1, 2, 3, 4, 5, 6, 7, 8)
+    per_channel = True
+    channel_by_default = True
+    not_for_signed_activations = 'its outputs begin at zero, and these activations can be negative'
+    includes_bounds = True
+    positive = ('widths', 'input_scale', 'output_scale')
+
+    @property
+    def shift(self) -> float:
+        """See `UniformQuantizer.shift`."""
+        return 0.5 if self.of_weights else 0.0
+
+    @property
+    def is_idempotent(self) -> bool:
+        """See `Quantizer`: thresholds and levels have scales of their own."""
+        return False
+
+    @property
+    def has_zero(self) -> bool:
+        """Whether zero is quantized to zero: not if the thresholds move below it."""
+        return False
+
+    def init(self, v):
+        """See `Quantizer.init`."""
+        if self.of_weights:
+            return {}
+        scale = optimal_clip(self, v) / 2
+        return {
+            'start': jnp.float32(0),
+            'widths': jnp.full(self.upper, 2 / self.upper, jnp.float32),
+            'input_scale': 1 / scale,
+            'output_scale': scale,
+        }
+
+    def prepare(self, parameters, v):
+        """Adds the weights' scale."""
+        if not self.of_weights:
+            return parameters
+        factor = (2**self.bits - 1) / 2 ** (self.bits - 1)
+        return {'scale': jax.lax.stop_gradient(mean_magnitude(self, v)) * factor}
+
+    def grid(self, prepared):
+        """See `UniformQuantizer.grid`."""
+        if not self.of_weights:
+            return jnp.float32(1), jnp.float32(0)
+        return prepared['scale'] * (2 / (2**self.bits - 1)), jnp.float32(self.shift)
+
+    def transform(self, prepared, v):
+        """The position among the segments."""
+        if self.of_weights:
+            return v
+        position = self._position(prepared, v)
+        inside = _frozen((position >= 0) & (position <= self.upper))
+        # What lies outside is clipped whatever the segments are, so they get no gradient from there.
+        return jnp.where(inside, position, self._position(_frozen(prepared), v))
+
+    def output(self, prepared):
+        """The distance between outputs."""
+        return None if self.of_weights else prepared['output_scale'] * (2 / self.upper)
+
+    def _position(self, prepared, v):
+        widths = prepared['widths']
+        edges = prepared['start'] + jnp.concatenate([jnp.zeros(1, jnp.float32), jnp.cumsum(widths)])
+        x = v.astype(jnp.float32) * prepared['input_scale']
+        segment = jnp.searchsorted(_frozen(edges)[1:-1], _frozen(x), side='right').astype(jnp.int32)
+        return segment.astype(jnp.float32) + (x - edges[segment]) / widths[segment]

@@ -1,0 +1,241 @@
+"""The strength δ of element-wise gradient scaling, from the loss's curvature (EWGS, arXiv 2104.00903).
+
+    δ = max(0, (Tr(H) / N) / (3 · std(g)))
+
+for every quantizer whose estimator asks for it: H and g are Hessian and gradient of the loss with respect to the
+quantizer's normalized output, N its number of elements, averaged over some batches. The trace is Hutchinson's estimate.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from bqat_jax.distributed.replicas import Replicas
+from bqat_jax.quantizers import Quantizer
+from bqat_jax.quantizers.rounding import EVALUATION, Context
+from bqat_jax.training.optimizer import NETWORK, QUANTIZERS
+from bqat_jax.training.regularizers import Regularizers
+from bqat_jax.training.step import Problem, TrainState, loss_and_metrics, prepare_batch
+from bqat_jax.transform import Quantization, find_layers
+
+# Sets the randomness of a measurement apart from that of the step with the same key.
+MEASUREMENT = 1
+# Below this a gradient says nothing, and dividing by it would.
+SMALLEST_DEVIATION = 1e-12
+
+
+@dataclasses.dataclass(frozen=True)
+class TraceSettings:
+    """How often and how exactly the trace is estimated; the paper's values.
+
+    Attributes:
+        batches: batches that δ is averaged over.
+        iterations: random vectors at most.
+        tolerance: the relative change of every mean at which no more are drawn.
+
+    Raises:
+        ValueError: for a value out of range.
+    """
+
+    batches: int = 3
+    iterations: int = 50
+    tolerance: float = 1e-3
+
+    def __post_init__(self):
+        for name, least in (('batches', 1), ('iterations', 2), ('tolerance', 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f'quant.trace.{name}={getattr(self, name)}: it must be at least {least}.')
+
+
+class Trace(NamedTuple):
+    """Estimates of traces, in trees of scalars.
+
+    Attributes:
+        mean: the estimates.
+        standard_error: of the mean over random vectors; mean ± 1.96 of it is the 95 % confidence interval.
+        iterations: random vectors drawn.
+    """
+
+    mean: Any
+    standard_error: Any
+    iterations: jax.Array
+
+
+def hutchinson_traces(
+    gradient: Callable[[Any], Any], at: Any, key: jax.Array, iterations: int, tolerance: float
+) -> Trace:
+    """Estimates the traces of the diagonal blocks of a Hessian, one for every leaf (Hutchinson 1990).
+
+    With entries of v drawn from ±1, vᵀHv has the trace as its mean. All blocks share the random vectors: what lies off
+    the diagonal only adds variance. At least two vectors are drawn, and no more once every mean changes by less than
+    `tolerance` of its magnitude (the authors' code leaves the magnitude out, and so stops at once for negative traces).
+
+    Args:
+        gradient: of a scalar function, from a tree to a tree like it.
+        at: where, a tree of float32 arrays.
+        key: random key.
+        iterations: random vectors at most, at least 2.
+        tolerance: see above; 0 draws all.
+    """
+
+    def product(vectors):
+        def along(x):
+            parts = jax.tree.map(lambda g, v: jnp.sum(g * v), gradient(x), vectors)
+            return sum(jax.tree.leaves(parts), jnp.float32(0))
+
+        # Reverse over reverse: estimators define no forward-mode derivative.
+        return jax.grad(along)(at)
+
+    leaves, treedef = jax.tree.flatten(at)
+
+    def draw(number):
+        keys = jax.random.split(jax.random.fold_in(key, number), len(leaves))
+        vectors = [jax.random.rademacher(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+        products = jax.tree.leaves(product(treedef.unflatten(vectors)))
+        return jnp.stack([jnp.sum(v * p) for v, p in zip(vectors, products, strict=True)])
+
+    def proceed(carry):
+        count, _, _, change = carry
+        return (count < iterations) & ((count < 2) | (change > tolerance))
+
+    def step(carry):
+        # Welford's running mean and sum of squared deviations.
+        count, mean, squares, _ = carry
+        found = draw(count)
+        count += 1
+        new = mean + (found - mean) / count.astype(jnp.float32)
+        squares += (found - mean) * (found - new)
+        change = jnp.max(jnp.abs(new - mean) / (jnp.abs(new) + 1e-6))
+        return count, new, squares, change
+
+    zeros = jnp.zeros(len(leaves), jnp.float32)
+    count, mean, squares, _ = jax.lax.while_loop(proceed, step, (jnp.int32(0), zeros, zeros, jnp.float32(jnp.inf)))
+    drawn = count.astype(jnp.float32)
+    error = jnp.sqrt(squares / (drawn - 1) / drawn)
+    return Trace(treedef.unflatten(list(mean)), treedef.unflatten(list(error)), count)
+
+
+def measure_deltas(
+    quantization: Quantization,
+    quantizer_params: Any,
+    shapes: dict[str, dict[str, tuple[int, ...]]],
+    loss: Callable[[Quantization, Any], jax.Array],
+    key: jax.Array,
+    settings: TraceSettings,
+) -> dict[str, dict[str, jax.Array]]:
+    """Returns δ for every quantizer whose estimator needs one, from one batch.
+
+    Args:
+        quantization: of the network.
+        quantizer_params: parameters of the quantizers.
+        shapes: {layer path: {role: shape of what the quantizer sees}} for those quantizers.
+        loss: `loss(quantization, quantizer_params)` runs the network on the batch with quantizers and parameters it is
+            given, and returns a scalar.
+        key: random key.
+        settings: of the estimate.
+    """
+    perturbed = perturb(quantization, shapes)
+    zeros = {
+        path: {role: jnp.zeros(shape, jnp.float32) for role, shape in roles.items()} for path, roles in shapes.items()
+    }
+
+    def perturbed_loss(perturbations):
+        return loss(perturbed, with_perturbations(quantizer_params, perturbations))
+
+    gradient = jax.grad(perturbed_loss)
+    trace = hutchinson_traces(gradient, zeros, key, settings.iterations, settings.tolerance)
+
+    def delta(trace, gradient):
+        deviation = jnp.std(gradient)
+        found = jnp.maximum(trace / gradient.size / (3 * jnp.maximum(deviation, SMALLEST_DEVIATION)), 0.0)
+        return jnp.where(deviation > SMALLEST_DEVIATION, found, 0.0)
+
+    return jax.tree.map(delta, trace.mean, gradient(zeros))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Perturbed:
+    """A quantizer with something added to its output, in units of the distance from its lowest to its highest level."""
+
+    quantizer: Quantizer
+
+    @property
+    def estimator(self):
+        return self.quantizer.estimator
+
+    def fake_quantize(self, parameters, v: jax.Array, context: Context = EVALUATION) -> jax.Array:
+        own = parameters['quantizer']
+        lowest, highest = jax.lax.stop_gradient(self.quantizer.limits(self.quantizer.prepare(own, v), v.ndim))
+        y = self.quantizer.fake_quantize(own, v, context)
+        return y + ((highest - lowest) * parameters['perturbation']).astype(y.dtype)
+
+
+def perturb(quantization: Quantization, shapes: dict[str, Any]) -> Quantization:
+    """Returns the quantizers with those in `shapes` open to a perturbation; see `with_perturbations`."""
+    layers = dict(quantization.layers)
+    for path, roles in shapes.items():
+        layers[path] = dataclasses.replace(
+            layers[path], **{role: _Perturbed(getattr(layers[path], role)) for role in roles}
+        )
+    return Quantization(layers)
+
+
+def with_perturbations(quantizer_params: Any, perturbations: Any) -> Any:
+    """Returns parameters for `perturb`ed quantizers."""
+    return {
+        path: {
+            role: {'quantizer': own, 'perturbation': perturbations[path][role]}
+            if role in perturbations.get(path, {})
+            else own
+            for role, own in roles.items()
+        }
+        for path, roles in quantizer_params.items()
+    }
+
+
+def make_measurement(problem: Problem, settings: TraceSettings, replicas: Replicas) -> Callable[..., Any]:
+    """Returns the jitted `measure(state, partner, arrays, batch, number) -> deltas`, δ of one batch as in the state.
+
+    `number` tells the batches of one measurement apart. The loss is the whole of training's, on the batch as training
+    would see it.
+    """
+
+    def measure(state: TrainState, partner: Any, arrays: Any, batch: Any, number: jax.Array, draw: Any) -> Any:
+        state = dataclasses.replace(state, step=state.step + number)
+        images, labels, loss_key = prepare_batch(problem, state, arrays, batch)
+
+        def loss(quantization, quantizer_params):
+            replacement = dataclasses.replace(problem.replacement, quantization=quantization)
+            return loss_and_metrics(
+                dataclasses.replace(problem, replacement=replacement, regularizers=Regularizers()),
+                {NETWORK: state.params[NETWORK], QUANTIZERS: quantizer_params},
+                state.batch_stats,
+                partner,
+                images,
+                labels,
+                loss_key,
+                problem.progress(state.step),
+                state.deltas,
+                draw,
+            )[0]
+
+        def run(params, images):
+            variables = {'params': params, 'batch_stats': state.batch_stats}
+            return problem.replacement.network.apply(variables, images, problem.replacement.network.names, train=False)
+
+        layers = find_layers(run, state.params[NETWORK], images).quantizable
+        seen = {path: {'weights': layer.weights, 'activations': layer.input.shape} for path, layer in layers.items()}
+        shapes = {path: {role: seen[path][role] for role in roles} for path, roles in state.deltas.items()}
+        key = jax.random.fold_in(loss_key, MEASUREMENT)
+        return measure_deltas(problem.replacement.quantization, state.params[QUANTIZERS], shapes, loss, key, settings)
+
+    of_all = replicas.over(measure, (0, None, None, 0, None, None))
+
+    def measure_all(state, partner, arrays, batch, number):
+        draw = problem.draw(state.step.reshape(-1)[0] + number)
+        return of_all(state, partner, arrays, batch, number, draw)
+
+    return replicas.jit(measure_all, (0, None, None, 0, None))

@@ -1,0 +1,40 @@
+"""Quantizes a Flax Linen network from outside: finds its layers, calibrates and applies their quantizers."""
+
+from bqat_jax.transform.calibration import (
+    calibrate,
+    find_signed_inputs,
+    init_quantizers,
+    mean_of_trees,
+)
+from bqat_jax.transform.layers import LAYER_TYPES, WEIGHT_NAME, KernelLayout, Layer, Layers, find_layers
+from bqat_jax.transform.operations import count_macs
+from bqat_jax.transform.quantization import (
+    FULL_PRECISION,
+    ROLES,
+    LayerQuantizers,
+    Quantization,
+    build_quantization,
+    context_of,
+    rescale,
+)
+
+__all__ = [
+    'FULL_PRECISION',
+    'LAYER_TYPES',
+    'ROLES',
+    'WEIGHT_NAME',
+    'KernelLayout',
+    'Layer',
+    'LayerQuantizers',
+    'Layers',
+    'Quantization',
+    'build_quantization',
+    'calibrate',
+    'context_of',
+    'count_macs',
+    'find_layers',
+    'find_signed_inputs',
+    'init_quantizers',
+    'mean_of_trees',
+    'rescale',
+]

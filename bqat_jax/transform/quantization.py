@@ -1,0 +1,231 @@
+"""Quantizes a Flax Linen network from outside, without a change to its layers.
+
+Weights go through a pure function from parameter tree to parameter tree. The input of a layer is fake-quantized as it
+enters the layer, by `flax.linen.intercept_methods`. So the low-precision network shares its code, its parameter names
+and its full-precision weights with the full-precision one.
+
+What the quantizer of a layer's input needs travels to it in the parameter tree, beside the layer's kernel: whatever
+brings the kernel to the layer, be it `nn.scan` or `nn.remat`, brings that too.
+"""
+
+import contextlib
+import dataclasses
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from bqat_jax.quantizers import Quantizer
+from bqat_jax.quantizers.rounding import EVALUATION, Context, Estimator
+from bqat_jax.transform.layers import WEIGHT_NAME, Layer, intercept_layers
+from bqat_jax.transform.rules import LayerSettings
+
+ROLES = ('weights', 'activations')
+# Where in the parameter tree, beside a layer's kernel, the quantizer of its input finds what it needs.
+INPUT_SLOT = 'input_quantizer'
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerQuantizers:
+    """The quantizers of one layer, or of a stack of layers that each have parameters of their own.
+
+    Attributes:
+        weights: of the kernel; None where it stays in full precision.
+        activations: of the input; None where it stays in full precision.
+        layer: what they are quantizers of; its stack leads the axes of the quantizers' parameters.
+        rescale: a way of `rescale`.
+    """
+
+    weights: Quantizer | None
+    activations: Quantizer | None
+    layer: Layer
+    rescale: str = 'none'
+
+    def init_weights(self, kernel: jax.Array) -> dict[str, jax.Array]:
+        """Returns initial parameters of the weights' quantizer."""
+        quantizer: Any = self.weights
+        return self.over_stack(lambda kernel: quantizer.init(self.layer.layout.to_channels_last(kernel)))(kernel)
+
+    def quantize_weights(self, parameters: Any, kernel: jax.Array, context: Context = EVALUATION) -> jax.Array:
+        """Returns the kernel fake-quantized and scaled again, as the layer takes it."""
+        quantizer: Any = self.weights
+
+        def quantize(parameters, kernel, context):
+            weights = self.layer.layout.to_channels_last(kernel)
+            quantized = quantizer.fake_quantize(parameters, weights, _from_slot(context))
+            return self.layer.layout.from_channels_last(rescale(self.rescale, weights, quantized), kernel.shape)
+
+        return self.over_stack(quantize)(parameters, kernel, self.slot(context))
+
+    def slot(self, context: Context) -> dict[str, Any]:
+        """Returns a context as arrays that have the stack's leading axes; randomness differs along them."""
+        found = {'progress': jnp.broadcast_to(jnp.asarray(context.progress, jnp.float32), self.layer.stack)}
+        if context.key is not None:
+            found['key'] = jax.random.split(context.key, self.layer.stack) if self.layer.stack else context.key
+        if context.delta is not None:
+            found['delta'] = jnp.broadcast_to(context.delta, self.layer.stack)
+        return found
+
+    def over_stack(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns the function mapped over the stack's leading axes of all its arguments."""
+        for _ in self.layer.stack:
+            function = jax.vmap(function)
+        return function
+
+
+def _from_slot(slot: Mapping[str, Any]) -> Context:
+    return Context(slot['progress'], slot.get('key'), slot.get('delta'))
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantization:
+    """How a network is quantized: the static half, beside the parameters of the quantizers.
+
+    The parameters are a dict `{layer path: {'weights': {...}, 'activations': {...}}}` without the entries that stay
+    in full precision. An empty `layers` is full precision.
+
+    Attributes:
+        layers: layer path to its quantizers.
+    """
+
+    layers: Mapping[str, LayerQuantizers]
+
+    def quantize_params(self, parameters: Mapping[str, Any], params: Any, context: Context = EVALUATION) -> Any:
+        """Returns the network's parameter tree with its weights fake-quantized, to be used in `quantize_inputs`.
+
+        Args:
+            parameters: parameters of the quantizers.
+            params: the network's 'params' collection, whole.
+            context: of the whole network: its key is folded with every layer's path, and its delta is a dict like
+                `parameters` with a strength for each quantizer whose estimator needs one.
+
+        Returns:
+            The tree, with what the quantizers of the layers' inputs need beside the kernels.
+        """
+        flat: Any = traverse_util.flatten_dict(params, sep='/')
+        for path, layer in self.layers.items():
+            if layer.weights is not None:
+                name, where = f'{path}/{WEIGHT_NAME}', context_of(context, path, 'weights', layer.weights)
+                flat[name] = layer.quantize_weights(parameters[path]['weights'], flat[name], where)
+            if layer.activations is not None:
+                where = context_of(context, path, 'activations', layer.activations)
+                flat[f'{path}/{INPUT_SLOT}'] = {'parameters': parameters[path]['activations'], **layer.slot(where)}
+        return traverse_util.unflatten_dict(flat, sep='/')
+
+    def quantize_inputs(self) -> contextlib.AbstractContextManager:
+        """Returns a context in which the input of every layer that has a quantizer for it is fake-quantized.
+
+        The network must be given parameters from `quantize_params`.
+        """
+
+        def quantize(call, module, path, x, args, kwargs):
+            layer = self.layers.get(path)
+            if layer is None or layer.activations is None:
+                return call(x)
+            slot = module.get_variable('params', INPUT_SLOT)
+            if slot is None:
+                raise ValueError(
+                    f'The layer {path} has a quantizer for its input but no parameters for it: run the network with '
+                    'the parameters that `quantize_params` returns.'
+                )
+            return call(layer.activations.fake_quantize(slot['parameters'], x, _from_slot(slot)))
+
+        return intercept_layers(quantize)
+
+    def quantizers(self) -> Iterable[tuple[str, str, Quantizer]]:
+        """Yields (layer path, role, quantizer) for every quantizer."""
+        for path, layer in self.layers.items():
+            for role in ROLES:
+                if getattr(layer, role) is not None:
+                    yield path, role, getattr(layer, role)
+
+    def constrain(self, new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns `new`, quantizer parameters after an optimizer step from `old`, with every scale kept positive."""
+        return {
+            path: {
+                role: getattr(self.layers[path], role).constrain(new_parameters, old[path][role])
+                for role, new_parameters in roles.items()
+            }
+            for path, roles in new.items()
+        }
+
+    def bits(self, role: str) -> tuple[int, ...]:
+        """The number of bits of each quantized layer, for role 'weights' or 'activations'."""
+        quantizers = [getattr(layer, role) for layer in self.layers.values()]
+        return tuple(quantizer.bits for quantizer in quantizers if quantizer is not None)
+
+
+FULL_PRECISION = Quantization({})
+
+
+def context_of(context: Context, path: str, role: str, quantizer: Quantizer) -> Context:
+    """Returns the context of one quantizer, with randomness and a strength of its own; see `quantize_params`."""
+    estimator, key, delta = quantizer.estimator, None, None
+    # An estimator that rounds as all do draws nothing.
+    if context.key is not None and type(estimator).round is not Estimator.round:
+        key = jax.random.fold_in(context.key, zlib.crc32(f'{path}/{role}'.encode()))
+    if context.delta is not None and estimator.needs_delta:
+        delta = context.delta[path][role]
+    return context._replace(key=key, delta=delta)
+
+
+def rescale(how: str, weights: jax.Array, quantized: jax.Array) -> jax.Array:
+    """Returns quantized weights scaled again, so that their size suits training (SAT; Jin et al., arXiv 1912.10207).
+
+        'constant': w_q / (sqrt(n_out · k²) · std(w_q)), the size of a fresh initialisation
+        'stddev':   w_q · std(w) / std(w_q), the size of the unquantized weights
+
+    Standard deviations have no gradient. It matters where no batch norm follows.
+
+    Args:
+        how: 'none', 'constant' or 'stddev'.
+        weights: the unquantized weights, output channels last.
+        quantized: the quantized ones; what has no spread stays as it is.
+    """
+    if how == 'none':
+        return quantized
+    spread = jnp.std(jax.lax.stop_gradient(quantized).astype(jnp.float32))
+    if how == 'constant':
+        target = jnp.float32((weights.size // weights.shape[-2]) ** -0.5)
+    else:
+        target = jnp.std(jax.lax.stop_gradient(weights).astype(jnp.float32))
+    factor = jnp.where(spread > 0, target / jnp.where(spread > 0, spread, 1.0), 1.0)
+    return (quantized.astype(jnp.float32) * factor).astype(quantized.dtype)
+
+
+def build_quantization(
+    layers: Mapping[str, Layer], settings: Mapping[str, LayerSettings], signed_inputs: Mapping[str, bool]
+) -> Quantization:
+    """Returns the quantizers that the settings ask for.
+
+    Args:
+        layers: what `find_layers` found.
+        settings: the layers' settings.
+        signed_inputs: for every layer whose input is quantized, whether it needs negative numbers.
+
+    Raises:
+        ValueError: if a layer's quantizer is not defined for it; the layer is named.
+    """
+    found = {}
+    for path, layer in settings.items():
+        weights = activations = None
+        try:
+            if layer.weights is not None:
+                weights = layer.weights.make(of_weights=True, signed=True)
+            if layer.activations is not None:
+                activations = layer.activations.make(of_weights=False, signed=signed_inputs[path])
+            for quantizer in (weights, activations):
+                if quantizer is not None and quantizer.estimator.needs_delta and layers[path].stack:
+                    raise ValueError(
+                        f'the estimator {quantizer.estimator.name!r} measures its strength for single layers, and '
+                        'these are stacked.'
+                    )
+        except ValueError as error:
+            raise ValueError(f'Layer {path}: {error} A rule in quant.rules can give this layer another one.') from error
+        if weights is not None or activations is not None:
+            scaling = layer.weights.rescale if layer.weights is not None else 'none'
+            found[path] = LayerQuantizers(weights, activations, layers[path], scaling)
+    return Quantization(found)

@@ -1,0 +1,186 @@
+"""Path rules: which layer gets which quantizer.
+
+Defaults apply to every layer; rules change them for the layers whose path they match. The first rule that matches a
+layer wins. A rule is a dict:
+
+    {'layers': 'stem/.*', 'weights': {'bits': 8}, 'activations': 'none'}
+
+`layers` is a regular expression that must match the whole path; `weights` and `activations` are either the settings to
+change or 'none' for full precision.
+"""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bqat_jax.quantizers import QUANTIZERS, Quantizer
+from bqat_jax.quantizers.estimators import get_estimator
+
+NO_QUANTIZER = 'none'
+GRANULARITIES = ('auto', 'tensor', 'channel')
+SIGNS = ('auto', 'signed', 'unsigned')
+RESCALINGS = ('none', 'constant', 'stddev')
+OUTPUT_CHANNEL_AXIS = -1
+BATCH_AXIS = 0
+NOT_OF = {'weights': ('sign',), 'activations': ('granularity', 'rescale')}
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizerSettings:
+    """What a config says of one quantizer.
+
+    Attributes:
+        name: the quantizer and its options, such as 'lsq' or 'lsq:narrow=true', or 'none' for full precision.
+        bits: number of bits.
+        estimator: the gradient estimator and its options, such as 'ewgs:delta=0.1'.
+        granularity: 'tensor' for one scale, 'channel' for one per output channel, 'auto' for what the quantizer's paper
+            uses (weights only).
+        sign: 'signed', 'unsigned', or 'auto': unsigned where the layer's input was never negative during calibration
+            (weights are always signed).
+        rescale: how quantized weights are scaled again, see `bqat_jax.transform.rescale` (weights only).
+
+    Raises:
+        ValueError: for a value that no quantizer, estimator or grid has.
+    """
+
+    name: str
+    bits: int
+    estimator: str
+    granularity: str = 'auto'
+    sign: str = 'auto'
+    rescale: str = 'none'
+
+    def __post_init__(self):
+        if self.name == NO_QUANTIZER:
+            return
+        known = (('granularity', GRANULARITIES), ('sign', SIGNS), ('rescale', RESCALINGS))
+        for key, allowed in known:
+            if getattr(self, key) not in allowed:
+                raise ValueError(f'{key}={getattr(self, key)!r}: it must be one of {", ".join(allowed)}.')
+
+    def make(self, *, of_weights: bool, signed: bool) -> Quantizer:
+        """Returns the quantizer.
+
+        Args:
+            of_weights: whether it is one of weights, or else of activations.
+            signed: whether values can be negative.
+
+        Raises:
+            ValueError: if there is no such quantizer or estimator, or the two are not defined for each other or for
+            this.
+        """
+        channel_axis = None
+        if of_weights:
+            by_default = QUANTIZERS.get(self.name.partition(':')[0]).channel_by_default
+            if self.granularity == 'channel' or (self.granularity == 'auto' and by_default):
+                channel_axis = OUTPUT_CHANNEL_AXIS
+        return QUANTIZERS.make(
+            self.name,
+            bits=self.bits,
+            signed=signed,
+            channel_axis=channel_axis,
+            batch_axis=None if of_weights else BATCH_AXIS,
+            estimator=get_estimator(self.estimator),
+        )
+
+    def check(self, *, of_weights: bool) -> None:
+        """Raises what `make` raises for every sign that there may be."""
+        signs = {'signed': [True], 'unsigned': [False], 'auto': [False, True]}
+        errors = []
+        for signed in [True] if of_weights else signs[self.sign]:
+            try:
+                self.make(of_weights=of_weights, signed=signed)
+                return
+            except ValueError as error:
+                errors.append(error)
+        raise errors[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSettings:
+    """The settings of one layer: of its weights and of its input; None where it stays in full precision."""
+
+    weights: QuantizerSettings | None
+    activations: QuantizerSettings | None
+
+
+def assign_quantizers(
+    paths: Sequence[str],
+    weights: Mapping[str, Any],
+    activations: Mapping[str, Any],
+    rules: Sequence[Mapping[str, Any]],
+) -> dict[str, LayerSettings]:
+    """Returns the settings of every layer.
+
+    Args:
+        paths: the layers' paths, such as 'stage1_block1/conv1'.
+        weights: default settings of the weights' quantizer, the fields of `QuantizerSettings`.
+        activations: default settings of the quantizer of the layer's input.
+        rules: what differs, and where; the first rule that matches a layer wins.
+
+    Raises:
+        ValueError: for a rule that is not understood, or that applies to no layer, and for settings that do not exist.
+    """
+    compiled = [_parse_rule(rule) for rule in rules]
+    used = [False] * len(compiled)
+    settings = {}
+    for path in paths:
+        changes: dict[str, Any] = {}
+        for number, (pattern, rule_changes) in enumerate(compiled):
+            if pattern.fullmatch(path):
+                used[number], changes = True, rule_changes
+                break
+        settings[path] = LayerSettings(
+            weights=_settings('weights', weights, changes.get('weights', {})),
+            activations=_settings('activations', activations, changes.get('activations', {})),
+        )
+    for (pattern, _), was_used in zip(compiled, used, strict=True):
+        if not was_used:
+            shadowed = [path for path in paths if pattern.fullmatch(path)]
+            why = (
+                f'every layer it matches ({", ".join(shadowed)}) is matched by an earlier rule'
+                if shadowed
+                else f'no layer has a path that it matches whole; the paths are: {", ".join(paths)}'
+            )
+            raise ValueError(f'The quantization rule for layers {pattern.pattern!r} applies to nothing: {why}.')
+    return settings
+
+
+def _parse_rule(rule: Mapping[str, Any]) -> tuple[re.Pattern, dict[str, Any]]:
+    if not isinstance(rule, Mapping) or 'layers' not in rule:
+        raise ValueError(
+            f"The quantization rule {rule!r} is not understood: write it as {{'layers': 'a regular expression', "
+            "'weights': {...} or 'none', 'activations': {...} or 'none'}."
+        )
+    _check_keys(rule, ('layers', 'weights', 'activations'), f'The quantization rule {dict(rule)!r}')
+    try:
+        pattern = re.compile(rule['layers'])
+    except (re.error, TypeError) as error:
+        raise ValueError(f'{rule["layers"]!r} in a quantization rule is not a regular expression: {error}.') from error
+    return pattern, {key: value for key, value in rule.items() if key != 'layers'}
+
+
+def _settings(role: str, defaults: Mapping[str, Any], changes: Mapping[str, Any] | str) -> QuantizerSettings | None:
+    if changes == NO_QUANTIZER:
+        return None
+    if not isinstance(changes, Mapping):
+        raise ValueError(f"{role}={changes!r} in a quantization rule: write 'none' or a dict of settings.")
+    fields = [field.name for field in dataclasses.fields(QuantizerSettings)]
+    # The sign of weights is no choice, and a layer's input has no output channels and is not scaled again.
+    fields = [field for field in fields if field not in NOT_OF[role]]
+    _check_keys({**defaults, **changes}, fields, f'A quantizer of {role}')
+    settings = QuantizerSettings(**{**defaults, **changes})
+    if settings.name == NO_QUANTIZER:
+        return None
+    settings.check(of_weights=role == 'weights')
+    return settings
+
+
+def _check_keys(given: Mapping[str, Any], known: Sequence[str], what: str) -> None:
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f' Did you mean {near[0]!r}?' if near else ''
+            raise ValueError(f'{what} has a key {key!r} that is not known; there are: {", ".join(known)}.{hint}')

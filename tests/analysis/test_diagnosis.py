@@ -1,0 +1,148 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bqat_jax.analysis.measurement import (
+    DiagnosisSettings,
+    measure_features,
+    measure_gradients,
+    measure_oscillations,
+    measure_quantizers,
+)
+from bqat_jax.analysis.measures import decibels, linear_cka, products, relative_error
+from bqat_jax.experiment.configuration import optimizer_config
+from bqat_jax.experiment.experiment import blocks_of_layers
+from bqat_jax.training.optimizer import make_optimizer
+from bqat_jax.training.step import init_state
+from tests.training.test_step import NETWORK, VARIABLES, in_full_precision, make_problem
+
+X, Y = (jax.random.normal(jax.random.key(i), (40, 4, 3)) for i in range(2))
+BLOCKS = blocks_of_layers(NETWORK, VARIABLES, (8, 8, 1))
+KEYS = jax.random.split(jax.random.key(2), 3)
+BATCHES = [(jax.random.normal(key, (32, 8, 8, 1)), jax.random.randint(key, (32,), 0, 10)) for key in KEYS]
+
+
+def state_of(problem, quantizers):
+    optimizer, _ = make_optimizer(optimizer_config(), 5, 0)
+    params = {'network': VARIABLES['params'], 'quantizers': quantizers}
+    return init_state(problem, jax.random.key(0), params, VARIABLES['batch_stats'], optimizer)
+
+
+def test_vectors_are_compared_as_in_numpy():
+    x, y = np.asarray(X, np.float64).ravel(), np.asarray(Y, np.float64).ravel()
+    found = products(X, Y)
+    np.testing.assert_allclose(found.cosine, x @ y / np.linalg.norm(x) / np.linalg.norm(y), rtol=1e-4)
+    np.testing.assert_allclose(found.relative_norm, np.linalg.norm(x) / np.linalg.norm(y), rtol=1e-5)
+    np.testing.assert_allclose(relative_error(X, Y), np.linalg.norm(x - y) / np.linalg.norm(y), rtol=1e-5)
+    assert float(products(X, jnp.zeros_like(X)).cosine) == 0
+    np.testing.assert_allclose(decibels(jnp.float32(1000), jnp.float32(1)), 30, rtol=1e-6)
+
+
+def test_cka_is_that_of_the_features():
+    x, y = (np.asarray(v, np.float64).reshape(40, -1) for v in (X, Y))
+    x, y = x - x.mean(0), y - y.mean(0)
+    expected = np.sum((y.T @ x) ** 2) / np.linalg.norm(x.T @ x) / np.linalg.norm(y.T @ y)
+    np.testing.assert_allclose(linear_cka(X, Y), expected, rtol=1e-4)
+    rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(12, 12)))[0].astype(np.float32)
+    turned = 3 * X.reshape(40, 12) @ rotation + 1
+    np.testing.assert_allclose(linear_cka(X, turned), 1, rtol=1e-5)
+
+
+def test_without_quantizers_all_gradients_are_the_same():
+    problem = in_full_precision(make_problem('none', distillation=0.0)[0])
+    found = measure_gradients(problem, state_of(problem, {}), VARIABLES, BATCHES, BLOCKS, samples=2)
+    for loss in ('lp', 'full'):
+        assert list(found[loss]['layers']) == list(BLOCKS)
+        assert list(found[loss]['blocks']) == ['stem', 'block 1', 'block 2', 'block 3', 'head']
+        for measures in (*found[loss]['layers'].values(), *found[loss]['blocks'].values()):
+            for reference in ('full_precision', 'smoothed'):
+                np.testing.assert_allclose(measures[f'cosine_to_{reference}'], 1, rtol=1e-4)
+                np.testing.assert_allclose(measures[f'relative_norm_to_{reference}'], 1, rtol=1e-4)
+            assert measures['variance'] > 0
+    assert found['lp']['layers']['head/dense'] == pytest.approx(found['lp']['blocks']['head'])
+
+
+def test_the_variance_over_batches_is_that_of_numpy():
+    problem = in_full_precision(make_problem('none', distillation=0.0)[0])
+    state = state_of(problem, {})
+    found = measure_gradients(problem, state, VARIABLES, BATCHES, BLOCKS, samples=1)
+    loss = problem.replacement.loss
+
+    def gradient(images, labels):
+        key = jax.random.key(0)
+        return jax.grad(lambda p: loss(p, {}, state.batch_stats, None, images, labels, key)[0])(VARIABLES['params'])
+
+    kernels = [np.asarray(jax.jit(gradient)(*batch)['stage2_block1']['conv1']['kernel']) for batch in BATCHES]
+    mean = np.mean(kernels, axis=0)
+    expected = sum(np.sum((kernel - mean) ** 2) for kernel in kernels) / 2 / np.sum(mean**2)
+    np.testing.assert_allclose(found['lp']['layers']['stage2_block1/conv1']['variance'], expected, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_two_bits_leave_less_of_the_gradient_than_eight():
+    cosines = []
+    for bits in (2, 8):
+        problem, quantizers = make_problem('prefix', bits=bits)
+        found = measure_gradients(problem, state_of(problem, quantizers), VARIABLES, BATCHES[:2], BLOCKS, samples=2)
+        cosines.append(found['lp']['blocks']['block 2'])
+        assert found['full']['blocks']['block 2']['relative_norm_to_full_precision'] > 0
+    for reference in ('full_precision', 'smoothed'):
+        low, high = (measures[f'cosine_to_{reference}'] for measures in cosines)
+        assert low < high and high > 0.8
+
+
+def test_features_of_the_same_network_are_the_same():
+    problem = in_full_precision(make_problem('none')[0])
+    found = measure_features(problem, state_of(problem, {}), VARIABLES, BATCHES[:1])
+    assert list(found) == ['block 1', 'block 2', 'block 3']
+    for measures in found.values():
+        assert measures == {'cka': pytest.approx(1, abs=1e-5), 'relative_error': 0}
+    problem, quantizers = make_problem('none', bits=2)
+    low = measure_features(problem, state_of(problem, quantizers), VARIABLES, BATCHES[:1])
+    assert all(measures['cka'] < 1 and measures['relative_error'] > 0.1 for measures in low.values())
+
+
+def test_noise_and_clipping_are_those_of_numpy():
+    problem, quantizers = make_problem('none', bits=3)
+    found = measure_quantizers(problem, state_of(problem, quantizers), BATCHES)
+    assert list(found) == list(BLOCKS)
+    kernel = np.asarray(VARIABLES['params']['stage1_block1']['conv2']['kernel'], np.float64)
+    step = float(quantizers['stage1_block1/conv2']['weights']['step_size'])
+    noise = np.sum((kernel - step * np.clip(np.rint(kernel / step), -4, 3)) ** 2)
+    measures = found['stage1_block1/conv2']['weights']
+    np.testing.assert_allclose(measures['snr'], 10 * np.log10(np.sum(kernel**2) / noise), rtol=1e-3)
+    assert measures['clipped'] == pytest.approx(np.mean((kernel / step < -4) | (kernel / step > 3)), abs=1e-6)
+    images = np.concatenate([np.asarray(images, np.float64) for images, _ in BATCHES])  # the first layer's input
+    step = float(quantizers['stem/conv']['activations']['step_size'])
+    noise = np.sum((images - step * np.clip(np.rint(images / step), -4, 3)) ** 2)
+    measures = found['stem/conv']['activations']
+    np.testing.assert_allclose(measures['snr'], 10 * np.log10(np.sum(images**2) / noise), rtol=1e-3)
+    assert measures['clipped'] == pytest.approx(np.mean((images / step < -4) | (images / step > 3)), abs=1e-6)
+
+
+def test_weights_that_go_back_are_counted_and_others_are_not():
+    problem, quantizers = make_problem('none', bits=2)
+    name, step = 'stage1_block1', quantizers['stage1_block1/conv1']['weights']['step_size']
+    moves = [0.0, 1.0, 0.0, 0.0, 0.0]  # of the first ten weights, in steps; the next ten only go up
+
+    def move(state, partner, arrays, number):
+        params = jax.tree.map(jnp.copy, state.params)
+        kernel = jnp.zeros_like(params['network'][name]['conv1']['kernel']).reshape(-1)
+        kernel = kernel.at[:10].set(moves[number] * step).at[10:20].set(min(number, 1) * step)
+        shape = params['network'][name]['conv1']['kernel'].shape
+        params['network'][name]['conv1']['kernel'] = kernel.reshape(shape)
+        return state.replace(params=params), {}
+
+    state = state_of(problem, quantizers)
+    state, _ = move(state, None, None, 0)
+    found = measure_oscillations(problem, move, state, VARIABLES, None, range(1, 5))
+    size = VARIABLES['params'][name]['conv1']['kernel'].size
+    assert found['stage1_block1/conv1'] == pytest.approx(10 / size)
+    assert found['stage1_block1/conv2'] == 0
+
+
+@pytest.mark.parametrize(('name', 'value'), [('batches', 1), ('samples', 0), ('oscillation_steps', -1)])
+def test_settings_that_cannot_work_are_refused(name, value):
+    with pytest.raises(ValueError, match=f'diagnosis.{name}'):
+        DiagnosisSettings(**{'batches': 2, 'samples': 1, 'oscillation_steps': 0, name: value})

@@ -1,0 +1,96 @@
+import importlib.util
+import json
+
+import ml_collections
+import pytest
+
+from bqat_jax.errors import UserError
+from bqat_jax.experiment.configuration import (
+    base_config,
+    changed_keys,
+    check_resumable,
+    duration,
+    parse_argument,
+    to_plain,
+)
+from tests.conftest import ROOT
+
+RECIPES = sorted((ROOT / 'configs').glob('*.py'))
+
+
+def load_recipe(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def keys_of(config, prefix=''):
+    for key, value in config.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            yield from keys_of(value, f'{prefix}{key}.')
+        else:
+            yield prefix + key
+
+
+@pytest.mark.parametrize('path', RECIPES, ids=lambda path: path.stem)
+def test_recipes_use_no_key_but_the_known_and_take_arguments(path):
+    recipe = load_recipe(path)
+    keys, known = (
+        {key for key in keys_of(config) if not key.startswith('network.')}  # test_configs.py looks at these
+        for config in (recipe.get_config(), base_config())
+    )
+    assert keys == known
+    config = recipe.get_config('bits=3,plan=none')
+    assert config.quant.weights.bits == config.quant.activations.bits == 3
+    assert config.replacement.plan == 'none'
+    assert 'Command: python main.py' in recipe.__doc__
+    with pytest.raises(UserError, match="Did you mean 'bits'"):
+        recipe.get_config('bit=3')
+
+
+def test_arguments_are_typed():
+    values = parse_argument('bits=4,rate=1e-3,flag=true,plan=x', bits=2, rate=0.1, flag=False, plan='y', other=7)
+    assert (values.bits, values.rate, values.flag, values.plan, values.other) == (4, 1e-3, True, 'x', 7)
+    assert parse_argument(None, bits=2).bits == 2
+    assert parse_argument('', bits=2).bits == 2
+    for argument, message in (('bits=two', 'type int'), ('bits', 'no value'), ('flag=yes', 'type bool')):
+        with pytest.raises(UserError, match=message):
+            parse_argument(argument, bits=2, flag=False)
+
+
+def test_steps_count_where_both_are_given():
+    section = ml_collections.ConfigDict({'steps': None, 'epochs': 2.5, 'warmup_steps': 3, 'warmup_epochs': 100.0})
+    assert duration(section, '', 10.0) == 25
+    assert duration(section, 'warmup_', 10.0) == 3
+    section.steps = 0
+    assert duration(section, '', 10.0) == 0
+    section.steps = -1
+    with pytest.raises(UserError, match='negative'):
+        duration(section, '', 10.0)
+
+
+def test_a_config_survives_json():
+    plain = to_plain(base_config())
+    assert json.loads(json.dumps(plain)) == plain
+    assert changed_keys(plain, to_plain(base_config())) == []
+
+
+def test_only_safe_keys_may_change(tmp_path):
+    old, new = base_config(), base_config()
+    new.data.dir, new.checkpoint.keep, new.mesh.data = 'elsewhere', 5, 2
+    check_resumable(to_plain(old), to_plain(new), tmp_path)
+    new.optimizer.learning_rate = 0.5
+    new.quant.rules = ()
+    with pytest.raises(UserError) as error:
+        check_resumable(to_plain(old), to_plain(new), tmp_path)
+    assert 'optimizer.learning_rate: 0.1 -> 0.5' in str(error.value)
+    assert 'quant.rules' in str(error.value)
+    assert 'data.dir:' not in str(error.value)
+
+
+def test_a_key_that_came_or_went_is_a_change(tmp_path):
+    old = to_plain(base_config())
+    new = {**old, 'extra': None}
+    with pytest.raises(UserError, match='extra'):
+        check_resumable(old, new, tmp_path)

@@ -1,0 +1,42 @@
+import io
+import json
+
+import rich.console
+
+from bqat_jax.experiment.metrics import Recorder
+
+
+def record(workdir, phase, start, steps, total=10, terminal=False):
+    console = rich.console.Console(file=io.StringIO(), force_terminal=terminal, width=120)
+    with Recorder(workdir, phase, start, total, console) as recorder:
+        for step in steps:
+            recorder.record(step, {'loss': 1.0 / step, 'images_per_second': 100.0})
+    return console.file.getvalue()
+
+
+def read(workdir):
+    return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+
+
+def test_one_object_per_step_and_events_beside_them(tmp_path):
+    shown = record(tmp_path, 'train', 0, [5, 10])
+    assert read(tmp_path)[1] == {'phase': 'train', 'step': 10, 'loss': 0.1, 'images_per_second': 100.0}
+    assert list((tmp_path / 'tensorboard' / 'train').glob('events*'))
+    assert shown.splitlines()[0].startswith('train 5/10  loss 0.2  100 images/s  left ')
+    assert shown.splitlines()[1].endswith('left 0 s')
+
+
+def test_a_terminal_gets_a_bar(tmp_path):
+    shown = record(tmp_path, 'train', 0, [5, 10], terminal=True)
+    assert '10/10' in shown and 'loss 0.1' in shown
+
+
+def test_what_is_done_again_is_recorded_once(tmp_path):
+    record(tmp_path, 'pretrain', 0, [5, 10])
+    record(tmp_path, 'train', 0, [2, 4, 6])
+    with (tmp_path / 'metrics.jsonl').open('a') as file:
+        file.write('{"phase": "train", "st')  # killed while writing
+    record(tmp_path, 'train', 4, [6, 8])
+    assert [(entry['phase'], entry['step']) for entry in read(tmp_path)] == [
+        ('pretrain', 5), ('pretrain', 10), ('train', 2), ('train', 4), ('train', 6), ('train', 8),
+    ]  # fmt: skip

@@ -1,0 +1,408 @@
+"""Whole runs on the digits, shortened."""
+
+import json
+import os
+import signal
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+
+from bqat_jax.distributed.preemption import Stopped
+from bqat_jax.errors import UserError
+from bqat_jax.experiment.checkpoints import Checkpoints
+from bqat_jax.experiment.loop import Phase
+from bqat_jax.experiment.run import diagnose_run, evaluate_run, import_partner, summarize_network, train
+from bqat_jax.storage import read_json
+from tests.conftest import ROOT
+from tests.experiment.test_configuration import load_recipe
+
+DIGITS = load_recipe(ROOT / 'configs' / 'digits.py')
+
+
+def shortened(digits_dir):
+    """The digits recipe, small and short."""
+    config = DIGITS.get_config()
+    config.data.dir = digits_dir
+    config.network.width = 4
+    config.train.steps, config.train.batch_size, config.train.log_every_steps = 12, 32, 4
+    config.partner.steps = 12
+    config.partner.optimizer.warmup_steps = 2
+    config.checkpoint.every_steps = 4
+    return config
+
+
+@pytest.fixture
+def config(digits_dir):
+    return shortened(digits_dir)
+
+
+@pytest.fixture(scope='module')
+def finished(digits_dir, tmp_path_factory):
+    """A finished run: its config, workdir and result."""
+    config = shortened(digits_dir)
+    workdir = tmp_path_factory.mktemp('run')
+    return config, workdir, train(config, workdir, name='digits', overrides={'train.steps': 12})
+
+
+def last_state(workdir):
+    """The arrays of the newest checkpoint, by path."""
+    with Checkpoints(workdir / 'checkpoints', keep=2, has_scores=True, read_only=True) as checkpoints:
+        step = checkpoints.latest_step
+        tree = checkpoints._manager.restore(step)['state']
+
+    def plain(leaf):
+        is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
+
+    return step, jax.tree.map(plain, tree)
+
+
+def metrics_of(workdir):
+    return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+
+
+def test_leaves_what_the_readme_says(finished):
+    _config, workdir, result = finished
+    assert json.loads((workdir / 'result.json').read_text()) == result
+    for key in ('fp_top1', 'top1', 'weight_bits', 'activation_bits', 'plan', 'seed', 'steps', 'seconds'):
+        assert key in result
+    assert result['examples_evaluated'] == 360 and result['steps'] == 12
+    assert 0 <= result['top1'] <= 1 and 0 <= result['fp_top1'] <= 1
+    assert json.loads((workdir / 'config.json').read_text())['train']['steps'] == 12
+    environment = json.loads((workdir / 'environment.json').read_text())
+    assert environment['overrides'] == {'train.steps': 12} and environment['versions']['jax'] == jax.__version__
+    quantizers = json.loads((workdir / 'quantizers.json').read_text())
+    assert quantizers['stem/conv']['activations'] == {
+        'name': 'lsq', 'bits': 8, 'signed': True, 'granularity': 'tensor', 'estimator': 'identity',
+    }  # fmt: skip
+    assert quantizers['stage2_block1/conv1']['activations']['signed'] is False
+    assert quantizers['head/dense']['weights']['bits'] == 8
+    assert list((workdir / 'tensorboard').rglob('events*')) and (workdir / 'checkpoints' / '12').is_dir()
+    logged = [entry for entry in metrics_of(workdir) if entry['phase'] == 'train' and 'loss' in entry]
+    assert [entry['step'] for entry in logged] == [4, 8, 12]
+    losses = {'loss/cross_entropy', 'loss/distillation', 'loss/path1_cross_entropy', 'loss/path2_distillation'}
+    assert losses | {'learning_rate', 'l2_gradients', 'l2_params', 'l2_updates', 'images_per_second'} <= set(logged[-1])
+
+
+def test_evaluating_gives_the_same_numbers(finished):
+    config, workdir, result = finished
+    found = evaluate_run(config, workdir)
+    for key in ('top1', 'fp_top1', 'examples_evaluated', 'checkpoint_step'):
+        assert found[key] == result[key]
+    assert json.loads((workdir / 'evaluation.json').read_text()) == found
+
+
+def test_running_a_finished_run_again_changes_nothing(finished):
+    config, workdir, result = finished
+    before = metrics_of(workdir)
+    assert train(config, workdir, name='digits') == result
+    assert metrics_of(workdir) == before
+
+
+def test_another_config_is_refused(finished):
+    config, workdir, _ = finished
+    other = config.copy_and_resolve_references()
+    other.optimizer.learning_rate = 0.5
+    for function in (lambda: train(other, workdir, name='digits'), lambda: evaluate_run(other, workdir)):
+        with pytest.raises(UserError, match=r'optimizer.learning_rate: 0.02 -> 0.5'):
+            function()
+
+
+def test_the_partner_of_another_run_is_taken_with_its_normalisation(finished, config, tmp_path):
+    _, workdir, result = finished
+    config.partner.workdir = str(workdir)
+    config.data.mean = (0.0,)
+    found = train(config, tmp_path / 'run', name='digits')
+    assert found['fp_top1'] == result['fp_top1'] and found['partner'] == f'workdir {workdir}'
+    assert not any(entry['phase'] == 'pretrain' for entry in metrics_of(tmp_path / 'run'))
+    config.network.width = 8
+    with pytest.raises(UserError, match='width: 4 -> 8'):
+        train(config, tmp_path / 'other', name='digits')
+
+
+def test_streamed_data_gives_the_same_run(finished, config, tmp_path):
+    _, workdir, _ = finished
+    config.data.on_device = False
+    train(config, tmp_path / 'run', name='digits')
+    (step, streamed), (expected_step, expected) = last_state(tmp_path / 'run'), last_state(workdir)
+    assert step == expected_step == 12
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), streamed, expected)
+
+
+def test_without_a_validation_split_the_last_checkpoint_counts(config, finished, tmp_path):
+    config.partner.workdir = str(finished[1])
+    config.data.validation_fraction = 0.0
+    config.replacement.plan = 'prefix_sampled'
+    result = train(config, tmp_path / 'run', name='digits')
+    assert result['checkpoint_step'] == 12 and 'validation_top1' not in result
+
+
+def test_plain_qat_needs_no_teacher(config, finished, tmp_path):
+    config.partner.workdir = str(finished[1])
+    config.replacement.plan, config.replacement.distillation = 'none', 0.0
+    train(config, tmp_path / 'run', name='digits')
+    logged = [entry for entry in metrics_of(tmp_path / 'run') if 'loss' in entry]
+    assert all(not any('distillation' in name for name in entry) for entry in logged)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(config, finished, tmp_path):
+    config.partner.workdir = str(finished[1])
+    config.optimizer.learning_rate = 1e30
+    with pytest.raises(UserError) as error:
+        train(config, tmp_path / 'run', name='digits')
+    message = str(error.value)
+    assert 'NaN or infinite in step' in message and 'last good checkpoint is that of step 0' in message
+    assert 'clip_norm' in message
+    assert [path.name for path in (tmp_path / 'run' / 'checkpoints').iterdir()] == ['0']
+
+
+def test_oscillating_weights_are_dampened_frozen_and_their_statistics_estimated_anew(config, finished, tmp_path):
+    config.partner.workdir = str(finished[1])
+    config.quant.oscillations.dampening, config.quant.oscillations.freezing = 0.1, True
+    config.quant.oscillations.freezing_momentum, config.quant.oscillations.freezing_first_threshold = 0.5, 0.2
+    config.quant.reestimation_batches = 2
+    config.optimizer.learning_rate = 0.2
+    result = train(config, tmp_path / 'run', name='digits')
+    logged = [entry for entry in metrics_of(tmp_path / 'run') if 'loss' in entry]
+    frozen = [entry['frozen_weights'] for entry in logged]
+    assert frozen == sorted(frozen) and 0 < frozen[-1] < 1 and 0 <= logged[0]['oscillating_weights'] <= 1
+    assert logged[0]['loss/dampening'] >= 0 and logged[-1]['loss/dampening'] > 0
+    assert evaluate_run(config, tmp_path / 'run')['top1'] == result['top1']
+    config.quant.reestimation_batches = 0
+    with pytest.raises(UserError, match='reestimation_batches: 2 -> 0'):
+        evaluate_run(config, tmp_path / 'run')
+
+
+def test_a_layer_that_does_not_suit_its_quantizer_is_named(config, finished, tmp_path):
+    config.partner.workdir = str(finished[1])
+    config.quant.activations.name = 'n2uq'
+    config.quant.rules = ()
+    with pytest.raises(UserError, match=r'Layer stem/conv: The quantizer .n2uq.*outputs begin at zero'):
+        train(config, tmp_path / 'run', name='digits')
+
+
+def test_zero_steps_evaluate_the_calibrated_network(config, finished, tmp_path):
+    config.partner.workdir = str(finished[1])
+    config.train.steps = 0
+    result = train(config, tmp_path / 'run', name='digits')
+    assert result['checkpoint_step'] == 0 and result['examples_evaluated'] == 360
+
+
+@pytest.mark.parametrize(
+    ('key', 'value', 'message'),
+    [
+        ('replacement.plan', 'prefx', 'none, prefix, single'),
+        ('replacement.cut', 'layer', 'stage, block'),
+        ('replacement.cut', 'stage2_block1,stage1_block1', 'in this order'),
+        ('replacement.probability', 'liner', "Did you mean 'linear'"),
+        ('replacement.weights_schedule', 'constant:value=-1', 'negative'),
+        ('replacement.path_teaching', -1.0, 'path_teaching'),
+        ('train.replicas', 0, 'train.replicas=0'),
+        ('diagnosis.batches', 1, 'diagnosis.batches=1'),
+        ('data.train_examples', 0, '1 to 1437'),
+        ('replacement.weights', 'half', 'halving, uniform, mean'),
+        ('replacement.temperature', 0.0, 'temperature'),
+        ('network.depth', 9, '6n'),
+        ('network.name', 'resnett', 'cifar_resnet'),
+        ('quant.weights.bits', 9, 'bits=9'),
+        ('quant.weights.name', 'lsqq', 'lsqq'),
+        ('quant.activations.estimator', 'ste', 'identity'),
+        ('quant.weights.estimator', 'ewgs:delt=1', "Did you mean 'delta'"),
+        ('quant.weights.estimator', 'reste', 'two levels'),
+        ('quant.weights.name', 'sawbb', "Did you mean 'sawb'"),
+        ('quant.weights.rescale', 'sat', 'constant'),
+        ('quant.activations.name', 'sawb', 'depend on its batch'),
+        ('quant.trace.batches', 0, 'quant.trace.batches=0'),
+        ('quant.oscillations.dampening', -1.0, 'quant.oscillations.dampening=-1.0'),
+        ('quant.reestimation_batches', -1, 'reestimation_batches'),
+        ('optimizer.name', 'adam', 'sgd, adamw'),
+        ('partner.optimizer.name', 'adam', 'sgd, adamw'),
+        ('network.shortcut', 'C', 'A, B'),
+        ('network.dtype', 'float16', 'bfloat16'),
+        ('plugins', 'absent.py', 'there is no file absent.py'),
+        ('quant.rules', ({'layers': 'stm/conv', 'weights': 'none'},), 'stem/conv'),
+        ('data.mean', (0.1, 0.2), '1 channels'),
+        ('data.name', 'digitz', 'no dataset'),
+        ('train.batch_size', 0, 'batch_size=0'),
+        ('train.batch_size', 12, '8 devices'),
+        ('mesh.data', 9, '8 devices'),
+        ('mesh.fsdp', 9, 'mesh.fsdp=9'),
+        ('mesh.rules', ({'path': '.*', 'axis': 'widest'},), 'widest'),
+        ('train.microbatches', 3, '8 devices in train.microbatches=3 parts'),
+        ('train.batch_norm_groups', 5, 'does not divide the 32 images'),
+        ('quant.calibration_batches', 0, 'calibration_batches'),
+        ('partner.torch_file', 'absent.th', 'absent.th'),
+        ('partner.workdir', 'absent', 'no finished partner'),
+    ],
+)
+def test_values_that_cannot_work_are_refused_before_training(config, tmp_path, key, value, message):
+    *sections, name = key.split('.')
+    target = config
+    for section in sections:
+        target = target[section]
+    target[name] = value
+    with pytest.raises(UserError, match=message):
+        train(config, tmp_path / 'run', name='digits')
+
+
+def test_one_partner_only(config, tmp_path):
+    config.partner.workdir, config.partner.torch_file = 'a', 'b'
+    with pytest.raises(UserError, match='both given'):
+        train(config, tmp_path / 'run', name='digits')
+
+
+def test_an_imported_partner_is_evaluated_and_trained_from(config, finished, tmp_path):
+    torch = pytest.importorskip('torch', reason='PyTorch, which reads the weights, is not installed')
+    _, workdir, first = finished
+    with pytest.raises(UserError, match='nothing to import'):
+        import_partner(config, tmp_path / 'run', name='digits')
+    config.partner.workdir = str(workdir)
+    result = import_partner(config, tmp_path / 'run', name='digits')
+    assert result['fp_top1'] == first['fp_top1'] and result['examples_evaluated'] == 360
+    assert train(config, tmp_path / 'run', name='digits')['top1'] == first['top1']
+    config.partner.workdir = None
+    torch.save({'conv1.weight': torch.zeros(4, 1, 3, 3)}, tmp_path / 'weights.pth')
+    config.partner.torch_file = str(tmp_path / 'weights.pth')
+    with pytest.raises(UserError, match='missing: params/head/dense/bias'):
+        import_partner(config, tmp_path / 'other', name='digits')
+
+
+def test_the_summary_counts_what_there_is(config, tmp_path):
+    totals = summarize_network(config, tmp_path)
+    summary = read_json(tmp_path / 'summary.json')
+    assert summary['totals'] == totals and summary['not_quantizable'] == {}
+    rows = {row['path']: row for row in summary['layers']}
+    assert [row['block'] for row in summary['layers']][:2] == ['stem', 'block 1']
+    assert rows['head/dense']['block'] == 'head'
+    stem = rows['stem/conv']
+    assert stem['kernel'] == [3, 3, 1, 4] and stem['parameters'] == 36 and stem['macs'] == 64 * 36
+    assert stem['bitops'] == stem['macs'] * 8 * 8 and stem['weights'] == 'lsq 8 bits'
+    assert rows['stage1_block1/conv1']['bitops'] == rows['stage1_block1/conv1']['macs'] * 2 * 2
+    quantized = sum(row['parameters'] for row in rows.values()) - 10  # the dense layer's bias
+    kernels_at_8 = 36 + 16 * 10
+    expected = (totals['parameters'] - quantized) * 4 + kernels_at_8 + (quantized - kernels_at_8) / 4
+    assert totals['bytes'] == expected and totals['bytes_full_precision'] == 4 * totals['parameters']
+
+
+def test_a_network_of_the_users_runs_by_its_name(config, tmp_path, registries):
+    plugin = tmp_path / 'mine.py'
+    plugin.write_text(
+        'from bqat_jax.blocks.splitting import cut_behind\n'
+        'from bqat_jax.networks.registry import register_network\n'
+        'from tests.blocks.outside import Network\n'
+        "@register_network('mine')\n"
+        "def mine(num_classes, *, size=8, cut='block'):\n"
+        "    return cut_behind(Network(num_classes), ['layer0', 'layer1', 'layer2'], (size, size, 1))\n"
+    )
+    config.plugins = str(plugin)
+    config.network = ml_collections.ConfigDict({'name': 'mine'})
+    config.quant.rules = ({'layers': 'Conv_0', 'weights': {'bits': 8}, 'activations': {'bits': 8}},)
+    result = train(config, tmp_path / 'run', name='digits')
+    assert 0 <= result['top1'] <= 1
+    config.partner.torch_file = str(plugin)
+    with pytest.raises(UserError, match="network 'mine' are not known"):
+        import_partner(config, tmp_path / 'other', name='digits')
+    config.network = ml_collections.ConfigDict({'name': 'mine', 'sise': 8})
+    with pytest.raises(UserError, match="Did you mean 'size'"):
+        train(config, tmp_path / 'third', name='digits')
+
+
+def test_there_must_be_something_to_evaluate(config, tmp_path):
+    with pytest.raises(UserError, match='holds no run'):
+        evaluate_run(config, tmp_path)
+
+
+def test_a_workdir_in_use_is_refused(config, tmp_path):
+    from bqat_jax.storage import locked
+
+    with locked(tmp_path), pytest.raises(UserError, match='in use'):
+        train(config, tmp_path, name='digits')
+
+
+@pytest.mark.slow
+def test_the_shared_resnet20_is_as_good_as_in_pytorch(shared_data, tmp_path):
+    """91.73 % of the 10,000 test images, as measured with PyTorch; see the data's README."""
+    pytest.importorskip('torch', reason='PyTorch, which reads the weights, is not installed')
+    config = load_recipe(ROOT / 'configs' / 'cifar10_resnet20.py').get_config()
+    config.data.dir = str(shared_data / 'tfds')
+    config.partner.torch_file = str(shared_data / 'weights' / 'cifar10_resnet20_optionA.th')
+    config.data.on_device = False
+    config.train.steps = 0
+    config.quant.calibration_batches = 1
+    result = train(config, tmp_path / 'run', name='cifar10_resnet20')
+    assert result['examples_evaluated'] == 10000
+    assert result['fp_top1'] == pytest.approx(0.9173, abs=0.0002)
+
+
+def test_a_run_of_two_seeds_gives_both_results(config, finished, tmp_path):
+    _, workdir, _ = finished
+    config.partner.workdir = str(workdir)
+    config.train.replicas = config.mesh.data = 2
+    config.quant.reestimation_batches = 1
+    both = train(config, tmp_path / 'both', name='digits')
+    again = evaluate_run(config, tmp_path / 'both')
+    assert again['top1_by_seed'] == both['top1_by_seed'] and again['top1'] == both['top1']
+    config.train.replicas = config.mesh.data = 1
+    config.seed = 1
+    alone = train(config, tmp_path / 'alone', name='digits')
+    # 12 steps of a 2-bit network may drift apart by a few of 360 images.
+    assert both['top1_by_seed']['1'] == pytest.approx(alone['top1'], abs=0.03)
+    assert set(both['top1_by_seed']) == {'0', '1'}
+    assert both['top1'] == pytest.approx(np.mean(list(both['top1_by_seed'].values())))
+    assert both['top1_std'] == pytest.approx(np.std(list(both['top1_by_seed'].values()), ddof=1))
+
+
+def test_replicas_that_devices_cannot_share_are_refused(config, tmp_path):
+    config.train.replicas = 3
+    config.mesh.data = 2
+    with pytest.raises(UserError, match=r'train.replicas=3 cannot be spread over 2 devices'):
+        train(config, tmp_path, name='digits')
+
+
+def test_a_run_goes_on_with_fewer_devices_at_the_next_example(config, finished, tmp_path, monkeypatch):
+    config.partner.workdir = str(finished[1])
+    read = Phase.batches
+    seen = []
+
+    def watched(phase, setting, start, stop):
+        for number, batch in enumerate(read(phase, setting, start, stop), start):
+            seen.append(np.asarray(batch['index']))
+            if number == 4 and config.mesh.data == 8:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(Phase, 'batches', watched)
+    config.mesh.data = 8
+    with pytest.raises(Stopped, match='after step 5 of 12'):
+        train(config, tmp_path / 'run', name='digits')
+    config.mesh.data, config.mesh.fsdp, config.mesh.least_elements = 2, 2, 0
+    result = train(config, tmp_path / 'run', name='digits')
+    assert len(seen) == 12
+    order = np.concatenate(seen)
+    seen.clear()
+    config.mesh.data, config.mesh.fsdp = 1, 1
+    expected = train(config, tmp_path / 'whole', name='digits')
+    np.testing.assert_array_equal(order, np.concatenate(seen))
+    assert len(set(order.tolist())) == len(order)  # all of one epoch
+    assert result['top1'] == pytest.approx(expected['top1'], abs=0.1)
+    described = json.loads((tmp_path / 'run' / 'sharding_train.json').read_text())
+    assert 'params/network/stage3_block1/conv1/kernel' in described
+
+
+def test_a_checkpoint_is_diagnosed_and_training_too(config, finished, tmp_path):
+    config.partner.workdir = str(finished[1])
+    config.diagnosis.every_steps, config.diagnosis.batches, config.diagnosis.samples = 8, 2, 2
+    config.diagnosis.oscillation_steps = 3
+    result = train(config, tmp_path / 'run', name='digits')
+    folder = tmp_path / 'run' / 'diagnosis'
+    assert sorted(path.name for path in folder.iterdir()) == ['step_8.json', 'step_8.png']
+    files = diagnose_run(config, tmp_path / 'run')
+    found = json.loads((folder / f'step_{result["checkpoint_step"]}.json').read_text())
+    assert files['json'] == str(folder / f'step_{result["checkpoint_step"]}.json')
+    assert list(found['features']) == ['block 1', 'block 2', 'block 3']
+    assert set(found['gradients']['full']['layers']) == set(found['quantizers']) == set(found['oscillating'])
+    measures = found['gradients']['lp']['blocks']['block 2']
+    assert -1 <= measures['cosine_to_smoothed'] <= 1 and measures['variance'] > 0
+    assert (folder / 'step_8.png').read_bytes().startswith(b'\x89PNG')
