@@ -35,7 +35,7 @@ from absl import app, flags
 from jax.experimental import topologies
 from ml_collections import config_flags
 
-from benchmarks.problem import make_bench, peak_bytes
+from benchmarks.bench import make_bench, peak_bytes
 from bqat_jax.errors import UserError
 from bqat_jax.experiment.configuration import Config
 
@@ -136,18 +136,18 @@ def report(config: Config, topology: str, batch_per_device: int) -> dict[str, An
     bench = make_bench(config, devices, with_arrays=False)
     began = time.monotonic()
     compiled = bench.step.lower(bench.state, bench.partner, None, bench.batch).compile()
-    seconds, setting = time.monotonic() - began, bench.setting
+    seconds, experiment = time.monotonic() - began, bench.experiment
     cost, text = compiled.cost_analysis(), compiled.as_text()
     collectives = collectives_of(text)
     flops = cost['flops']
     return {
         'topology': topology,
         'devices': len(devices),
-        'data': setting.mesh.shape['data'],
-        'fsdp': setting.mesh.shape['fsdp'],
+        'data': experiment.placement.mesh.shape['data'],
+        'fsdp': experiment.placement.mesh.shape['fsdp'],
         'network': dict(config.network),
         'plan': config.replacement.plan,
-        'batch_per_device': config.train.batch_size // setting.mesh.devices.size,
+        'batch_per_device': config.train.batch_size // experiment.placement.mesh.devices.size,
         'compile_seconds': round(seconds, 1),
         'peak_bytes': peak_bytes(compiled),
         'argument_bytes': compiled.memory_analysis().argument_size_in_bytes,
@@ -157,7 +157,7 @@ def report(config: Config, topology: str, batch_per_device: int) -> dict[str, An
         'sent_bytes': sent_bytes(collectives),
         'flops_per_sent_byte': flops / max(1, sent_bytes(collectives)),
         'conditionals': len(re.findall(r' conditional\(', text)),
-        'paths': bench.phase.problem.replacement.plan.num_paths,
+        'paths': bench.phase.spec.replacement.plan.num_paths,
     }
 
 

@@ -78,7 +78,7 @@ def make_jax_runner(config: Any) -> tuple[Callable[[int], None], dict[str, Any]]
     import jax
     import jax.numpy as jnp
 
-    from benchmarks.problem import make_bench, peak_bytes
+    from benchmarks.bench import make_bench, peak_bytes
 
     product = jax.jit(lambda a: a @ a)
     square = jnp.ones((CEILING_SIZE, CEILING_SIZE), config.network.dtype)
@@ -93,7 +93,7 @@ def make_jax_runner(config: Any) -> tuple[Callable[[int], None], dict[str, Any]]
         'peak_bytes': peak_bytes(compiled),
         'ceiling': ceiling,
         'images': config.train.batch_size * config.train.replicas,
-        'blocks': len(bench.setting.network.blocks),
+        'blocks': len(bench.experiment.network.blocks),
         'device': jax.devices()[0].device_kind,
     }
     state = bench.state

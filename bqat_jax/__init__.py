@@ -1,3 +1,99 @@
-"""Quantization-aware training with block replacement on a full-precision partner (arXiv 2412.15846), in JAX."""
+"""Quantization-aware training with block replacement on a full-precision partner (arXiv 2412.15846), in JAX.
 
-__version__ = '0.1.0'
+The names below are the library; it needs jax, flax, optax and numpy. The training program, `bqat_jax.experiment` and
+`bqat_jax.sweeps`, needs the rest of requirements.txt.
+"""
+
+import importlib.metadata
+import tomllib
+from pathlib import Path
+
+from bqat_jax.blocks.block_network import BlockNetwork
+from bqat_jax.blocks.splitting import split_after, split_into
+from bqat_jax.networks.registry import register_network
+from bqat_jax.quantizers import (
+    LCQ,
+    LSQ,
+    N2UQ,
+    PACT,
+    SAWB,
+    AbsmeanTernary,
+    APoT,
+    Binary,
+    Context,
+    DoReFa,
+    Estimator,
+    EWGSRange,
+    LevelQuantizer,
+    LSQPlus,
+    MinMax,
+    NuLSQ,
+    Octav,
+    PACTPlus,
+    Quantizer,
+    StatsQ,
+    UniformQuantizer,
+    get_estimator,
+    register_estimator,
+    register_quantizer,
+)
+from bqat_jax.replacement.block_replacement import Batch, BlockReplacement, replace_blocks
+from bqat_jax.replacement.objective import Objective
+from bqat_jax.replacement.paths import Variables
+from bqat_jax.replacement.plans import Plan, register_plan
+from bqat_jax.replacement.schedules import register_schedule
+from bqat_jax.transform import Quantization, find_layers, prepare
+
+__all__ = [
+    'LCQ',
+    'LSQ',
+    'N2UQ',
+    'PACT',
+    'SAWB',
+    'APoT',
+    'AbsmeanTernary',
+    'Batch',
+    'Binary',
+    'BlockNetwork',
+    'BlockReplacement',
+    'Context',
+    'DoReFa',
+    'EWGSRange',
+    'Estimator',
+    'LSQPlus',
+    'LevelQuantizer',
+    'MinMax',
+    'NuLSQ',
+    'Objective',
+    'Octav',
+    'PACTPlus',
+    'Plan',
+    'Quantization',
+    'Quantizer',
+    'StatsQ',
+    'UniformQuantizer',
+    'Variables',
+    'find_layers',
+    'get_estimator',
+    'prepare',
+    'register_estimator',
+    'register_network',
+    'register_plan',
+    'register_quantizer',
+    'register_schedule',
+    'replace_blocks',
+    'split_after',
+    'split_into',
+]
+
+
+def _version() -> str:
+    """The version of the installed package, or of the checkout that is run without an installation."""
+    try:
+        return importlib.metadata.version('bqat_jax')
+    except importlib.metadata.PackageNotFoundError:
+        project = Path(__file__).resolve().parent.parent / 'pyproject.toml'
+        return tomllib.loads(project.read_text(encoding='utf-8'))['project']['version']
+
+
+__version__ = _version()

@@ -1,59 +1,82 @@
-"""Names for classes, and text such as 'ewgs:delta=0.1' to objects: how a config names estimators and quantizers."""
+"""Names for quantizers, estimators, schedules, plans and networks; a user's own files that register more of them."""
 
 import dataclasses
 import difflib
+import importlib.util
 import math
-from collections.abc import Callable, Iterator
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+from bqat_jax.errors import UserError
 
-class Registry:
-    """Frozen dataclasses by name; their fields that have defaults and are not fixed by the caller are options.
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Returns ' Did you mean ...?' with the known name that is most like `name`, or '' if none is."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f' Did you mean {near[0]!r}?' if near else ''
+
+
+class Names:
+    """Objects by name, in the order of their registration.
 
     Attributes:
-        kind: what they are, for messages, such as 'gradient estimator'.
+        kind: what they are, for messages, such as 'network'.
     """
 
-    def __init__(self, kind: str, fixed: tuple[str, ...] = ()):
+    def __init__(self, kind: str):
         self.kind = kind
-        self._fixed = fixed
-        self._classes: dict[str, type] = {}
+        self.entries: dict[str, Any] = {}
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._classes)
+        return iter(self.entries)
 
-    def register(self, name: str) -> Callable[[type], type]:
-        """Returns a class decorator that makes the class a frozen dataclass and known by `name`.
+    def register(self, name: str) -> Callable[[Any], Any]:
+        """Returns a decorator that makes a class or function known by `name`.
 
         Raises:
-            ValueError: if the name has a colon or comma, or belongs to a class of another module.
+            ValueError: if the name is empty or holds any of ':,= ', or belongs to an object of another module.
         """
         if not name or set(name) & set(':,= '):
             raise ValueError(f'{name!r} cannot name a {self.kind}: it must not be empty or hold any of ":,= ".')
 
-        def decorate(cls: Any) -> Any:
-            known = self._classes.get(name)
-            if known is not None and known.__module__ != cls.__module__:
+        def decorate(entry: Any) -> Any:
+            known = self.entries.get(name)
+            if known is not None and known.__module__ != entry.__module__:
                 where = f'{known.__module__}.{known.__qualname__}'
                 raise ValueError(f'There is a {self.kind} {name!r} already, {where}; take another name.')
-            cls = dataclasses.dataclass(frozen=True)(cls)
-            cls.name = name
-            self._classes[name] = cls
-            return cls
+            self.entries[name] = self._complete(entry, name)
+            return self.entries[name]
 
         return decorate
 
     def get(self, name: str) -> Any:
-        """Returns the class called `name`.
+        """Returns the object called `name`.
 
         Raises:
-            ValueError: if there is none; the message lists those there are, and the nearest.
+            ValueError: if there is none; the message lists the names there are, and the nearest.
         """
-        if name not in self._classes:
+        if name not in self.entries:
             raise ValueError(
-                f'There is no {self.kind} {name!r}; there are: {", ".join(self._classes)}.{_nearest(name, self)}'
+                f'There is no {self.kind} {name!r}; there are: {", ".join(self.entries)}.{suggest(name, self)}'
             )
-        return self._classes[name]
+        return self.entries[name]
+
+    def _complete(self, entry: Any, name: str) -> Any:
+        """What is kept for an object that is registered."""
+        del name
+        return entry
+
+
+class Registry(Names):
+    """Frozen dataclasses by name; their fields that have defaults and are not fixed by the caller are options."""
+
+    def __init__(self, kind: str, fixed: tuple[str, ...] = ()):
+        super().__init__(kind)
+        self._fixed = fixed
 
     def make(self, text: str, **fixed: Any) -> Any:
         """Returns the object that `text` describes.
@@ -73,7 +96,7 @@ class Registry:
             key, separator, value = (part.strip() for part in item.partition('='))
             if key not in fields:
                 what = f'its options: {", ".join(fields)}' if fields else 'it has none'
-                raise ValueError(f'The {self.kind} {name!r} has no option {key!r}; {what}.{_nearest(key, fields)}')
+                raise ValueError(f'The {self.kind} {name!r} has no option {key!r}; {what}.{suggest(key, fields)}')
             kind = type(fields[key])
             try:
                 given[key] = {'true': True, 'false': False}[value.lower()] if kind is bool else kind(value)
@@ -95,7 +118,56 @@ class Registry:
         ]
         return f'{instance.name}:{",".join(options)}' if options else instance.name
 
+    def _complete(self, entry: Any, name: str) -> Any:
+        cls: Any = dataclasses.dataclass(frozen=True)(entry)
+        cls.name = name
+        return cls
 
-def _nearest(name: str, known: Any) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f' Did you mean {near[0]!r}?' if near else ''
+
+def load_plugins(text: str | None) -> tuple[Path, ...]:
+    """Runs the files that `config.plugins` names, so that what they register can be named in the config.
+
+    A file that has been run in this process, and has not changed since, is not run again.
+
+    Args:
+        text: paths, separated by commas; or None.
+
+    Returns:
+        The files.
+
+    Raises:
+        UserError: for a file that is not there, or fails.
+    """
+    files = tuple(Path(part.strip()) for part in (text or '').split(',') if part.strip())
+    for file in files:
+        if not file.is_file():
+            raise UserError(f'plugins={text!r}: there is no file {file}. Give the path of a Python file.')
+        stamp = (str(file.resolve()), file.stat().st_mtime_ns)
+        # Two files may have the same name.
+        name = f'bqat_jax_plugin_{file.stem}_{zlib.crc32(stamp[0].encode()):08x}'
+        if getattr(sys.modules.get(name), 'stamp', None) != stamp:
+            vars(run_file(file, name, 'plugin'))['stamp'] = stamp
+    return files
+
+
+def run_file(file: Path, name: str, kind: str) -> ModuleType:
+    """Runs a Python file of the user's as the module `name`.
+
+    Args:
+        file: it is there.
+        name: of the module; classes that the file defines are looked up under it.
+        kind: what the file is, for messages.
+
+    Raises:
+        UserError: if its name does not end in .py, or it fails.
+    """
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise UserError(f'The {kind} {file} is not a Python file: its name must end in .py.')
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise UserError(f'The {kind} {file} failed: {type(error).__name__}: {error}') from error
+    return module

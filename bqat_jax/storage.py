@@ -1,4 +1,4 @@
-"""Writing small files so that a reader never sees half of one."""
+"""Small files, written so that a reader never sees half of one, and locks."""
 
 import contextlib
 import fcntl
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bqat_jax.distributed.processes import is_first, wait_for_all
 from bqat_jax.errors import UserError
 
 
@@ -44,6 +45,13 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding='utf-8'))
     except ValueError as error:
         raise UserError(f'{path} is damaged: it is not JSON ({error}). Take another --workdir.') from error
+
+
+def write_once(path: Path, value: Any) -> None:
+    """Writes JSON by the first of several processes; in all of them the file is there afterwards."""
+    if is_first():
+        write_json(path, value)
+    wait_for_all(f'written {path}')
 
 
 @contextlib.contextmanager

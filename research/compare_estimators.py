@@ -22,26 +22,30 @@ import numpy as np
 import rich.console
 from absl import app, flags, logging
 
+from bqat_jax.data.pipeline import Split
 from bqat_jax.distributed.preemption import StopRequest
 from bqat_jax.experiment.configuration import Config
-from bqat_jax.experiment.experiment import Setting, make_setting
-from bqat_jax.experiment.partner import obtain_partner
-from bqat_jax.quantizers import QUANTIZERS
-from bqat_jax.quantizers.estimators import ESTIMATORS
+from bqat_jax.experiment.experiment import Experiment
+from bqat_jax.experiment.partner import Partner, find_partner, make_preprocessing, pretrain_partner
+from bqat_jax.experiment.reading import load_data, load_split
+from bqat_jax.experiment.setup import make_experiment
+from bqat_jax.quantizers import ESTIMATORS, QUANTIZERS
 from bqat_jax.replacement.block_replacement import BlockReplacement
 from bqat_jax.replacement.objective import Objective
+from bqat_jax.replacement.paths import Variables
 from bqat_jax.replacement.plans import Plan
 from bqat_jax.storage import read_json, write_json, write_text
-from bqat_jax.training.optimizer import NETWORK, make_optimizer
-from bqat_jax.training.optimizer import QUANTIZERS as QUANTIZER_PARAMETERS
-from bqat_jax.training.step import Problem, evaluation_step, init_state, train_step
+from bqat_jax.training.optimizer import make_optimizer
+from bqat_jax.training.spec import TrainSpec
+from bqat_jax.training.state import init_state
+from bqat_jax.training.step import evaluation_step, train_step
 from bqat_jax.training.strengths import TraceSettings, make_measurement
-from bqat_jax.transform import build_quantization, calibrate
+from bqat_jax.transform import prepare
 from bqat_jax.transform.rules import assign_quantizers
 from configs.digits import get_config
 
 NO_TRAINING = 'calibrated, not trained'
-# δ of `ewgs_trace` is measured anew after so many steps.
+# The strength of `ewgs_trace` is measured anew after so many steps.
 MEASURE_EVERY = 50
 CALIBRATION_IMAGES = 256
 
@@ -78,48 +82,75 @@ def settings_of(quantizer: str, estimator: str) -> dict[str, Any]:
     raise AssertionError('LSQ with the identity is defined for activations.')
 
 
-def run_cell(setting: Setting, partner: Any, cell: dict[str, Any], steps: int, seeds: int) -> list[float]:
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """What all cells share.
+
+    Attributes:
+        config: the recipe.
+        experiment: what it describes.
+        partner: the trained partner.
+        train: the training split, on the device.
+        test: the test split, on the device.
+    """
+
+    config: Config
+    experiment: Experiment
+    partner: Partner
+    train: Split
+    test: Split
+
+
+def make_bench(config: Config, workdir: Path, console: rich.console.Console) -> Bench:
+    """Returns what all cells share; trains the partner unless the workdir has it."""
+    experiment = make_experiment(config, workdir, console)
+    data = load_data(experiment)
+    with StopRequest() as stop:
+        partner = find_partner(experiment) or pretrain_partner(experiment, data, stop)
+    return Bench(config, experiment, partner, data.train, load_split(experiment, experiment.data.images.test))
+
+
+def run_cell(bench: Bench, cell: dict[str, Any], steps: int, seeds: int) -> list[float]:
     """Returns the test accuracy of every seed after `steps` steps."""
-    config, network = setting.config, setting.network
-    arrays: Any = setting.train_split.arrays
-    test: Any = setting.test_split.arrays
-    how = setting.preprocessing(partner.facts['mean'], partner.facts['std'])
-    images = (jnp.asarray(arrays['image'][:CALIBRATION_IMAGES], jnp.float32) / 255 - how.mean[0]) / how.std[0]
-
-    def run(params, x):
-        return network.apply({**partner.variables, 'params': params}, x, network.names, train=True)
-
-    params = partner.variables['params']
-    found = setting.found.quantizable
-    layers = assign_quantizers(tuple(found), cell['weights'], cell['activations'], config.quant.rules)
-    # All inputs but the first layer's follow a ReLU.
-    quantization = build_quantization(found, layers, {path: path == 'stem/conv' for path in found})
-    replacement = BlockReplacement(
-        network, quantization, Plan('none', len(network.blocks)), Objective(distillation=0.0)
+    experiment, network = bench.experiment, bench.experiment.network
+    variables, batch_size = bench.partner.variables, experiment.data.batch_size
+    train, test = bench.train.arrays, bench.test.arrays
+    assert train is not None and test is not None  # they live on the device
+    preprocessing = make_preprocessing(experiment, bench.partner.facts)
+    calibration = preprocessing({'index': np.arange(CALIBRATION_IMAGES)}, train, None).inputs
+    quantization, quantizers = prepare(
+        network.as_function(variables, train=True),
+        variables['params'],
+        [calibration],
+        weights=cell['weights'],
+        activations={**cell['activations'], 'sign': 'auto'},
+        rules=bench.config.quant.rules,
     )
-    problem = Problem(replacement, how, steps)
-    optimizer, learning_rate = make_optimizer(config.optimizer, max(steps, 1), 0)
-    params = {NETWORK: params, QUANTIZER_PARAMETERS: calibrate(quantization, params, run, [images])}
+    objective, plan = Objective(distillation=0.0), Plan('none', len(network.blocks))
+    spec = TrainSpec(BlockReplacement(network, quantization, plan, objective), preprocessing, steps)
+    optimizer, learning_rate = make_optimizer(experiment.training.optimizer, max(steps, 1))
+    start = Variables(variables['params'], quantizers, variables['batch_stats'])
     # Seeds one after another, by the same compiled programs: side by side, under vmap, convolutions of weights that
     # differ are several times slower on a CPU.
-    begin = jax.jit(lambda key: init_state(problem, key, params, partner.variables['batch_stats'], optimizer))
-    step = jax.jit(train_step(problem, optimizer, learning_rate), donate_argnums=(0,))
-    evaluate = jax.jit(evaluation_step(problem))
-    measure = make_measurement(problem, TraceSettings(batches=1), setting.single)
-    needs_delta = any(quantizer.estimator.needs_delta for _, _, quantizer in quantization.quantizers())
+    begin = jax.jit(lambda key: init_state(spec, key, start, optimizer))
+    step = jax.jit(train_step(spec, optimizer, learning_rate), donate_argnums=(0,))
+    evaluate = jax.jit(evaluation_step(spec))
+    measure = make_measurement(spec, TraceSettings(batches=1), experiment.single)
+    needs_strength = any(quantizer.estimator.needs_strength for _, _, quantizer in quantization.quantizers())
     everything = {'index': np.arange(len(test['label'])), 'mask': np.ones(len(test['label']), bool)}
-    found = []
+    accuracies = []
     for seed in range(seeds):
         state = begin(jax.random.key(seed))
-        rng = np.random.default_rng([config.seed, seed])
+        rng = np.random.default_rng([experiment.seeds[0], seed])
         for number in range(steps):
-            index = rng.choice(len(arrays['label']), config.train.batch_size, replace=False).astype(np.int32)
-            if needs_delta and number and number % MEASURE_EVERY == 0:
-                deltas = measure(state, None, arrays, {'index': index}, jnp.int32(0))
-                state = dataclasses.replace(state, deltas=deltas)
-            state, _ = step(state, None, arrays, {'index': index})
-        found.append(int(evaluate(state.params, state.batch_stats, test, everything)['correct']) / len(test['label']))
-    return found
+            index = rng.choice(len(train['label']), batch_size, replace=False).astype(np.int32)
+            if needs_strength and number and number % MEASURE_EVERY == 0:
+                strengths = measure(state, None, train, {'index': index}, jnp.int32(0))
+                state = dataclasses.replace(state, strengths=strengths)
+            state, _ = step(state, None, train, {'index': index})
+        counts = evaluate(state.params, state.batch_stats, test, everything)
+        accuracies.append(int(counts['correct']) / len(test['label']))
+    return accuracies
 
 
 def write_table(path: Path, results: dict[str, Any], seeds: int) -> None:
@@ -129,12 +160,12 @@ def write_table(path: Path, results: dict[str, Any], seeds: int) -> None:
     for estimator in [NO_TRAINING, *ESTIMATORS]:
         cells = []
         for quantizer in names:
-            found = results.get(f'{quantizer}/{estimator}')
-            if found is None:
+            top1 = results.get(f'{quantizer}/{estimator}')
+            if top1 is None:
                 cells.append('-')
             else:
-                spread = statistics.stdev(found) if len(set(found)) > 1 else 0.0
-                cells.append(f'{100 * statistics.mean(found):.1f} ± {100 * spread:.1f}')
+                spread = statistics.stdev(top1) if len(set(top1)) > 1 else 0.0
+                cells.append(f'{100 * statistics.mean(top1):.1f} ± {100 * spread:.1f}')
         lines.append(f'| {estimator} | {" | ".join(cells)} |')
     write_text(
         path,
@@ -151,9 +182,7 @@ def main(argv: list[str]) -> None:
     config.data.dir = flags.FLAGS.data_dir
     console = rich.console.Console()
     workdir.mkdir(parents=True, exist_ok=True)
-    setting = make_setting(config, workdir, console)
-    with StopRequest() as stop:
-        partner = obtain_partner(setting, stop)
+    bench = make_bench(config, workdir, console)
     path = workdir / 'results.json'
     results = read_json(path) if path.exists() else {}
     for estimator in flags.FLAGS.estimators or [NO_TRAINING, *ESTIMATORS]:
@@ -165,7 +194,7 @@ def main(argv: list[str]) -> None:
                 cell = settings_of(quantizer, 'identity' if estimator == NO_TRAINING else estimator)
             except ValueError:
                 continue  # not defined for each other
-            results[name] = run_cell(setting, partner, cell, 0 if estimator == NO_TRAINING else steps, seeds)
+            results[name] = run_cell(bench, cell, 0 if estimator == NO_TRAINING else steps, seeds)
             console.print(name, results[name])
             write_json(path, results)
             write_table(workdir / 'table.md', results, seeds)

@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from bqat_jax.quantizers.estimators import ESTIMATORS
-from bqat_jax.quantizers.rounding import Context, Rounding, quantize
+from bqat_jax.quantizers.rounding import Context, QuantizeSpec, quantize
 
 COLUMNS = 5
 POINTS = 1201
@@ -23,7 +23,7 @@ def gradient(name: str, cotangent: float, progress: float) -> tuple[np.ndarray, 
     """Returns inputs and the gradient with respect to them of rounding to -2 .. 1, or -1 .. 0 for the sign."""
     estimator = ESTIMATORS.make(name)
     lower, upper = (-1, 0) if estimator.sign_only else (-2, 1)
-    how = Rounding(estimator, lower, upper)
+    how = QuantizeSpec(estimator, lower, upper)
     x = jnp.linspace(lower - 1.2, upper + 1.2, POINTS)
     context = Context(jnp.float32(progress), jax.random.key(0), jnp.float32(EXAMPLE_DELTA))
     _, pullback = jax.vjp(lambda v: quantize(how, jnp.float32(1), jnp.float32(0), v, context), x)

@@ -31,10 +31,11 @@ from bqat_jax.quantizers import Quantizer
 from bqat_jax.quantizers.estimators import get_estimator
 from bqat_jax.quantizers.oscillations import init_tracker, track
 from bqat_jax.quantizers.rounding import EVALUATION, Context
-from bqat_jax.replacement.objective import cross_entropy
-from bqat_jax.replacement.paths import run_backbone, run_teacher
-from bqat_jax.training.optimizer import NETWORK, QUANTIZERS
-from bqat_jax.training.step import Problem, TrainState
+from bqat_jax.replacement.block_replacement import Batch
+from bqat_jax.replacement.paths import Variables, run_backbone, run_teacher
+from bqat_jax.training.loss import task_loss_alone, total_loss
+from bqat_jax.training.spec import TrainSpec
+from bqat_jax.training.state import TrainState
 from bqat_jax.transform import FULL_PRECISION, ROLES, WEIGHT_NAME, LayerQuantizers, Quantization
 
 LOSSES = ('lp', 'full')
@@ -69,85 +70,57 @@ class DiagnosisSettings:
 
 
 def measure_gradients(
-    problem: Problem,
+    spec: TrainSpec,
     state: TrainState,
     partner: Any,
-    batches: Iterable[tuple[jax.Array, jax.Array]],
+    batches: Iterable[Batch],
     blocks: Mapping[str, str],
     samples: int,
 ) -> dict[str, Any]:
     """Compares pseudo-gradients with their references, and measures how much they differ from batch to batch.
 
     Args:
-        problem: what is trained.
+        spec: what is trained.
         state: of one network.
         partner: the partner's variables.
-        batches: normalised images and labels.
+        batches: prepared, at least two.
         blocks: layer path to the name of its block.
         samples: K.
 
     Returns:
         {loss: {'layers': {path: measures}, 'blocks': {block: measures}}} for the losses 'lp' (the labels' cross entropy
-        of the LP network alone) and 'full' (the whole objective), with the measures 'cosine_to_*' and
+        of the LP network alone) and 'full' (the whole of training's), with the measures 'cosine_to_*' and
         'relative_norm_to_*', the mean over batches, and 'variance': the mean squared distance from the mean gradient
         of the batches, divided by that gradient's square.
     """
-    quantization = problem.replacement.quantization
-    smooth = _with_estimator(quantization, 'stochastic')
+    task = task_loss_alone(spec)
+    smooth = _with_estimator(task, 'stochastic')
+    full_precision = _with_quantization(task, FULL_PRECISION)
 
-    def kernels(gradient):
-        flat: Any = traverse_util.flatten_dict(gradient, sep='/')
+    def gradient(spec, variables, partner, batch, context, draw=None):
+        def loss(params):
+            return total_loss(spec, variables._replace(params=params), partner, batch, context, draw)[0]
+
+        flat: Any = traverse_util.flatten_dict(jax.grad(loss)(variables.params), sep='/')
         return {path: flat[f'{path}/{WEIGHT_NAME}'] for path in blocks}
 
-    def task_gradient(state, quantization, quantizer_params, images, labels, key):
-        def loss(params):
-            run = run_backbone(
-                problem.replacement.network,
-                quantization,
-                params,
-                quantizer_params,
-                state.batch_stats,
-                images,
-                train=True,
-                context=Context(problem.progress(state.step), key, state.deltas),
-            )
-            return cross_entropy(run.logits, labels)
-
-        return kernels(jax.grad(loss)(state.params[NETWORK]))
-
-    def full_gradient(state, partner, images, labels, key, number):
-        def loss(params):
-            return problem.replacement.loss(
-                params,
-                state.params[QUANTIZERS],
-                state.batch_stats,
-                partner,
-                images,
-                labels,
-                key,
-                progress=problem.progress(state.step),
-                deltas=state.deltas,
-                draw=problem.draw(state.step + number),
-            )[0]
-
-        return kernels(jax.grad(loss)(state.params[NETWORK]))
-
     @jax.jit
-    def measure(state, partner, images, labels, number):
-        key = jax.random.fold_in(state.key, number)
+    def measure(state, partner, batch, number):
+        variables = state.variables
+        context = Context(spec.progress(state.step), jax.random.fold_in(state.key, number), state.strengths)
         gradients = {
-            'lp': task_gradient(state, quantization, state.params[QUANTIZERS], images, labels, key),
-            'full': full_gradient(state, partner, images, labels, key, number),
+            'lp': gradient(task, variables, None, batch, context),
+            'full': gradient(spec, variables, partner, batch, context, spec.draw(state.step + number)),
         }
 
-        def add(total, sample_key):
-            drawn = task_gradient(state, smooth, state.params[QUANTIZERS], images, labels, sample_key)
+        def add(total, key):
+            drawn = gradient(smooth, variables, None, batch, context._replace(key=key))
             return jax.tree.map(lambda a, b: a + b / samples, total, drawn), None
 
         zeros = jax.tree.map(jnp.zeros_like, gradients['lp'])
         references = {
-            'full_precision': task_gradient(state, FULL_PRECISION, {}, images, labels, key),
-            'smoothed': jax.lax.scan(add, zeros, jax.random.split(key, samples))[0],
+            'full_precision': gradient(full_precision, variables._replace(quantizers={}), None, batch, context),
+            'smoothed': jax.lax.scan(add, zeros, jax.random.split(context.key, samples))[0],
         }
         compared = {
             loss: {
@@ -158,11 +131,11 @@ def measure_gradients(
         }
         return gradients, compared
 
-    found, total, count = [], None, 0
-    for number, (images, labels) in enumerate(batches):
-        gradients, compared = measure(state, partner, images, labels, jnp.int32(number))
+    comparisons, total, count = [], None, 0
+    for number, batch in enumerate(batches):
+        gradients, compared = measure(state, partner, batch, jnp.int32(number))
         total = gradients if total is None else jax.tree.map(jnp.add, total, gradients)
-        found.append(jax.device_get(compared))
+        comparisons.append(jax.device_get(compared))
         count += 1
     mean_squares = jax.device_get(jax.tree.map(lambda x: jnp.sum((x / count) ** 2), total))
     groups: dict[str, dict[str, list[str]]] = {'layers': {path: [path] for path in blocks}, 'blocks': {}}
@@ -170,24 +143,26 @@ def measure_gradients(
         groups['blocks'].setdefault(block, []).append(path)
     return {
         loss: {
-            kind: {name: _summarize(loss, found, mean_squares[loss], paths) for name, paths in members.items()}
+            kind: {name: _summarize(loss, comparisons, mean_squares[loss], paths) for name, paths in members.items()}
             for kind, members in groups.items()
         }
         for loss in LOSSES
     }
 
 
-def _summarize(loss: str, found: list[Any], mean_squares: Mapping[str, Any], paths: list[str]) -> dict[str, float]:
+def _summarize(
+    loss: str, comparisons: list[Any], mean_squares: Mapping[str, Any], paths: list[str]
+) -> dict[str, float]:
     """The measures of some layers taken together."""
     measures: dict[str, float] = {}
     for reference in REFERENCES:
-        merged = [_add([compared[loss][reference][path] for path in paths]) for compared in found]
+        merged = [_add([compared[loss][reference][path] for path in paths]) for compared in comparisons]
         measures[f'cosine_to_{reference}'] = float(sum(one.cosine for one in merged) / len(merged))
         measures[f'relative_norm_to_{reference}'] = float(sum(one.relative_norm for one in merged) / len(merged))
     # The sum of squares about the mean is the sum of squares less that of the mean.
-    squares = sum(compared[loss][REFERENCES[0]][path].square for compared in found for path in paths)
+    squares = sum(compared[loss][REFERENCES[0]][path].square for compared in comparisons for path in paths)
     mean = sum(mean_squares[path] for path in paths)
-    measures['variance'] = float((squares - len(found) * mean) / (len(found) - 1) / max(mean, 1e-30))
+    measures['variance'] = float((squares - len(comparisons) * mean) / (len(comparisons) - 1) / max(mean, 1e-30))
     return measures
 
 
@@ -195,77 +170,66 @@ def _add(parts: list[Products]) -> Products:
     return jax.tree.map(lambda *values: sum(values[1:], values[0]), *parts)
 
 
-def _with_estimator(quantization: Quantization, name: str) -> Quantization:
-    """The quantizers with another estimator for all weights."""
+def _with_quantization(spec: TrainSpec, quantization: Quantization) -> TrainSpec:
+    replacement = dataclasses.replace(spec.replacement, quantization=quantization)
+    return dataclasses.replace(spec, replacement=replacement)
+
+
+def _with_estimator(spec: TrainSpec, name: str) -> TrainSpec:
+    """The same training with another estimator for all weights."""
     estimator, layers = get_estimator(name), {}
-    for path, layer in quantization.layers.items():
+    for path, layer in spec.replacement.quantization.layers.items():
         weights = None if layer.weights is None else dataclasses.replace(layer.weights, estimator=estimator)
         layers[path] = dataclasses.replace(layer, weights=weights)
-    return Quantization(layers)
+    return _with_quantization(spec, Quantization(layers))
 
 
 def measure_features(
-    problem: Problem, state: TrainState, partner: Any, batches: Iterable[tuple[jax.Array, jax.Array]]
+    spec: TrainSpec, state: TrainState, partner: Any, batches: Iterable[Batch]
 ) -> dict[str, dict[str, float]]:
     """Returns 'cka' and 'relative_error' of every LP block's output against the partner's, in evaluation, by block.
 
     The mean over batches; linear CKA depends on the size of a batch.
     """
-    network = problem.replacement.network
+    network, quantization = spec.replacement.network, spec.replacement.quantization
 
     @jax.jit
-    def measure(state, partner, images):
-        low = run_backbone(
-            network,
-            problem.replacement.quantization,
-            state.params[NETWORK],
-            state.params[QUANTIZERS],
-            state.batch_stats,
-            images,
-            train=False,
-        )
-        full = run_teacher(network, partner, images)
+    def measure(variables, partner, inputs):
+        low = run_backbone(network, quantization, variables, inputs, train=False)
+        full = run_teacher(network, partner, inputs)
         return [
             {'cka': linear_cka(h, g), 'relative_error': relative_error(h, g)}
             for h, g in zip(low.features, full.features, strict=True)
         ]
 
-    found = [jax.device_get(measure(state, partner, images)) for images, _ in batches]
-    mean: Any = jax.tree.map(lambda *values: float(sum(values) / len(values)), *found)
-    return {f'block {number}': measures for number, measures in enumerate(mean, 1)}
+    measures = [jax.device_get(measure(state.variables, partner, batch.inputs)) for batch in batches]
+    means: Any = jax.tree.map(lambda *values: float(sum(values) / len(values)), *measures)
+    return {f'block {number}': mean for number, mean in enumerate(means, 1)}
 
 
 def measure_quantizers(
-    problem: Problem, state: TrainState, batches: Iterable[tuple[jax.Array, jax.Array]]
+    spec: TrainSpec, state: TrainState, batches: Iterable[Batch]
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Returns 'snr' in decibels and 'clipped', a fraction of all values, by layer and role.
 
     The signal is what arrives at the quantizer in the LP network in evaluation, the noise what quantization changes.
     """
-    replacement = problem.replacement
+    replacement = spec.replacement
     layers = {
         path: dataclasses.replace(layer, **{role: _Observed(quantizer) for role, quantizer in _roles(layer)})
         for path, layer in replacement.quantization.layers.items()
     }
 
     @jax.jit
-    def look(state, images):
+    def look(variables, inputs):
         def total(probes):
             parameters = {
                 path: {role: {'own': own, 'probe': probes[path][role]} for role, own in roles.items()}
-                for path, roles in state.params[QUANTIZERS].items()
+                for path, roles in variables.quantizers.items()
             }
-            return jnp.sum(
-                run_backbone(
-                    replacement.network,
-                    Quantization(layers),
-                    state.params[NETWORK],
-                    parameters,
-                    state.batch_stats,
-                    images,
-                    train=False,
-                ).logits
-            )
+            observed = Variables(variables.params, parameters, variables.batch_stats)
+            run = run_backbone(replacement.network, Quantization(layers), observed, inputs, train=False)
+            return jnp.sum(run.logits)
 
         def probe(stack):
             return dict.fromkeys(COUNTS, jnp.zeros(stack, jnp.float32))
@@ -273,8 +237,8 @@ def measure_quantizers(
         probes = {path: {role: probe(layer.layer.stack) for role, _ in _roles(layer)} for path, layer in layers.items()}
         return jax.grad(total)(probes)
 
-    found = [jax.device_get(look(state, images)) for images, _ in batches]
-    sums = jax.tree.map(lambda *values: sum(value.sum() for value in values), *found)
+    counts = [jax.device_get(look(state.variables, batch.inputs)) for batch in batches]
+    sums = jax.tree.map(lambda *values: sum(value.sum() for value in values), *counts)
 
     def summarize(counts):
         return {
@@ -336,34 +300,27 @@ _observe.defvjp(_observe_forward, _observe_backward)
 
 
 def measure_oscillations(
-    problem: Problem,
-    step: Callable[..., tuple[TrainState, Any]],
-    state: TrainState,
-    partner: Any,
-    arrays: Any,
-    batches: Iterable[Any],
+    spec: TrainSpec, step: Callable[[TrainState, Any], TrainState], state: TrainState, batches: Iterable[Any]
 ) -> dict[str, float]:
     """Returns, by layer, the fraction of weights whose code went back on its last change at least once.
 
     Args:
-        problem: what is trained.
-        step: the training step, with an optimizer that does learn; it must not take its state over.
-        state: to begin with; it stays as it is.
-        partner: the partner's variables.
-        arrays: the split that lives on the device, or None.
+        spec: what is trained.
+        step: `step(state, batch) -> state`, a training step with an optimizer that does learn; it may donate `state`.
+        state: to begin with.
         batches: one for each step.
     """
     quantizers = {
         path: layer.weights
-        for path, layer in problem.replacement.quantization.layers.items()
+        for path, layer in spec.replacement.quantization.layers.items()
         if layer.weights is not None and layer.layer.is_plain
     }
 
     def weights_of(state):
-        flat: Any = traverse_util.flatten_dict(state.params[NETWORK], sep='/')
-        parameters = state.params[QUANTIZERS]
+        variables = state.variables
+        flat: Any = traverse_util.flatten_dict(variables.params, sep='/')
         return {
-            path: (quantizer, parameters[path]['weights'], flat[f'{path}/{WEIGHT_NAME}'])
+            path: (quantizer, variables.quantizers[path]['weights'], flat[f'{path}/{WEIGHT_NAME}'])
             for path, quantizer in quantizers.items()
         }
 
@@ -376,7 +333,7 @@ def measure_oscillations(
 
     trackers = {path: init_tracker(*arguments) for path, arguments in weights_of(state).items()}
     for batch in batches:
-        state, _ = step(state, partner, arrays, batch)
+        state = step(state, batch)
         trackers = watch(state, trackers)
     # The frequency is a moving average: positive once a weight has oscillated.
     shares = jax.device_get({path: jnp.mean(tracker.frequency > 0) for path, tracker in trackers.items()})

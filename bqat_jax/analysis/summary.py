@@ -1,6 +1,7 @@
 """What a network is before it is trained: layers, quantizers, parameters, operations and size."""
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,19 +10,22 @@ import rich.console
 import rich.table
 from flax import traverse_util
 
-from bqat_jax.experiment.experiment import Setting, blocks_of_layers
+from bqat_jax.blocks.block_network import BlockNetwork
 from bqat_jax.quantizers.estimators import ESTIMATORS, IDENTITY
-from bqat_jax.transform import count_macs
+from bqat_jax.replacement.network_layers import blocks_of_layers
+from bqat_jax.transform import Layers, count_macs
 from bqat_jax.transform.operations import NO_LAYER
-from bqat_jax.transform.rules import QuantizerSettings
+from bqat_jax.transform.rules import LayerSettings, QuantizerSettings
 
 FULL_PRECISION_BITS = 32
 # Of a table that does not go to a terminal.
 TABLE_WIDTH = 140
 
 
-def summarize(setting: Setting) -> dict[str, Any]:
-    """Returns the summary of a config's network as JSON; nothing is computed.
+def summarize(
+    network: BlockNetwork, image_shape: Sequence[int], layers: Layers, settings: Mapping[str, LayerSettings]
+) -> dict[str, Any]:
+    """Returns the summary of a network as JSON; nothing is computed.
 
     Per layer: 'path', 'block', 'kind', 'kernel' (its shape), 'weights' and 'activations' (quantizer and bits, or None),
     'parameters', 'macs' (multiply-accumulate operations for one image) and 'bitops', which are MACs × bits of the
@@ -29,21 +33,26 @@ def summarize(setting: Setting) -> dict[str, Any]:
     is in no layer that can be quantized counts too: batch norms among the parameters, the products within attention
     among the operations. Sizes are of parameters in bytes, at the bits of the weights' quantizers and without those
     quantizers' own parameters. 'not_quantizable' has the path of every other weight, and why no quantizer reaches it.
+
+    Args:
+        network: the network.
+        image_shape: (height, width, channels) of one image.
+        layers: what `find_layers` found in it.
+        settings: what `assign_quantizers` said of them.
     """
-    network = setting.network
-    variables: Any = jax.eval_shape(lambda: network.init(jax.random.key(0), setting.images.image_shape))
-    image = jax.ShapeDtypeStruct((1, *setting.images.image_shape), 'float32')
+    variables: Any = jax.eval_shape(lambda: network.init(jax.random.key(0), image_shape))
+    image = jax.ShapeDtypeStruct((1, *image_shape), 'float32')
 
     def run(params, x, batch_stats):
         return network.apply({'params': params, 'batch_stats': batch_stats}, x, network.names, train=False)[0]
 
-    blocks = blocks_of_layers(network, variables, setting.images.image_shape)
+    blocks = blocks_of_layers(network, variables, image_shape)
     macs = count_macs(run, variables['params'], image, variables['batch_stats'])
     flat: Any = traverse_util.flatten_dict(variables['params'], sep='/')
     rows, saved_bits = [], 0
-    for path, layer in setting.found.quantizable.items():
-        settings = setting.layers[path]
-        weight_bits, input_bits = _bits(settings.weights), _bits(settings.activations)
+    for path, layer in layers.quantizable.items():
+        own = settings[path]
+        weight_bits, input_bits = _bits(own.weights), _bits(own.activations)
         kernel = (*layer.stack, *layer.kernel)
         saved_bits += math.prod(kernel) * (FULL_PRECISION_BITS - weight_bits)
         rows.append(
@@ -52,8 +61,8 @@ def summarize(setting: Setting) -> dict[str, Any]:
                 'block': blocks[path],
                 'kind': layer.kind,
                 'kernel': list(kernel),
-                'weights': _describe(settings.weights),
-                'activations': _describe(settings.activations),
+                'weights': _describe(own.weights),
+                'activations': _describe(own.activations),
                 'parameters': sum(math.prod(x.shape) for name, x in flat.items() if name.rpartition('/')[0] == path),
                 'macs': macs.get(path, 0),
                 'bitops': macs.get(path, 0) * weight_bits * input_bits,
@@ -69,15 +78,13 @@ def summarize(setting: Setting) -> dict[str, Any]:
         'bytes_full_precision': full_bits // 8,
         'bytes': -(-(full_bits - saved_bits) // 8),
     }
-    return {'layers': rows, 'totals': totals, 'not_quantizable': dict(setting.found.others)}
+    return {'layers': rows, 'totals': totals, 'not_quantizable': dict(layers.others)}
 
 
-def print_summary(setting: Setting, summary: dict[str, Any]) -> None:
-    """Prints a summary as a table on the setting's console."""
-    console = setting.console
+def print_summary(console: rich.console.Console, title: str, summary: dict[str, Any]) -> None:
+    """Prints a summary as a table."""
     if not console.is_terminal:
         console = rich.console.Console(width=TABLE_WIDTH, file=console.file)
-    title = f'{setting.config.network.name}, {len(setting.network.blocks)} blocks'
     table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD)
     for name in ('layer', 'block', 'kernel', 'weights', 'input'):
         table.add_column(name, overflow='fold')

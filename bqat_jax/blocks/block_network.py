@@ -19,7 +19,7 @@ def run_submodules(module: Any, x: Any, names: Sequence[str], train: bool) -> An
 
 
 @dataclasses.dataclass(frozen=True)
-class CutNetwork:
+class BlockNetwork:
     """A network cut into stem, blocks and head.
 
     Each of them is one part of the network or several that run one after another; where the cuts lie does not change a
@@ -91,3 +91,13 @@ class CutNetwork:
         mutable = ['batch_stats', CARRIED] if train else [CARRIED]
         output, updated = self.module.apply(variables, x, method=run, mutable=mutable, rngs=rngs)
         return output, updated.get('batch_stats', variables.get('batch_stats', {}))
+
+    def as_function(
+        self, variables: Any, *, train: bool, key: jax.Array | None = None
+    ) -> Callable[[Any, Any], tuple[Any, Any]]:
+        """Returns `run(params, x)`, the whole network with other parameters; arguments and output as `apply`."""
+
+        def run(params, x):
+            return self.apply({'batch_stats': {}, **variables, 'params': params}, x, self.names, train=train, key=key)
+
+        return run

@@ -1,15 +1,13 @@
-"""A stem, stages of blocks and a head that run one after another: the shape of all networks here."""
+"""A stem, stages of blocks and a head that run one after another: the shape of the networks of this project."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
-import jax.numpy as jnp
 
-from bqat_jax.blocks.block_network import CutNetwork, run_submodules
+from bqat_jax.blocks.block_network import BlockNetwork, run_submodules
 
 CUTS = ('stage', 'block')
-DTYPES = ('float32', 'bfloat16')
 Make = Callable[[], nn.Module]
 
 
@@ -32,7 +30,7 @@ class Chain(nn.Module):
         return run_submodules(self, x, [name for name, _ in self.parts], train)
 
 
-def cut_chain(stem: Make, stages: Sequence[Mapping[str, Make]], head: Make, cut: str) -> CutNetwork:
+def split_chain(stem: Make, stages: Sequence[Mapping[str, Make]], head: Make, cut: str) -> BlockNetwork:
     """Returns a chain cut into blocks.
 
     Args:
@@ -51,11 +49,11 @@ def cut_chain(stem: Make, stages: Sequence[Mapping[str, Make]], head: Make, cut:
     elif cut == 'block':
         blocks = tuple((name,) for name in parts)
     else:
-        blocks = _cut_behind(tuple(parts), tuple(name.strip() for name in cut.split(',')))
-    return CutNetwork(Chain((('stem', stem), *parts.items(), ('head', head))), ('stem',), blocks, ('head',))
+        blocks = _split_after(tuple(parts), tuple(name.strip() for name in cut.split(',')))
+    return BlockNetwork(Chain((('stem', stem), *parts.items(), ('head', head))), ('stem',), blocks, ('head',))
 
 
-def _cut_behind(names: tuple[str, ...], ends: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+def _split_after(names: tuple[str, ...], ends: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
     positions = [names.index(end) + 1 if end in names else 0 for end in ends]
     if 0 in positions or sorted(set(positions)) != positions:
         raise ValueError(
@@ -69,19 +67,3 @@ def _cut_behind(names: tuple[str, ...], ends: tuple[str, ...]) -> tuple[tuple[st
 def stage_blocks(number: int, makes: Sequence[Make]) -> dict[str, Make]:
     """Returns the blocks of stage `number`, counted from 1, by their names 'stage1_block1', ..."""
     return {f'stage{number}_block{position}': make for position, make in enumerate(makes, 1)}
-
-
-def block_class(cls: type[nn.Module], remat: bool) -> Any:
-    """Returns the class of a block, which recomputes its inside in the backward pass if `remat`, to save memory."""
-    return nn.remat(cls, static_argnums=(2,)) if remat else cls
-
-
-def compute_dtype(name: str) -> Any:
-    """Returns the dtype called 'float32' or 'bfloat16'.
-
-    Raises:
-        ValueError: for another name.
-    """
-    if name not in DTYPES:
-        raise ValueError(f'dtype={name!r}: it must be one of {", ".join(DTYPES)}.')
-    return jnp.dtype(name)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters.partial_eval import dce_jaxpr
 
-from bqat_jax.blocks.block_network import CARRIED, CutNetwork
+from bqat_jax.blocks.block_network import CARRIED, BlockNetwork
 
 # What a module may call the argument that says whether it is trained, and what says the opposite.
 TRAIN_ARGUMENTS = ('train', 'training', 'is_training')
@@ -20,7 +20,7 @@ OUTPUT = 'output'
 Call = Callable[[Any, Any, bool], Any]
 
 
-def cut_into(module: nn.Module, stem: Call, blocks: Sequence[Call], head: Call) -> CutNetwork:
+def split_into(module: nn.Module, stem: Call, blocks: Sequence[Call], head: Call) -> BlockNetwork:
     """Returns a module cut into pieces that are given as functions `piece(module, x, train)` of the bound module.
 
     Args:
@@ -41,12 +41,12 @@ def cut_into(module: nn.Module, stem: Call, blocks: Sequence[Call], head: Call) 
             x = pieces[name](module, x, train)
         return x
 
-    return CutNetwork(module, ('stem',), tuple((name,) for name in names), (HEAD,), run)
+    return BlockNetwork(module, ('stem',), tuple((name,) for name in names), (HEAD,), run)
 
 
-def cut_behind(
+def split_after(
     module: nn.Module, ends: Sequence[str], image_shape: Sequence[int], call: Call | None = None
-) -> CutNetwork:
+) -> BlockNetwork:
     """Returns a module cut behind the submodules called `ends`.
 
     A block reaches from the end of the one before, or from the input, to the output of its submodule in `ends`; the
@@ -70,7 +70,7 @@ def cut_behind(
     _check_count(ends)
     pieces = _make_pieces(module, ends, tuple(image_shape), call or _find_call(module))
     pieces.check()
-    return CutNetwork(module, (), tuple((name,) for name in pieces.names[:-1]), (HEAD,), pieces.run)
+    return BlockNetwork(module, (), tuple((name,) for name in pieces.names[:-1]), (HEAD,), pieces.run)
 
 
 def _check_count(names: Sequence[str]) -> None:

@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import grain
-import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
@@ -46,7 +44,7 @@ class Share:
     count: int = 1
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Split:
     """A split of a dataset, ready to be read in batches.
 
@@ -57,8 +55,9 @@ class Split:
         workers: processes that decode; 0 for threads of this one. Not read when the split lives on the device.
         crop: how squares are cut out of encoded images; None where images come decoded.
         share: what this process reads of every batch.
-        damage: where examples that cannot be read are noted, when they are skipped; None to raise an error. Not read
-            when the split lives on the device.
+        skips_damaged: whether examples that cannot be read are skipped, instead of raising an error. Not read when the
+            split lives on the device.
+        damaged: what was skipped by this process so far, in words.
     """
 
     source: Subset
@@ -66,7 +65,8 @@ class Split:
     workers: int = 0
     crop: Crop | None = None
     share: Share = Share()
-    damage: 'Damage | None' = None
+    skips_damaged: bool = False
+    damaged: set[str] = dataclasses.field(default_factory=set)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -102,7 +102,7 @@ class Split:
         self, order: grain.MapDataset, batch_size: int, start: int, stop: int, *, for_training: bool, random_crops: bool
     ) -> Iterator[dict[str, Any]]:
         source = None if self.arrays is not None else self.source
-        skips = source is not None and self.damage is not None
+        skips = source is not None and self.skips_damaged
         read = _ReadExample(source, len(self), self.crop, skips, for_training)
         # Grain gives every position of the endless reading a generator of its own, the same after a restart.
         is_random = self.crop is not None and random_crops
@@ -120,30 +120,15 @@ class Split:
         return self._note_damage(iter(dataset)) if skips else iter(dataset)
 
     def _note_damage(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Passes batches on without what they say of damage."""
-        assert self.damage is not None
+        """Passes batches on without what they say of damage; warns of every damaged example once."""
         for batch in batches:
             numbers = np.asarray(batch.pop(DAMAGED))
             for number in numbers[numbers != INTACT]:
-                self.damage.note(self.source.where(int(number)))
+                example = self.source.where(int(number))
+                if example not in self.damaged:
+                    logger.warning('Skipped: %s cannot be read.', example)
+                self.damaged.add(example)
             yield batch
-
-
-class Damage:
-    """Notes examples that could not be read and were skipped, by this process since it began.
-
-    Attributes:
-        examples: what they are, in words.
-    """
-
-    def __init__(self):
-        self.examples: set[str] = set()
-
-    def note(self, example: str) -> None:
-        """Notes an example, and warns of it the first time."""
-        if example not in self.examples:
-            self.examples.add(example)
-            logger.warning('Skipped: %s cannot be read.', example)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,10 +189,3 @@ def read_whole(source: Subset) -> dict[str, np.ndarray]:
         arrays['image'][run] = np.stack([example['image'] for example in examples])
         arrays['label'][run] = [example['label'] for example in examples]
     return arrays
-
-
-def get_examples(batch: dict[str, jax.Array], arrays: dict[str, jax.Array] | None) -> tuple[jax.Array, jax.Array]:
-    """Returns the images and labels of a batch, gathered from the arrays if the split lives on the device."""
-    if arrays is None:
-        return batch['image'], batch['label']
-    return jnp.take(arrays['image'], batch['index'], axis=0), jnp.take(arrays['label'], batch['index'], axis=0)

@@ -11,12 +11,30 @@ import tensorflow_datasets as tfds
 from bqat_jax.data.crops import Crop
 from bqat_jax.data.digits import Digits
 from bqat_jax.errors import UserError
+from bqat_jax.registry import Names
 
 logger = logging.getLogger(__name__)
 
 # Which training images are taken and which are held out depends on nothing but their number: every run, whatever its
 # seed, makes its choices on the same ones.
 VALIDATION_SEED = 0
+# Data sets that prepare themselves where they are first asked for, without TensorFlow.
+DATASETS = Names('data set')
+
+
+def register_dataset(builder: Any) -> Any:
+    """Makes a builder class of TensorFlow Datasets known, which prepares itself when it is first read; a decorator.
+
+    `config.data.name` is the class's name in snake case. Its features are 'image' and 'label', its splits 'train' and
+    'test'.
+
+    Raises:
+        ValueError: if the name belongs to a class of another module.
+    """
+    return DATASETS.register(builder.name)(builder)
+
+
+register_dataset(Digits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +106,7 @@ def load_images(
     """Opens a dataset by its TensorFlow Datasets name.
 
     Args:
-        name: 'digits' for the embedded digits, which prepare themselves, or a TensorFlow Datasets name.
+        name: of `DATASETS`, such as 'digits', which prepare themselves, or a TensorFlow Datasets name.
         directory: where prepared datasets lie; None for TensorFlow Datasets' default.
         validation_fraction: how much of the training split to hold out, 0 <= fraction < 1.
         image_size: side of the squares that are cut out of the images; None to take images of one size as they are.
@@ -140,10 +158,10 @@ def load_images(
 
 def _open_builder(name: str, directory: str | None) -> tfds.core.DatasetBuilder:
     tfds.disable_progress_bar()
-    if name == Digits.name:
-        builder = Digits(data_dir=_expand(directory))
+    if name in DATASETS.entries:
+        builder = DATASETS.get(name)(data_dir=_expand(directory))
         if not builder.is_prepared():
-            logger.info('Preparing the digits in %s.', builder.data_path)
+            logger.info('Preparing the data set %s in %s.', name, builder.data_path)
             builder.download_and_prepare(file_format='array_record')
         return builder
     try:

@@ -1,11 +1,9 @@
 """Several processes, one or more for each host, that train one network together.
 
-Each runs the same program on its own share of every batch. The first process alone writes what is not a checkpoint;
-the workdir lies on a file system that all of them see.
+Each runs the same program on its own share of every batch. The first process alone writes what is not a checkpoint.
 """
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,12 +12,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from bqat_jax.errors import UserError
-from bqat_jax.storage import write_bytes, write_json
 
 logger = logging.getLogger(__name__)
 
 OFF, AUTO = 'off', 'auto'
-ROLL_CALL = '.processes'
 
 
 def initialize(distributed: str) -> None:
@@ -75,30 +71,9 @@ def total(value: int) -> int:
     return value if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.int32(value)).sum())
 
 
-def write_once(path: Path, value: Any) -> None:
-    """Writes JSON by the first process; in all of them the file is there afterwards."""
-    if is_first():
-        write_json(path, value)
-    wait_for_all(f'written {path}')
-
-
-def check_workdir_is_shared(workdir: Path) -> None:
-    """Raises UserError if a process does not see what the first one writes into the workdir."""
-    if jax.process_count() == 1:
-        return
-    path = workdir / ROLL_CALL
-    if is_first():
-        write_bytes(path, b'')
-    wait_for_all('roll call')
-    seen = multihost_utils.process_allgather(path.exists())
-    wait_for_all('roll called')
-    if is_first():
-        path.unlink()
-    if not seen.all():
-        raise UserError(
-            f'--workdir={workdir}: {int((~seen).sum())} of {jax.process_count()} processes do not see what the first '
-            'one writes there. It must be a folder on a file system that all of them share.'
-        )
+def gather_bools(value: bool) -> list[bool]:
+    """Returns what every process says, in all of them."""
+    return [value] if jax.process_count() == 1 else multihost_utils.process_allgather(value).tolist()
 
 
 def put_batch(batch: Any, sharding: NamedSharding) -> Any:

@@ -78,9 +78,9 @@ class Replicas:
         Args:
             function: takes and returns arrays of all replicas that one device has, as `over` makes it.
             in_axes: 0 for arguments with the leading axis, None for those that all replicas share.
-            donate_argnums: arguments whose memory it takes over.
+            donate_argnums: arguments that it donates.
         """
-        if self.count == 1 and self.placement.splits:
+        if self.count == 1 and self.placement.shards:
 
             def placed(*arguments):
                 return self.placement.constrain(function(*arguments))
@@ -111,8 +111,8 @@ class Replicas:
     def batches(self, readings: Sequence[Iterator[Any]]) -> Iterator[Any]:
         """Yields batches on the devices, from a reading for each replica; of several processes from one's own rows."""
         waiting: collections.deque[Any] = collections.deque()
-        for found in zip(*readings, strict=True):
-            batch = found[0] if self.count == 1 else jax.tree.map(lambda *leaves: np.stack(leaves), *found)
+        for parts in zip(*readings, strict=True):
+            batch = parts[0] if self.count == 1 else jax.tree.map(lambda *leaves: np.stack(leaves), *parts)
             waiting.append(put_batch(batch, over_batch(self.mesh)))  # which goes on while steps run
             if len(waiting) > PREFETCH_BATCHES:
                 yield waiting.popleft()

@@ -106,17 +106,22 @@ class Placement:
     Attributes:
         mesh: the devices.
         rules: asked in this order, then `LAST_RULE`.
-        least_elements: smaller arrays stay whole.
+        min_shard_elements: smaller arrays stay whole.
     """
 
     mesh: Mesh
     rules: tuple[Rule, ...] = ()
-    least_elements: int = 0
+    min_shard_elements: int = 0
 
     @property
-    def splits(self) -> bool:
-        """Whether any array can be split."""
-        return self.mesh.shape[FSDP_AXIS] > 1
+    def parts(self) -> int:
+        """Parts that large arrays are sharded into."""
+        return self.mesh.shape[FSDP_AXIS]
+
+    @property
+    def shards(self) -> bool:
+        """Whether any array can be sharded over 'fsdp'."""
+        return self.parts > 1
 
     def axis(self, path: str, shape: Sequence[int]) -> int | None:
         """Returns the axis along which the array at a path is split, or None.
@@ -124,8 +129,8 @@ class Placement:
         Raises:
             UserError: if a rule names an axis that the array does not have, or that cannot be split evenly.
         """
-        parts = self.mesh.shape[FSDP_AXIS]
-        if parts == 1 or int(np.prod(shape)) < self.least_elements or not shape:
+        parts = self.parts
+        if parts == 1 or int(np.prod(shape)) < self.min_shard_elements or not shape:
             return None
         rule = self.rule(path)
         if rule.axis == NONE:
@@ -152,7 +157,7 @@ class Placement:
 
     def shardings(self, tree: Any) -> Any:
         """Returns a tree of shardings for one of arrays or shapes."""
-        return jax.tree_util.tree_map_with_path(lambda path, x: self.sharding(path_of(path), x.shape), tree)
+        return jax.tree_util.tree_map_with_path(lambda keys, x: self.sharding(_path(keys), x.shape), tree)
 
     def put(self, tree: Any) -> Any:
         """Returns a tree of arrays, each where it belongs."""
@@ -164,20 +169,19 @@ class Placement:
 
     def gather(self, tree: Any) -> Any:
         """Returns a tree of traced float arrays whole on every device; their gradients are split again at once."""
-        if not self.splits:
+        if not self.shards:
             return tree
         whole = replicated(self.mesh)
         return jax.tree.map(lambda x, split: _gather(whole, split, x), tree, self.shardings(tree))
 
     def describe(self, tree: Any) -> dict[str, dict[str, Any]]:
         """Returns as JSON, for every array of a tree that is split: its shape, the axis, and the rule that said so."""
-        found = {}
-        for keys, x in jax.tree_util.tree_leaves_with_path(tree):
-            path = path_of(keys)
+        description = {}
+        for path, x in leaves_with_paths(tree):
             axis = self.axis(path, x.shape)
             if axis is not None:
-                found[path] = {'shape': list(x.shape), 'axis': axis, 'rule': self.rule(path).path}
-        return found
+                description[path] = {'shape': list(x.shape), 'axis': axis, 'rule': self.rule(path).path}
+        return description
 
 
 def parse_rules(rules: Sequence[Mapping[str, Any]]) -> tuple[Rule, ...]:
@@ -192,9 +196,13 @@ def parse_rules(rules: Sequence[Mapping[str, Any]]) -> tuple[Rule, ...]:
     return tuple(Rule(rule['path'], rule['axis']) for rule in rules)
 
 
-def path_of(keys: Sequence[Any]) -> str:
-    """Returns a path of a tree as text, 'params/network/stem/conv/kernel'."""
-    return '/'.join(str(getattr(key, 'key', getattr(key, 'name', getattr(key, 'idx', key)))) for key in keys)
+def leaves_with_paths(tree: Any) -> list[tuple[str, Any]]:
+    """Returns the leaves of a tree with their paths as text, such as 'params/network/stem/conv/kernel'."""
+    return [(_path(keys), leaf) for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def _path(keys: Any) -> str:
+    return jax.tree_util.keystr(keys, simple=True, separator='/')
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

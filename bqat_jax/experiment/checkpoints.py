@@ -194,7 +194,7 @@ class Checkpoints:
                 self._set_aside(damaged)
             return restored
         if problems:
-            listed = '\n  '.join(f'step {step}: {problem}' for step, problem in problems.items())
+            listed = '\n  '.join(f'step {step}: {spec}' for step, spec in problems.items())
             raise UserError(
                 f'No checkpoint in {self.directory} could be read:\n  {listed}\n'
                 'If they are lost, take another --workdir, or move this directory away to start again.'

@@ -1,7 +1,7 @@
 """Configs: the keys there are, the argument after the colon, durations, and what may change when a run is resumed."""
 
-import difflib
 import fnmatch
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +11,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from bqat_jax.errors import UserError
+from bqat_jax.registry import suggest
 
 # An ml_collections.ConfigDict; type checkers cannot know its keys.
 Config: TypeAlias = Any
@@ -31,6 +32,24 @@ SAFE_TO_CHANGE = (
     'profile_steps',
     'train.log_every_steps',
 )
+
+# The smallest value of numeric keys.
+MINIMUM = {
+    'seed': 0,
+    'data.workers': 0,
+    'data.crop_padding': 0,
+    'data.color_jitter': 0,
+    'train.batch_size': 1,
+    'train.microbatches': 1,
+    'train.batch_norm_groups': 1,
+    'train.replicas': 1,
+    'train.log_every_steps': 1,
+    'checkpoint.keep': 1,
+    'quant.calibration_batches': 1,
+    'quant.reestimation_batches': 0,
+    'replacement.seed': 0,
+    'mesh.min_shard_elements': 0,
+}
 
 
 def base_config() -> Config:
@@ -159,7 +178,7 @@ def base_config() -> Config:
     config.mesh.fsdp = 1  # parts that large arrays are split into: parameters, optimizer state, partner
     # Which axis is split, the first match wins: ({'path': 'head/dense/kernel', 'axis': 1},); or 'largest', or 'none'.
     config.mesh.rules = ()
-    config.mesh.least_elements = 4096  # smaller arrays stay whole on every device
+    config.mesh.min_shard_elements = 4096  # smaller arrays stay whole on every device
 
     config.checkpoint = ml_collections.ConfigDict()
     config.checkpoint.every_steps = config_dict.placeholder(int)
@@ -201,7 +220,7 @@ def parse_argument(argument: str | None, **defaults: Any) -> Config:
         key, separator, text = item.partition('=')
         if key not in defaults:
             raise UserError(
-                f'The config has no argument {key!r}; it takes: {", ".join(defaults)}.{_nearest(key, defaults)}'
+                f'The config has no argument {key!r}; it takes: {", ".join(defaults)}.{suggest(key, defaults)}'
             )
         if not separator:
             raise UserError(f'The config argument {key!r} has no value; write {key}={defaults[key]}.')
@@ -229,6 +248,23 @@ def duration(section: Config, name: str, epoch: float) -> int:
     if result < 0:
         raise UserError(f'{name}steps={steps}, {name}epochs={epochs}: a duration cannot be negative.')
     return result
+
+
+def check_ranges(config: Config) -> None:
+    """Checks numeric keys against `MINIMUM`, and the steps to trace.
+
+    Raises:
+        UserError: for a value out of range.
+    """
+    for key, minimum in MINIMUM.items():
+        value = functools.reduce(lambda section, name: section[name], key.split('.'), config)
+        if value < minimum:
+            raise UserError(f'{key}={value}: it must be at least {minimum}.')
+    steps = tuple(config.profile_steps)
+    if len(steps) != 2 or not 1 <= steps[0] <= steps[1]:
+        raise UserError(
+            f'profile_steps={steps}: give the first and the last step to record, counted from 1, such as (11, 13).'
+        )
 
 
 def to_plain(value: Any) -> Any:
@@ -268,8 +304,3 @@ def check_resumable(old: Mapping[str, Any], new: Mapping[str, Any], workdir: Pat
             'Take another --workdir, or give the values it was made with. '
             f'These keys may change: {", ".join(SAFE_TO_CHANGE)}.'
         )
-
-
-def _nearest(key: str, known: Any) -> str:
-    near = difflib.get_close_matches(key, list(known), n=1)
-    return f' Did you mean {near[0]!r}?' if near else ''

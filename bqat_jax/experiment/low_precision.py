@@ -4,159 +4,165 @@ from typing import Any
 
 import jax
 
-from bqat_jax.data.augmentation import normalize
-from bqat_jax.data.pipeline import get_examples
+from bqat_jax.data.pipeline import Split
 from bqat_jax.distributed.preemption import StopRequest
-from bqat_jax.distributed.processes import agree, put_batch, write_once
-from bqat_jax.distributed.sharding import over_batch
+from bqat_jax.distributed.processes import agree
 from bqat_jax.errors import UserError
 from bqat_jax.experiment.checkpoints import Restored
-from bqat_jax.experiment.experiment import Setting
-from bqat_jax.experiment.loop import Phase, run_phase
-from bqat_jax.experiment.partner import Partner
+from bqat_jax.experiment.experiment import Experiment
+from bqat_jax.experiment.partner import Partner, make_preprocessing
+from bqat_jax.experiment.phase import Phase
+from bqat_jax.experiment.phases import run_phase
+from bqat_jax.experiment.reading import Data, plain_batches
+from bqat_jax.experiment.streams import Stream, random_key
 from bqat_jax.quantizers import describe_quantizer
 from bqat_jax.replacement.block_replacement import BlockReplacement
-from bqat_jax.storage import read_json
-from bqat_jax.training.optimizer import NETWORK, QUANTIZERS
-from bqat_jax.training.step import Problem
+from bqat_jax.replacement.paths import Variables
+from bqat_jax.storage import read_json, write_once
+from bqat_jax.training.spec import TrainSpec
 from bqat_jax.transform import (
     LayerQuantizers,
+    Prepared,
     Quantization,
     build_quantization,
     calibrate,
-    find_signed_inputs,
     init_quantizers,
+    prepare_layers,
 )
 
 QUANTIZERS_FILE = 'quantizers.json'
 CHECKPOINTS = 'checkpoints'
-# Numbers of this phase's uses of randomness; see `Setting.key`.
-TRAIN, CALIBRATION = 2, 3
 
 
-def train_low_precision(setting: Setting, partner: Partner, stop: StopRequest) -> tuple[Phase, Restored]:
+def train_low_precision(
+    experiment: Experiment, partner: Partner, data: Data, stop: StopRequest
+) -> tuple[Phase, Restored]:
     """Trains the low-precision network, which starts from the partner's weights.
 
+    The quantizers are written down before training starts; a resumed run builds them from that file.
+
     Returns:
-        The phase, and the checkpoint that counts.
+        The phase, and the selected checkpoint.
 
     Raises:
-        UserError: as `run_phase`.
+        UserError: if quantizers do not suit their layers, or as `run_phase`.
         Stopped: as `run_phase`.
     """
-
-    def run(params, batch):
-        variables = {**partner.variables, 'params': params}
-        return setting.network.apply(variables, batch, setting.network.names, train=True, key=setting.key(CALIBRATION))
-
-    batches = None
-    path = setting.workdir / QUANTIZERS_FILE
-    if not agree(path.exists()):
-        batches = _calibration_batches(setting, partner, 0)
-        layers = setting.found.quantizable
-        signed = find_signed_inputs(run, partner.variables['params'], batches, layers, setting.layers)
-        write_once(path, _describe(_build(setting, signed)))
-        stop.check('before the quantizers were calibrated')
-    phase = low_precision_phase(setting, partner)
-    quantization = phase.problem.replacement.quantization
+    path = experiment.workdir / QUANTIZERS_FILE
+    prepared: Prepared | None = None
+    if agree(path.exists()):
+        quantization = read_quantization(experiment)
+    else:
+        prepared = _prepare(experiment, partner, data.train)
+        quantization = prepared.quantization
+        write_once(path, _describe(quantization))
+        stop.check('after the quantizers were calibrated')
+    phase = low_precision_phase(experiment, partner, quantization)
 
     def init(replica):
-        setting.console.print('Calibrating the quantizers.')
-        images = batches if batches and replica == 0 else _calibration_batches(setting, partner, replica)
-        params = partner.variables['params']
-        try:
-            quantizers = calibrate(quantization, params, run, images)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        return {NETWORK: params, QUANTIZERS: quantizers}, partner.variables['batch_stats']
+        if prepared is not None and replica == 0:
+            quantizers = prepared.quantizers
+        else:
+            quantizers = _calibrate(experiment, partner, data.train, quantization, replica)
+        return Variables(partner.variables['params'], quantizers, partner.variables['batch_stats'])
 
-    return phase, run_phase(setting, phase, init, quantizer_shapes(setting, quantization), stop)
+    return phase, run_phase(experiment, phase, data, init, stop)
 
 
-def low_precision_phase(setting: Setting, partner: Partner) -> Phase:
-    """Returns the phase, with the quantizers that the workdir's quantizers.json describes.
+def low_precision_phase(experiment: Experiment, partner: Partner, quantization: Quantization) -> Phase:
+    """Returns the phase in which a quantized network is trained."""
+    spec = TrainSpec(
+        replacement=BlockReplacement(experiment.network, quantization, experiment.plan, experiment.objective),
+        # The low-precision network starts from the partner's weights, so it sees images as the partner does.
+        prepare=make_preprocessing(experiment, partner.facts),
+        steps=experiment.training.steps,
+        regularizers=experiment.regularizers,
+        draw_seed=experiment.draw_seed,
+        microbatches=experiment.microbatches,
+        batch_norm_groups=experiment.batch_norm_groups,
+    )
+    quantizer_shapes = _quantizer_shapes(experiment, quantization)
+    return Phase(
+        name='train',
+        stream=Stream.TRAINING,
+        spec=spec,
+        optimizer=experiment.training.optimizer,
+        partner=partner.variables,
+        shapes=Variables(experiment.shapes['params'], quantizer_shapes, experiment.shapes['batch_stats']),
+        directory=experiment.workdir / CHECKPOINTS,
+        replicas=experiment.replicas,
+    )
+
+
+def read_quantization(experiment: Experiment) -> Quantization:
+    """Returns the quantizers that the workdir's quantizers.json describes.
 
     Raises:
         UserError: if there is no such file yet.
     """
-    path = setting.workdir / QUANTIZERS_FILE
+    path = experiment.workdir / QUANTIZERS_FILE
     if not path.exists():
-        raise UserError(f'{setting.workdir} holds no low-precision network yet: train first (--mode=train).')
-    described = read_json(path)
-    signed = {path: layer['activations']['signed'] for path, layer in described.items() if layer['activations']}
-    return make_phase(setting, partner, signed)
-
-
-def make_phase(setting: Setting, partner: Partner, signed: dict[str, bool]) -> Phase:
-    """Returns the phase.
-
-    Args:
-        setting: of the run.
-        partner: its facts are read, and its variables are the phase's.
-        signed: for every layer whose input is quantized, whether that can be negative.
-    """
-    config = setting.config
-    return Phase(
-        name='train',
-        purpose=TRAIN,
-        problem=Problem(
-            replacement=BlockReplacement(setting.network, _build(setting, signed), setting.plan, setting.objective),
-            # The low-precision network starts from the partner's weights, so it sees images as the partner does.
-            preprocessing=setting.preprocessing(partner.facts['mean'], partner.facts['std']),
-            steps=setting.steps(config.train),
-            regularizers=setting.regularizers,
-            draw_seed=config.replacement.seed,
-            microbatches=config.train.microbatches,
-            batch_norm_groups=config.train.batch_norm_groups,
-        ),
-        partner=partner.variables,
-        steps=setting.steps(config.train),
-        optimizer=config.optimizer,
-        directory=setting.workdir / CHECKPOINTS,
-        replicas=setting.replicas,
-    )
-
-
-def _build(setting: Setting, signed: dict[str, bool]) -> Quantization:
-    """The quantizers, where the config's are defined for their layers."""
+        raise UserError(f'{experiment.workdir} holds no low-precision network yet: train first (--mode=train).')
+    layers = read_json(path).items()
+    signed = {path: layer['activations']['signed'] for path, layer in layers if layer['activations']}
     try:
-        return build_quantization(setting.found.quantizable, setting.layers, signed)
+        return build_quantization(experiment.layers.quantizable, experiment.quantizers, signed)
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
-def quantizer_shapes(setting: Setting, quantization: Quantization) -> Any:
-    """Returns the shapes and dtypes of the quantizers' parameters."""
-    variables = setting.abstract_variables
-    batch = jax.ShapeDtypeStruct((1, *setting.images.image_shape), 'float32')
-
-    def init(variables, batch):
-        def run(params, batch):
-            network = setting.network
-            return network.apply({**variables, 'params': params}, batch, network.names, train=False)
-
-        return init_quantizers(quantization, variables['params'], run, batch)
-
-    return jax.eval_shape(init, variables, batch)
+def _prepare(experiment: Experiment, partner: Partner, split: Split) -> Prepared:
+    """The quantizers, with the parameters that the first replica starts from."""
+    experiment.console.print('Calibrating the quantizers.')
+    run, batches = _full_precision(experiment, partner), _calibration_batches(experiment, partner, split, 0)
+    layers, params = experiment.layers.quantizable, partner.variables['params']
+    try:
+        return prepare_layers(run, params, batches, layers, experiment.quantizers)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
-def _calibration_batches(setting: Setting, partner: Partner, replica: int) -> list[jax.Array]:
+def _calibrate(
+    experiment: Experiment, partner: Partner, split: Split, quantization: Quantization, replica: int
+) -> dict[str, Any]:
+    """The parameters that a replica's quantizers start from."""
+    experiment.console.print('Calibrating the quantizers.')
+    batches = _calibration_batches(experiment, partner, split, replica)
+    try:
+        return calibrate(quantization, partner.variables['params'], _full_precision(experiment, partner), batches)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _full_precision(experiment: Experiment, partner: Partner) -> Any:
+    """Runs the partner on a batch of images, with other parameters."""
+    key = random_key(experiment.seeds[0], Stream.CALIBRATION)
+    return experiment.network.as_function(partner.variables, train=True, key=key)
+
+
+def _calibration_batches(experiment: Experiment, partner: Partner, split: Split, replica: int) -> list[jax.Array]:
     """Normalised training images, not augmented."""
-    split, config = setting.train_split, setting.config
-    how = setting.preprocessing(partner.facts['mean'], partner.facts['std'])
+    preprocessing = make_preprocessing(experiment, partner.facts)
 
     @jax.jit
     def images_of(batch, arrays):
-        return normalize(get_examples(batch, arrays)[0], how.mean, how.std)
+        return preprocessing(batch, arrays, None).inputs
 
-    batches = split.training_batches(
-        setting.data_seed(CALIBRATION, replica),
-        config.train.batch_size,
-        0,
-        config.quant.calibration_batches,
-        random_crops=False,
+    batches = plain_batches(
+        experiment, split, experiment.seeds[replica], Stream.CALIBRATION, experiment.calibration_batches
     )
-    return [images_of(put_batch(batch, over_batch(setting.mesh)), split.arrays) for batch in batches]
+    return [images_of(batch, split.arrays) for batch in batches]
+
+
+def _quantizer_shapes(experiment: Experiment, quantization: Quantization) -> Any:
+    """Shapes and dtypes of the quantizers' parameters."""
+    batch = jax.ShapeDtypeStruct((1, *experiment.image_shape), 'float32')
+
+    def init(variables, batch):
+        run = experiment.network.as_function(variables, train=False)
+        return init_quantizers(quantization, variables['params'], run, batch)
+
+    return jax.eval_shape(init, experiment.shapes, batch)
 
 
 def _describe(quantization: Quantization) -> dict[str, Any]:

@@ -1,36 +1,36 @@
 """The full-precision partner: where it comes from, and how it is kept in the workdir."""
 
-import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
+from bqat_jax.data.preprocessing import Preprocessing
 from bqat_jax.distributed.preemption import StopRequest
-from bqat_jax.distributed.processes import agree, write_once
+from bqat_jax.distributed.processes import agree
 from bqat_jax.errors import UserError
 from bqat_jax.experiment.checkpoints import Checkpoints
 from bqat_jax.experiment.configuration import changed_keys
-from bqat_jax.experiment.experiment import Setting
-from bqat_jax.experiment.loop import Phase, run_phase
+from bqat_jax.experiment.experiment import Experiment
+from bqat_jax.experiment.phase import Phase
+from bqat_jax.experiment.phases import run_phase
+from bqat_jax.experiment.reading import Data
+from bqat_jax.experiment.streams import Stream, random_key
 from bqat_jax.networks.torch_weights import NAME_RULES, import_state_dict, read_state_dict
 from bqat_jax.replacement.block_replacement import BlockReplacement
 from bqat_jax.replacement.objective import Objective
+from bqat_jax.replacement.paths import Variables
 from bqat_jax.replacement.plans import Plan
-from bqat_jax.storage import read_json
-from bqat_jax.training.optimizer import NETWORK, QUANTIZERS
-from bqat_jax.training.step import Problem
+from bqat_jax.storage import read_json, write_once
+from bqat_jax.training.spec import TrainSpec
 from bqat_jax.transform import FULL_PRECISION
 
 # In a workdir: partner/final is the finished partner, partner/checkpoints its training, partner/partner.json says what
 # it is, and is written last.
 DIRECTORY, FACTS = 'partner', 'partner.json'
-# Numbers of this phase's uses of randomness; see `Setting.key`.
-INIT, PRETRAIN = 0, 1
 
 
-@dataclasses.dataclass(frozen=True)
-class Partner:
+class Partner(NamedTuple):
     """A finished partner.
 
     Attributes:
@@ -41,66 +41,84 @@ class Partner:
     variables: Any
     facts: dict[str, Any]
 
-    def problem(self, setting: Setting) -> Problem:
-        """Returns the partner's own training: full precision, labels alone."""
-        return Problem(
-            replacement=BlockReplacement(
-                setting.network, FULL_PRECISION, Plan('none', len(setting.network.blocks)), Objective(distillation=0.0)
-            ),
-            preprocessing=setting.preprocessing(self.facts['mean'], self.facts['std']),
-            steps=setting.steps(setting.config.partner),
-            microbatches=setting.config.train.microbatches,
-            batch_norm_groups=setting.config.train.batch_norm_groups,
-        )
 
-
-def obtain_partner(setting: Setting, stop: StopRequest) -> Partner:
-    """Returns the partner: the workdir's own, or that of `partner.workdir` or `partner.torch_file`, or a trained one.
+def find_partner(experiment: Experiment) -> Partner | None:
+    """Returns the workdir's own partner, or else that of `partner.workdir` or `partner.torch_file`; None without any.
 
     From then on it is the workdir's own.
 
     Raises:
-        UserError: if both sources are given, or the one given has no partner that fits.
-        Stopped: as `run_phase`.
+        UserError: if the source that is given has no partner that fits.
     """
-    partner = load_partner(setting, setting.workdir)
+    partner = load_partner(experiment, experiment.workdir)
     if partner is not None:
         return partner
-    other, file = setting.config.partner.workdir, setting.config.partner.torch_file
-    # A PyTorch file does not say its normalisation, and a new partner is trained with the config's.
-    facts = {
-        'network': setting.description,
-        'mean': list(setting.config.data.mean),
-        'std': list(setting.config.data.std),
-    }
-    if other and file:
-        raise UserError('partner.workdir and partner.torch_file are both given: a run has one partner; give one.')
-    if other:
-        partner = load_partner(setting, Path(other))
-        if partner is None:
-            raise UserError(f'partner.workdir={other!r} holds no finished partner (no {DIRECTORY}/{FACTS} in it).')
-        partner = Partner(partner.variables, {**partner.facts, 'source': f'workdir {other}'})
-    elif file:
-        name = setting.config.network.name
-        if name not in NAME_RULES:
-            raise UserError(
-                f'partner.torch_file={file!r}: the names that PyTorch gives to the parameters of the network {name!r} '
-                f'are not known, only those of {", ".join(NAME_RULES)}. Train the partner here, or add rules to '
-                'bqat_jax.networks.name_rules.NAME_RULES in a plugin.'
-            )
-        rules = NAME_RULES[name]
-        variables = import_state_dict(read_state_dict(file), rules, setting.abstract_variables)
-        partner = Partner(
-            setting.single.placement.put(variables), {**facts, 'source': f'PyTorch file {Path(file).name}'}
-        )
-    else:
-        partner = _pretrain(setting, facts, stop)
-    _save_partner(setting.workdir, partner)
-    setting.console.print(f'Partner: {partner.facts["source"]}.')
-    return partner
+    source = experiment.partner_source
+    if source.workdir is not None:
+        partner = _take_from_workdir(experiment, Path(source.workdir))
+    elif source.torch_file is not None:
+        partner = _import_from_torch(experiment, source.network_name, source.torch_file)
+    return None if partner is None else _keep(experiment, partner)
 
 
-def load_partner(setting: Setting, workdir: Path) -> Partner | None:
+def pretrain_partner(experiment: Experiment, data: Data, stop: StopRequest) -> Partner:
+    """Trains the partner in full precision, on labels alone; from then on it is the workdir's own.
+
+    Raises:
+        UserError: as `run_phase`.
+        Stopped: as `run_phase`.
+    """
+    facts = _new_facts(experiment)
+    phase = Phase(
+        name='pretrain',
+        stream=Stream.PARTNER_TRAINING,
+        spec=partner_spec(experiment, facts),
+        optimizer=experiment.partner.optimizer,
+        partner=None,
+        shapes=Variables(experiment.shapes['params'], {}, experiment.shapes['batch_stats']),
+        directory=experiment.workdir / DIRECTORY / 'checkpoints',
+        replicas=experiment.single,
+    )
+
+    def init(_):
+        # Each device makes its part: nowhere is the whole of a large tree.
+        shardings = experiment.placement.shardings(experiment.shapes)
+        make = jax.jit(lambda key: experiment.network.init(key, experiment.image_shape), out_shardings=shardings)
+        variables = make(random_key(experiment.seeds[0], Stream.PARTNER_INIT))
+        return Variables(variables['params'], {}, variables['batch_stats'])
+
+    variables = run_phase(experiment, phase, data, init, stop).state.variables
+    trained = {'params': variables.params, 'batch_stats': variables.batch_stats}
+    return _keep(experiment, Partner(trained, {**facts, 'source': f'trained for {phase.spec.steps} steps'}))
+
+
+def partner_spec(experiment: Experiment, facts: dict[str, Any]) -> TrainSpec:
+    """Returns the training of the partner: full precision, labels alone.
+
+    Args:
+        experiment: what is run.
+        facts: of the partner; its normalisation is read.
+    """
+    return TrainSpec(
+        replacement=BlockReplacement(
+            experiment.network,
+            FULL_PRECISION,
+            Plan('none', len(experiment.network.blocks)),
+            Objective(distillation=0.0),
+        ),
+        prepare=make_preprocessing(experiment, facts),
+        steps=experiment.partner.steps,
+        microbatches=experiment.microbatches,
+        batch_norm_groups=experiment.batch_norm_groups,
+    )
+
+
+def make_preprocessing(experiment: Experiment, facts: dict[str, Any]) -> Preprocessing:
+    """Returns the preprocessing of images for a partner, and for the network that starts from its weights."""
+    return Preprocessing(tuple(facts['mean']), tuple(facts['std']), experiment.data.augmentation)
+
+
+def load_partner(experiment: Experiment, workdir: Path) -> Partner | None:
     """Returns the finished partner that a workdir keeps, or None if it has none.
 
     Raises:
@@ -110,43 +128,47 @@ def load_partner(setting: Setting, workdir: Path) -> Partner | None:
     if not agree(path.is_file()):
         return None
     facts = read_json(path)
-    changes = changed_keys(facts['network'], setting.description)
+    changes = changed_keys(facts['network'], experiment.network_description)
     if changes:
         listed = '; '.join(changes)
         raise UserError(f'The partner in {workdir} is not the network of this config (there -> here): {listed}.')
     with Checkpoints(workdir / DIRECTORY / 'final', read_only=True) as checkpoints:
-        restored = checkpoints.restore_latest(setting.abstract_variables)
+        restored = checkpoints.restore_latest(experiment.shapes)
     return None if restored is None else Partner(restored.state, facts)
 
 
-def _save_partner(workdir: Path, partner: Partner) -> None:
-    with Checkpoints(workdir / DIRECTORY / 'final') as checkpoints:
+def _take_from_workdir(experiment: Experiment, workdir: Path) -> Partner:
+    partner = load_partner(experiment, workdir)
+    if partner is None:
+        raise UserError(f'partner.workdir={str(workdir)!r} holds no finished partner (no {DIRECTORY}/{FACTS} in it).')
+    return partner._replace(facts={**partner.facts, 'source': f'workdir {workdir}'})
+
+
+def _import_from_torch(experiment: Experiment, network_name: str, file: str) -> Partner:
+    if network_name not in NAME_RULES:
+        raise UserError(
+            f'partner.torch_file={file!r}: the names that PyTorch gives to the parameters of the network '
+            f'{network_name!r} are not known, only those of {", ".join(NAME_RULES)}. Train the partner here, or add '
+            'rules to bqat_jax.networks.name_rules.NAME_RULES in a plugin.'
+        )
+    variables = import_state_dict(read_state_dict(file), NAME_RULES[network_name], experiment.shapes)
+    facts = {**_new_facts(experiment), 'source': f'PyTorch file {Path(file).name}'}
+    return Partner(experiment.placement.put(variables), facts)
+
+
+def _new_facts(experiment: Experiment) -> dict[str, Any]:
+    """Of a partner with the config's normalisation: a PyTorch file does not say its own."""
+    mean, std = list(experiment.data.mean), list(experiment.data.std)
+    return {'network': experiment.network_description, 'mean': mean, 'std': std}
+
+
+def _keep(experiment: Experiment, partner: Partner) -> Partner:
+    """Makes a partner the workdir's own."""
+    directory = experiment.workdir / DIRECTORY
+    with Checkpoints(directory / 'final') as checkpoints:
         if checkpoints.latest_step is None:  # else a kill came between these two files
             checkpoints.save(0, partner.variables, {})
             checkpoints.wait()
-    write_once(workdir / DIRECTORY / FACTS, partner.facts)
-
-
-def _pretrain(setting: Setting, facts: dict[str, Any], stop: StopRequest) -> Partner:
-    config = setting.config.partner
-    phase = Phase(
-        name='pretrain',
-        purpose=PRETRAIN,
-        problem=Partner(None, facts).problem(setting),
-        partner=None,
-        steps=setting.steps(config),
-        optimizer=config.optimizer,
-        directory=setting.workdir / DIRECTORY / 'checkpoints',
-        replicas=setting.single,
-    )
-
-    def init(_):
-        # Each device makes its part: nowhere is the whole of a large tree.
-        shardings = setting.single.placement.shardings(setting.abstract_variables)
-        make = jax.jit(lambda key: setting.network.init(key, setting.images.image_shape), out_shardings=shardings)
-        variables = make(setting.key(INIT))
-        return {NETWORK: variables['params'], QUANTIZERS: {}}, variables['batch_stats']
-
-    restored = run_phase(setting, phase, init, {}, stop)
-    variables = {'params': restored.state.params[NETWORK], 'batch_stats': restored.state.batch_stats}
-    return Partner(variables, {**facts, 'source': f'trained for {phase.steps} steps'})
+    write_once(directory / FACTS, partner.facts)
+    experiment.console.print(f'Partner: {partner.facts["source"]}.')
+    return partner

@@ -1,39 +1,39 @@
 """Traces of single training steps, made by `jax.profiler`."""
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from bqat_jax.experiment.configuration import Config
+from bqat_jax.training.state import TrainState
 
 FOLDER = 'profile'
 
 
-class Profile:
-    """Records what host and devices do during some steps of a phase; use as a context manager around its steps."""
+class Trace:
+    """Records what host and devices do during some steps; a context manager around them, and two hooks."""
 
     def __init__(self, directory: Path, first: int, last: int):
-        """Takes the folder for the trace, and the first and the last step; with `first` 0 nothing is recorded."""
+        """Takes the folder for the trace, and the first and the last step, counted from 1."""
         self._directory, self._first, self._last = directory, first, last
         self._is_on = False
 
-    def __enter__(self) -> 'Profile':
+    def __enter__(self) -> 'Trace':
         return self
 
     def __exit__(self, *exception: Any) -> None:
         self._stop()
 
-    def step(self, number: int) -> contextlib.AbstractContextManager[Any]:
-        """Returns what a step is to run in; the trace begins here if it is the first."""
-        if number == self._first:
+    def start(self, done: int, state: TrainState) -> TrainState:
+        """Starts the trace before its first step."""
+        if done + 1 == self._first:
             jax.profiler.start_trace(str(self._directory))
             self._is_on = True
-        return jax.profiler.StepTraceAnnotation('train', step_num=number) if self._is_on else contextlib.nullcontext()
+        return state
 
-    def after(self, number: int, metrics: Any) -> None:
-        """Ends the trace if the step was the last, when the devices are done with it."""
+    def stop(self, number: int, state: TrainState, metrics: dict[str, jax.Array]) -> None:
+        """Stops the trace after its last step, when the devices are done with it."""
+        del state
         if self._is_on and number == self._last:
             jax.block_until_ready(metrics)
             self._stop()
@@ -42,9 +42,3 @@ class Profile:
         if self._is_on:
             self._is_on = False
             jax.profiler.stop_trace()
-
-
-def make_profile(config: Config, workdir: Path, phase: str) -> Profile:
-    """Returns the profile of a phase that the config asks for, `workdir/profile/<phase>`."""
-    first, last = config.profile_steps if config.profile else (0, 0)
-    return Profile(workdir / FOLDER / phase, first, last)

@@ -1,42 +1,47 @@
 """A whole run: partner, calibration, block-replaced training, evaluation. What `main.py` calls."""
 
-import contextlib
-import hashlib
-import importlib.metadata
-import platform
 import statistics
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import rich.console
 
-from bqat_jax import __version__
 from bqat_jax.analysis.diagnosis import DIRECTORY as DIAGNOSES
-from bqat_jax.analysis.diagnosis import diagnose
 from bqat_jax.analysis.summary import print_summary, summarize
+from bqat_jax.data.pipeline import Split
 from bqat_jax.distributed.preemption import StopRequest
-from bqat_jax.distributed.processes import agree, check_workdir_is_shared, is_first, total, wait_for_all, write_once
-from bqat_jax.distributed.replicas import Replicas
+from bqat_jax.distributed.processes import is_first, total
 from bqat_jax.errors import UserError
 from bqat_jax.experiment.checkpoints import Restored
-from bqat_jax.experiment.configuration import Config, check_resumable, to_plain
-from bqat_jax.experiment.experiment import Setting, make_setting
-from bqat_jax.experiment.loop import Phase, open_checkpoints, state_target
-from bqat_jax.experiment.low_precision import low_precision_phase, quantizer_shapes, train_low_precision
-from bqat_jax.experiment.partner import Partner, load_partner, obtain_partner
-from bqat_jax.storage import locked, read_json
-from bqat_jax.training.evaluation import Evaluation, evaluate
-from bqat_jax.training.optimizer import NETWORK, QUANTIZERS
+from bqat_jax.experiment.configuration import Config
+from bqat_jax.experiment.diagnosing import diagnose_phase
+from bqat_jax.experiment.experiment import Experiment
+from bqat_jax.experiment.low_precision import low_precision_phase, read_quantization, train_low_precision
+from bqat_jax.experiment.partner import Partner, find_partner, load_partner, partner_spec, pretrain_partner
+from bqat_jax.experiment.phase import Phase
+from bqat_jax.experiment.phases import open_checkpoints
+from bqat_jax.experiment.reading import Data, load_data, load_split, make_evaluation, training_batches
+from bqat_jax.experiment.setup import make_experiment
+from bqat_jax.experiment.streams import Stream
+from bqat_jax.experiment.workdir import check_config, check_is_run, opened, write_record
+from bqat_jax.storage import write_once
+from bqat_jax.training.evaluation import Evaluation
 from bqat_jax.training.reestimation import reestimate_batch_stats
-from bqat_jax.training.step import Problem, make_evaluation_step
-from bqat_jax.transform.rules import NO_QUANTIZER
+from bqat_jax.training.spec import NETWORK, QUANTIZERS
 
-PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'tensorflow-datasets', 'grain', 'numpy')
-FULL_PRECISION_BITS = 32
-# Number of this use of randomness; see `Setting.key`.
-REESTIMATION = 4
+
+class Finished(NamedTuple):
+    """A trained network, ready to be evaluated.
+
+    Attributes:
+        partner: its partner.
+        phase: in which it was trained.
+        restored: the selected checkpoint.
+    """
+
+    partner: Partner
+    phase: Phase
+    restored: Restored
 
 
 def train(
@@ -60,14 +65,16 @@ def train(
         UserError: for a config or a workdir that cannot work, with the remedy.
         Stopped: if SIGTERM or SIGINT came; a checkpoint is saved.
     """
-    with _opened(workdir), StopRequest() as stop:
-        setting = make_setting(config, workdir, console or _console())
-        _check_config(setting)
-        _write_record(setting, name, overrides or {})
-        _summarize(setting)
-        partner = obtain_partner(setting, stop)
-        phase, restored = train_low_precision(setting, partner, stop)
-        return _finish(setting, partner, phase, restored, workdir / 'result.json', stop)
+    with opened(workdir), StopRequest() as stop:
+        experiment = make_experiment(config, workdir, console or _console())
+        check_config(experiment)
+        write_record(experiment, name, overrides)
+        _summarize(experiment)
+        partner, data = find_partner(experiment), load_data(experiment)
+        if partner is None:
+            partner = pretrain_partner(experiment, data, stop)
+        finished = Finished(partner, *train_low_precision(experiment, partner, data, stop))
+        return _finish(experiment, finished, data, 'result.json', stop)
 
 
 def summarize_network(config: Config, workdir: Path) -> dict[str, Any]:
@@ -77,9 +84,9 @@ def summarize_network(config: Config, workdir: Path) -> dict[str, Any]:
         UserError: for a config that cannot work, or a workdir that was made with another.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    setting = make_setting(config, workdir, _console())
-    _check_config(setting)
-    return _summarize(setting)['totals']
+    experiment = make_experiment(config, workdir, _console())
+    check_config(experiment)
+    return _summarize(experiment)['totals']
 
 
 def import_partner(
@@ -98,18 +105,25 @@ def import_partner(
     Raises:
         UserError: if the config names no partner, or what it names does not fit.
     """
-    if not (config.partner.torch_file or config.partner.workdir):
-        raise UserError(
-            'There is nothing to import: give --config.partner.torch_file=FILE or --config.partner.workdir=DIR.'
-        )
-    with _opened(workdir), StopRequest() as stop:
-        setting = make_setting(config, workdir, _console())
-        _check_config(setting)
-        _write_record(setting, name, overrides or {})
-        partner = obtain_partner(setting, stop)
-        setting.console.print('Evaluating on the test split.')
-        found = _evaluate_partner(setting, partner, stop)
-        result = {'fp_top1': found.top1, 'examples_evaluated': found.examples, 'partner': partner.facts['source']}
+    with opened(workdir), StopRequest() as stop:
+        experiment = make_experiment(config, workdir, _console())
+        source = experiment.partner_source
+        if source.torch_file is None and source.workdir is None:
+            raise UserError(
+                'There is nothing to import: give --config.partner.torch_file=FILE or --config.partner.workdir=DIR.'
+            )
+        check_config(experiment)
+        write_record(experiment, name, overrides)
+        partner = find_partner(experiment)
+        assert partner is not None  # a source is given
+        experiment.console.print('Evaluating on the test split.')
+        test = load_split(experiment, experiment.data.images.test)
+        evaluation = _evaluate_partner(experiment, partner, test, stop)
+        result = {
+            'fp_top1': evaluation.top1,
+            'examples_evaluated': evaluation.examples,
+            'partner': partner.facts['source'],
+        }
         write_once(workdir / 'import.json', result)
         return result
 
@@ -127,68 +141,59 @@ def prepare_partner(config: Config, workdir: Path, *, name: str, console: rich.c
         UserError: for a config or a workdir that cannot work, with the remedy.
         Stopped: if SIGTERM or SIGINT came; a checkpoint is saved.
     """
-    with _opened(workdir), StopRequest() as stop:
-        setting = make_setting(config, workdir, console)
-        _check_config(setting)
-        _write_record(setting, name, {})
-        obtain_partner(setting, stop)
+    with opened(workdir), StopRequest() as stop:
+        experiment = make_experiment(config, workdir, console)
+        check_config(experiment)
+        write_record(experiment, name, {})
+        if find_partner(experiment) is None:
+            pretrain_partner(experiment, load_data(experiment), stop)
 
 
 def evaluate_run(config: Config, workdir: Path) -> dict[str, Any]:
-    """Evaluates the checkpoint that counts in a workdir on the test split; writes and returns `evaluation.json`.
+    """Evaluates the selected checkpoint of a workdir on the test split; writes and returns `evaluation.json`.
 
     Raises:
         UserError: if the workdir holds no run of this config.
     """
-    setting, partner, phase, restored = _open_run(config, workdir)
+    experiment, finished = _open_run(config, workdir)
+    data = None
+    if experiment.reestimation_batches:
+        data = Data(load_split(experiment, experiment.data.images.train), None)
     with StopRequest() as stop:
-        return _finish(setting, partner, phase, restored, workdir / 'evaluation.json', stop)
+        return _finish(experiment, finished, data, 'evaluation.json', stop)
 
 
 def diagnose_run(config: Config, workdir: Path) -> dict[str, Any]:
-    """Diagnoses the checkpoint that counts in a workdir; writes files in `diagnosis/` and returns their names.
+    """Diagnoses the selected checkpoint of a workdir; writes files in `diagnosis/` and returns their names.
 
-    Of seeds side by side the first is diagnosed.
+    With replicas the first one is diagnosed.
 
     Raises:
         UserError: if the workdir holds no run of this config.
     """
-    setting, partner, phase, restored = _open_run(config, workdir)
-    setting.console.print('Measuring gradients, features and quantizers.')
-    state = phase.replicas.first(restored.state)
-    found = diagnose(setting, phase.problem, partner.variables, phase.optimizer, state)
-    return {kind: str(workdir / DIAGNOSES / f'step_{found["step"]}.{kind}') for kind in ('json', 'png')}
+    experiment, (_, phase, restored) = _open_run(config, workdir)
+    train = load_split(experiment, experiment.data.images.train)
+    experiment.console.print('Measuring gradients, features and quantizers.')
+    step = diagnose_phase(experiment, phase, train, restored.state)['step']
+    return {kind: str(workdir / DIAGNOSES / f'step_{step}.{kind}') for kind in ('json', 'png')}
 
 
-def _open_run(config: Config, workdir: Path) -> tuple[Setting, Partner, Phase, Restored]:
-    """The checkpoint that counts in a workdir, and what it is a checkpoint of."""
-    if not (workdir / 'config.json').is_file():
-        raise UserError(f'{workdir} holds no run (no config.json in it): train first (--mode=train).')
-    setting = make_setting(config, workdir, _console())
-    _check_config(setting)
-    partner = load_partner(setting, workdir)
+def _open_run(config: Config, workdir: Path) -> tuple[Experiment, Finished]:
+    """The selected checkpoint of a workdir, and what it is a checkpoint of."""
+    check_is_run(workdir)
+    experiment = make_experiment(config, workdir, _console())
+    check_config(experiment)
+    partner = load_partner(experiment, workdir)
     if partner is None:
         raise UserError(f'{workdir} holds no finished partner yet: train first (--mode=train).')
-    phase = low_precision_phase(setting, partner)
+    phase = low_precision_phase(experiment, partner, read_quantization(experiment))
     restored = None
     if phase.directory.is_dir():
-        with open_checkpoints(setting, phase.directory, read_only=True) as checkpoints:
-            shapes = quantizer_shapes(setting, phase.problem.replacement.quantization)
-            restored = checkpoints.restore_best(state_target(setting, phase, shapes))
+        with open_checkpoints(experiment, phase.directory, read_only=True) as checkpoints:
+            restored = checkpoints.restore_best(phase.state_shapes)
     if restored is None:
         raise UserError(f'{workdir} holds no checkpoint of the low-precision network yet: train first (--mode=train).')
-    return setting, partner, phase, restored
-
-
-@contextlib.contextmanager
-def _opened(workdir: Path) -> Iterator[None]:
-    """A workdir that is there, and that nobody else writes to: of several processes the first one holds it for all."""
-    if is_first():
-        workdir.mkdir(parents=True, exist_ok=True)
-    wait_for_all('workdir made')
-    check_workdir_is_shared(workdir)
-    with locked(workdir) if is_first() else contextlib.nullcontext():
-        yield
+    return experiment, Finished(partner, phase, restored)
 
 
 def _console() -> rich.console.Console:
@@ -196,109 +201,68 @@ def _console() -> rich.console.Console:
     return rich.console.Console(quiet=not is_first())
 
 
-def _check_config(setting: Setting) -> None:
-    path = setting.workdir / 'config.json'
-    if agree(path.exists()):
-        check_resumable(read_json(path), to_plain(setting.config), setting.workdir)
-
-
-def _write_record(setting: Setting, name: str, overrides: dict[str, Any]) -> None:
-    """Writes what is run, and with what."""
-    write_once(setting.workdir / 'config.json', to_plain(setting.config))
-    environment = {
-        'config': name,
-        'overrides': to_plain(overrides),
-        'versions': {
-            'bqat_jax': __version__,
-            **{package: importlib.metadata.version(package) for package in PACKAGES},
-        },
-        'python': sys.version.split()[0],
-        'plugins': {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in setting.plugins},
-        'platform': platform.platform(),
-        'devices': [device.device_kind for device in setting.mesh.devices.flat],
-    }
-    write_once(setting.workdir / 'environment.json', environment)
-
-
 def _finish(
-    setting: Setting, partner: Partner, phase: Phase, restored: Restored, path: Path, stop: StopRequest
+    experiment: Experiment, finished: Finished, data: Data | None, file: str, stop: StopRequest
 ) -> dict[str, Any]:
     """Evaluates partner and network on the test split; writes and returns the result."""
-    config = setting.config
-    setting.console.print('Evaluating on the test split.')
-    batch_stats = _reestimate(setting, phase, restored)
-    low = _evaluate(setting, phase.problem, restored.state.params, batch_stats, phase.replicas, stop)
-    full = _evaluate_partner(setting, partner, stop)
-
-    def bits(role):
-        return FULL_PRECISION_BITS if config.quant[role].name == NO_QUANTIZER else config.quant[role].bits
-
+    partner, phase, restored = finished
+    experiment.console.print('Evaluating on the test split.')
+    test, batch_stats = load_split(experiment, experiment.data.images.test), restored.state.batch_stats
+    if experiment.reestimation_batches:
+        assert data is not None
+        batch_stats = _reestimate(experiment, phase, restored, data.train)
+    evaluation = make_evaluation(experiment, phase.spec, phase.replicas, test, lambda: _check(stop))
+    low = evaluation(restored.state.params, batch_stats)
+    full = _evaluate_partner(experiment, partner, test, stop)
     result = {
         'fp_top1': full.top1,
-        **_of_seeds(setting, 'top1', [one.top1 for one in low]),
-        'weight_bits': bits('weights'),
-        'activation_bits': bits('activations'),
-        'weight_quantizer': config.quant.weights.name,
-        'weight_estimator': config.quant.weights.estimator,
-        'activation_quantizer': config.quant.activations.name,
-        'activation_estimator': config.quant.activations.estimator,
-        'plan': config.replacement.plan,
-        'distillation': config.replacement.distillation,
-        'seed': config.seed,
-        'steps': phase.steps,
+        **_of_seeds(experiment.seeds, 'top1', [one.top1 for one in low]),
+        **experiment.method,
+        'steps': phase.spec.steps,
         'checkpoint_step': restored.step,
         'seconds': round(restored.facts['seconds'], 2),
         'examples_evaluated': low[0].examples,
         'partner': partner.facts['source'],
     }
     if 'validation_top1' in restored.facts:
-        result |= _of_seeds(setting, 'validation_top1', restored.facts['validation_top1'])
-    if config.data.skip_damaged:
-        result['damaged_examples'] = total(len(setting.damage.examples))
-    write_once(path, result)
+        result |= _of_seeds(experiment.seeds, 'validation_top1', restored.facts['validation_top1'])
+    if experiment.data.skips_damaged:
+        splits = [test, *(split for split in data or () if split is not None)]
+        result['damaged_examples'] = total(len(set[str]().union(*(split.damaged for split in splits))))
+    write_once(experiment.workdir / file, result)
     return result
 
 
-def _of_seeds(setting: Setting, name: str, values: list[float]) -> dict[str, Any]:
-    """A value; of seeds side by side the mean, the standard deviation and all of them."""
+def _of_seeds(seeds: range, name: str, values: list[float]) -> dict[str, Any]:
+    """A value; with replicas the mean, the standard deviation and all of them."""
     if len(values) == 1:
         return {name: values[0]}
-    by_seed = {str(seed): value for seed, value in zip(setting.seeds, values, strict=True)}
+    by_seed = {str(seed): value for seed, value in zip(seeds, values, strict=True)}
     return {name: statistics.mean(values), f'{name}_std': statistics.stdev(values), f'{name}_by_seed': by_seed}
 
 
-def _summarize(setting: Setting) -> dict[str, Any]:
-    summary = summarize(setting)
-    write_once(setting.workdir / 'summary.json', summary)
-    print_summary(setting, summary)
+def _summarize(experiment: Experiment) -> dict[str, Any]:
+    summary = summarize(experiment.network, experiment.image_shape, experiment.layers, experiment.quantizers)
+    write_once(experiment.workdir / 'summary.json', summary)
+    title = f'{experiment.partner_source.network_name}, {len(experiment.network.blocks)} blocks'
+    print_summary(experiment.console, title, summary)
     return summary
 
 
-def _evaluate_partner(setting: Setting, partner: Partner, stop: StopRequest) -> Evaluation:
+def _evaluate_partner(experiment: Experiment, partner: Partner, test: Split, stop: StopRequest) -> Evaluation:
+    spec = partner_spec(experiment, partner.facts)
+    evaluation = make_evaluation(experiment, spec, experiment.single, test, lambda: _check(stop))
     params = {NETWORK: partner.variables['params'], QUANTIZERS: {}}
-    batch_stats = partner.variables['batch_stats']
-    return _evaluate(setting, partner.problem(setting), params, batch_stats, setting.single, stop)[0]
+    return evaluation(params, partner.variables['batch_stats'])[0]
 
 
-def _reestimate(setting: Setting, phase: Phase, restored: Restored) -> Any:
-    """The batch statistics to evaluate with: those of the checkpoint, or estimated anew, the same in every call."""
-    count, state = setting.config.quant.reestimation_batches, restored.state
-    if not count:
-        return state.batch_stats
-    setting.console.print(f'Estimating batch-norm statistics on {count} batches.')
-    split, replicas = setting.train_split, phase.replicas
-    readings = [
-        split.training_batches(setting.data_seed(REESTIMATION, replica), setting.config.train.batch_size, 0, count)
-        for replica in range(replicas.count)
-    ]
-    return reestimate_batch_stats(phase.problem, state, split.arrays, replicas.batches(readings), replicas)
+def _check(stop: StopRequest) -> None:
+    stop.check('while evaluating on the test split; what was trained is saved')
 
 
-def _evaluate(
-    setting: Setting, problem: Problem, params: Any, batch_stats: Any, replicas: Replicas, stop: StopRequest
-) -> tuple[Evaluation, ...]:
-    def stop_here():
-        stop.check('while evaluating on the test split; what was trained is saved')
-
-    step, split, batch_size = make_evaluation_step(problem, replicas), setting.test_split, setting.evaluation_batch_size
-    return evaluate(step, params, batch_stats, split, batch_size, replicas, stop_here)
+def _reestimate(experiment: Experiment, phase: Phase, restored: Restored, train: Split) -> Any:
+    """The batch statistics to evaluate with, estimated anew; the same in every call."""
+    count = experiment.reestimation_batches
+    experiment.console.print(f'Estimating batch-norm statistics on {count} batches.')
+    batches = training_batches(experiment, train, Stream.REESTIMATION, phase.replicas, 0, count)
+    return reestimate_batch_stats(phase.spec, restored.state, train.arrays, batches, phase.replicas)

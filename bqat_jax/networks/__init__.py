@@ -1,1 +1,19 @@
-"""Networks in plain Flax Linen that know nothing of quantization, each cut into stem, blocks and head."""
+"""Networks in plain Flax Linen that know nothing of quantization, each divided into stem, blocks and head."""
+
+from bqat_jax.networks.cifar_resnet import cifar_resnet
+from bqat_jax.networks.mobilenet_v2 import mobilenet_v2
+from bqat_jax.networks.registry import NETWORKS, make_network, register_network
+from bqat_jax.networks.resnet import resnet
+from bqat_jax.networks.vgg_small import vgg_small
+from bqat_jax.networks.vit import vit
+
+__all__ = [
+    'NETWORKS',
+    'cifar_resnet',
+    'make_network',
+    'mobilenet_v2',
+    'register_network',
+    'resnet',
+    'vgg_small',
+    'vit',
+]

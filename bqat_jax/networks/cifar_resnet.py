@@ -1,20 +1,22 @@
 """Residual networks for small images: CIFAR ResNet-20, -32, -44, -56, -110 and their shallower relatives."""
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bqat_jax.blocks.block_network import CutNetwork
-from bqat_jax.blocks.chain import block_class, compute_dtype, cut_chain, stage_blocks
-from bqat_jax.networks.layers import batch_norm, conv
+from bqat_jax.blocks.block_network import BlockNetwork
+from bqat_jax.blocks.chain import split_chain, stage_blocks
+from bqat_jax.networks.layers import FLOAT32, Computation, batch_norm, block_class, computation, conv
+from bqat_jax.networks.registry import register_network
 
 NUM_STAGES = 3
 SHORTCUTS = ('A', 'B')
 
 
+@register_network('cifar_resnet')
 def cifar_resnet(
     num_classes: int,
     *,
@@ -25,7 +27,8 @@ def cifar_resnet(
     dtype: str = 'float32',
     remat: bool = False,
     cut: str = 'stage',
-) -> CutNetwork:
+    conv_general_dilated: Callable[..., jax.Array] | None = None,
+) -> BlockNetwork:
     """Returns a ResNet of depth 6n + 2 for small images (He et al., arXiv 1512.03385, section 4.2).
 
     Three stages of n residual blocks with 1, 2 and 4 times `width` channels; the second and third stage halve the
@@ -40,7 +43,8 @@ def cifar_resnet(
         preactivation: batch norm and ReLU come before each convolution (He et al., arXiv 1603.05027).
         dtype: of the computation, 'float32' or 'bfloat16'; parameters are float32.
         remat: whether blocks recompute their inside in the backward pass.
-        cut: 'stage', 'block' or names of blocks, see `chain.cut_chain`.
+        cut: 'stage', 'block' or names of blocks, see `blocks.chain.split_chain`.
+        conv_general_dilated: computes the convolutions; Linen's own if None.
 
     Raises:
         ValueError: for a depth that is not 6n + 2, or another value that does not exist.
@@ -49,19 +53,19 @@ def cifar_resnet(
         raise ValueError(f'depth={depth}: a CIFAR ResNet has 6n + 2 layers (8, 14, 20, 32, 44, 56, 110).')
     if shortcut not in SHORTCUTS:
         raise ValueError(f'shortcut={shortcut!r}: it must be one of {", ".join(SHORTCUTS)}.')
-    kind = compute_dtype(dtype)
+    compute = computation(dtype, conv_general_dilated)
     block = block_class(PreactivationBlock if preactivation else ResidualBlock, remat)
     stages = []
     for number in range(NUM_STAGES):
         strides = [2 if number else 1] + [1] * ((depth - 2) // 6 - 1)
-        makes = [partial(block, width * 2**number, stride, shortcut, kind) for stride in strides]
+        makes = [partial(block, width * 2**number, stride, shortcut, compute) for stride in strides]
         if preactivation and number == 0:  # here the block's own activation would follow the stem's
             makes[0] = partial(makes[0], activate_shortcut=True)
         stages.append(stage_blocks(number + 1, makes))
-    return cut_chain(
-        partial(Stem, width, kind, activate=not preactivation),
+    return split_chain(
+        partial(Stem, width, compute, activate=not preactivation),
         stages,
-        partial(Head, num_classes, kind, activate=preactivation),
+        partial(Head, num_classes, compute, activate=preactivation),
         cut,
     )
 
@@ -70,14 +74,14 @@ class Stem(nn.Module):
     """3×3 convolution, then batch norm and ReLU if `activate`."""
 
     features: int
-    dtype: Any = jnp.float32
+    compute: Computation = FLOAT32
     activate: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Maps images (batch, height, width, channels) to features."""
-        x = conv(self.features, 3, 1, 'conv', dtype=self.dtype)(x)
-        return nn.relu(batch_norm(train, 'norm', dtype=self.dtype)(x)) if self.activate else x
+        x = conv(self.compute, self.features, 3, 1, 'conv')(x)
+        return nn.relu(batch_norm(self.compute, train, 'norm')(x)) if self.activate else x
 
 
 def _pad_shortcut(x: jax.Array, features: int, stride: int) -> jax.Array:
@@ -93,18 +97,18 @@ class ResidualBlock(nn.Module):
         features: channels of the output.
         stride: of the first convolution.
         shortcut: 'A' or 'B', see `cifar_resnet`.
-        dtype: of the computation.
+        compute: how the layers compute.
     """
 
     features: int
     stride: int
     shortcut: str
-    dtype: Any = jnp.float32
+    compute: Computation = FLOAT32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Maps features (batch, height, width, channels) to features."""
-        norm, convolution = partial(batch_norm, train, dtype=self.dtype), partial(conv, dtype=self.dtype)
+        norm, convolution = partial(batch_norm, self.compute, train), partial(conv, self.compute)
         y = nn.relu(norm('norm1')(convolution(self.features, 3, self.stride, 'conv1')(x)))
         y = norm('norm2')(convolution(self.features, 3, 1, 'conv2')(y))
         if self.stride != 1 or x.shape[-1] != self.features:
@@ -122,20 +126,20 @@ class PreactivationBlock(nn.Module):
         features: channels of the output.
         stride: of the first convolution.
         shortcut: 'A' or 'B', see `cifar_resnet`.
-        dtype: of the computation.
+        compute: how the layers compute.
         activate_shortcut: the shortcut starts behind the first ReLU, as in the network's first block.
     """
 
     features: int
     stride: int
     shortcut: str
-    dtype: Any = jnp.float32
+    compute: Computation = FLOAT32
     activate_shortcut: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Maps features (batch, height, width, channels) to features."""
-        norm, convolution = partial(batch_norm, train, dtype=self.dtype), partial(conv, dtype=self.dtype)
+        norm, convolution = partial(batch_norm, self.compute, train), partial(conv, self.compute)
         active = nn.relu(norm('norm1')(x))
         y = convolution(self.features, 3, self.stride, 'conv1')(active)
         y = convolution(self.features, 3, 1, 'conv2')(nn.relu(norm('norm2')(y)))
@@ -153,13 +157,13 @@ class Head(nn.Module):
     """Batch norm and ReLU if `activate`, mean over the image, then a dense layer; logits are float32."""
 
     num_classes: int
-    dtype: Any = jnp.float32
+    compute: Computation = FLOAT32
     activate: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Maps features (batch, height, width, channels) to logits (batch, classes)."""
         if self.activate:
-            x = nn.relu(batch_norm(train, 'norm', dtype=self.dtype)(x))
-        x = nn.Dense(self.num_classes, dtype=self.dtype, name='dense')(jnp.mean(x, axis=(1, 2)))
+            x = nn.relu(batch_norm(self.compute, train, 'norm')(x))
+        x = nn.Dense(self.num_classes, dtype=self.compute.dtype, name='dense')(jnp.mean(x, axis=(1, 2)))
         return x.astype(jnp.float32)

@@ -16,14 +16,14 @@ COLUMN_BYTES = 5_000_000
 def conv_general_dilated(
     lhs: jax.Array, rhs: jax.Array, window_strides: Sequence[int], padding: Any, **options: Any
 ) -> jax.Array:
-    """Returns `jax.lax.conv_general_dilated` of the same arguments; for `flax.linen.Conv(conv_general_dilated=...)`.
+    """Returns `jax.lax.conv_general_dilated` of the same arguments, for programs that run on one device.
 
     XLA for CPUs computes the gradient of a small kernel as a convolution with a window as large as the image, at a
     fraction of the speed of the convolution itself; and the gradient of an image inside a branch of a `lax.cond` as one
     with a transposed kernel, for which it has no quick code there (13 times slower, JAX 0.10.2). Where channels are
     neither grouped nor pixels spread, we take `kernel_gradient` and `input_gradient` on a CPU. On other platforms
-    nothing changes, nor where one process has several (virtual) CPU devices: such devices wait for each other in
-    collectives, and with loops between these we have seen them wait for ever (JAX 0.10.2).
+    nothing changes. A program that spans several (virtual) CPU devices must take JAX's own function: such devices wait
+    for each other in collectives, and with loops between these we have seen them wait for ever (JAX 0.10.2).
 
     Like the estimators, it defines no forward-mode derivative.
 
@@ -35,7 +35,7 @@ def conv_general_dilated(
         **options: the others of `jax.lax.conv_general_dilated`.
     """
     plain = functools.partial(jax.lax.conv_general_dilated, window_strides=window_strides, padding=padding, **options)
-    if jax.device_count() > 1 or not _is_simple(lhs, rhs, **options):
+    if not _is_simple(lhs, rhs, **options):
         return plain(lhs, rhs)
     sides = padding
     if isinstance(padding, str):

@@ -1,5 +1,6 @@
 """Layers as PyTorch's networks have them, so that their weights mean the same here."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,50 +9,91 @@ import jax
 import jax.numpy as jnp
 
 from bqat_jax.networks.batch_norm import BatchNorm
-from bqat_jax.networks.convolution import conv_general_dilated
 
 # PyTorch's defaults, with which most public weights were made; Linen counts the momentum the other way round.
 BATCH_NORM_MOMENTUM = 0.9
 BATCH_NORM_EPSILON = 1e-5
 
 
+DTYPES = ('float32', 'bfloat16')
+
+
+@dataclasses.dataclass(frozen=True)
+class Computation:
+    """How a network's layers compute.
+
+    Attributes:
+        dtype: of activations; parameters are float32.
+        conv_general_dilated: of the convolutions; Linen's own, `jax.lax`'s, if None.
+    """
+
+    dtype: Any = jnp.float32
+    conv_general_dilated: Callable[..., jax.Array] | None = None
+
+
+FLOAT32 = Computation()
+
+
+def computation(dtype: str, conv_general_dilated: Callable[..., jax.Array] | None) -> Computation:
+    """Returns the computation in the dtype called 'float32' or 'bfloat16'.
+
+    Raises:
+        ValueError: for another name.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f'dtype={dtype!r}: it must be one of {", ".join(DTYPES)}.')
+    return Computation(jnp.dtype(dtype), conv_general_dilated)
+
+
+def block_class(cls: type[nn.Module], remat: bool) -> Any:
+    """Returns the class of a block, which recomputes its inside in the backward pass if `remat`, to save memory."""
+    return nn.remat(cls, static_argnums=(2,)) if remat else cls
+
+
 def conv(
-    features: int, kernel: int, stride: int, name: str, *, groups: int = 1, padding: Any = None, dtype: Any
+    computation: Computation,
+    features: int,
+    kernel: int,
+    stride: int,
+    name: str,
+    **options: Any,
 ) -> nn.Conv:
     """Returns a square convolution without bias.
 
+    Kernels start from Kaiming's normal distribution. Padding is kernel // 2 pixels on each side, as in PyTorch.
+
     Args:
+        computation: dtype and implementation.
         features: output channels.
         kernel: size of the kernel, odd.
         stride: of the convolution.
         name: of the layer.
-        groups: of channels; as many as there are for a depthwise convolution.
-        padding: None for kernel // 2 pixels on each side, as in PyTorch; 'SAME', as in TensorFlow, pads only one side
-            of an even-sized image at stride 2.
-        dtype: of the computation; parameters are float32.
+        **options: other fields of `nn.Conv`, such as `padding='SAME'`, which, as in TensorFlow, pads only one side of
+            an even-sized image at stride 2.
     """
     both = (kernel // 2, kernel // 2)
-    return nn.Conv(
-        features,
-        (kernel, kernel),
-        strides=stride,
-        padding=(both, both) if padding is None else padding,
-        feature_group_count=groups,
-        use_bias=False,
-        kernel_init=nn.initializers.kaiming_normal() if groups == 1 else _depthwise_init,
-        dtype=dtype,
-        name=name,
-        conv_general_dilated=conv_general_dilated,
-    )
+    given = {
+        'padding': (both, both),
+        'use_bias': False,
+        'kernel_init': nn.initializers.kaiming_normal(),
+        'dtype': computation.dtype,
+        'conv_general_dilated': computation.conv_general_dilated,
+    }
+    return nn.Conv(features, (kernel, kernel), strides=stride, name=name, **{**given, **options})
 
 
-def _depthwise_init(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
+def depthwise_init(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
     """Kaiming's normal distribution over the fan-out of one group, as PyTorch's networks initialise these."""
     return jax.random.normal(key, shape, dtype) * jnp.sqrt(jnp.asarray(2 / (shape[0] * shape[1]), dtype))
 
 
 def batch_norm(
-    train: bool, name: str, *, dtype: Any, momentum: float = BATCH_NORM_MOMENTUM, epsilon: float = BATCH_NORM_EPSILON
+    computation: Computation,
+    train: bool,
+    name: str,
+    *,
+    momentum: float = BATCH_NORM_MOMENTUM,
+    epsilon: float = BATCH_NORM_EPSILON,
 ) -> Callable[[jax.Array], jax.Array]:
     """Returns a batch norm over all axes but the last.
 
@@ -59,9 +101,9 @@ def batch_norm(
     where JAX forbids implicit promotion.
 
     Args:
+        computation: its dtype is that of the output.
         train: with the batch's statistics, or else with the stored ones.
         name: of the layer.
-        dtype: of the output.
         momentum: the part of the stored statistics that stays.
         epsilon: added to the variance.
     """
@@ -70,6 +112,6 @@ def batch_norm(
         norm = BatchNorm(
             use_running_average=not train, momentum=momentum, epsilon=epsilon, dtype=jnp.float32, name=name
         )
-        return norm(x.astype(jnp.float32)).astype(dtype)
+        return norm(x.astype(jnp.float32)).astype(computation.dtype)
 
     return normalize

@@ -8,9 +8,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bqat_jax.blocks.block_network import CutNetwork
-from bqat_jax.blocks.chain import block_class, compute_dtype, cut_chain, stage_blocks
-from bqat_jax.networks.layers import BATCH_NORM_EPSILON, BATCH_NORM_MOMENTUM, batch_norm, conv
+from bqat_jax.blocks.block_network import BlockNetwork
+from bqat_jax.blocks.chain import split_chain, stage_blocks
+from bqat_jax.networks.layers import (
+    BATCH_NORM_EPSILON,
+    BATCH_NORM_MOMENTUM,
+    FLOAT32,
+    Computation,
+    batch_norm,
+    block_class,
+    computation,
+    conv,
+    depthwise_init,
+)
+from bqat_jax.networks.registry import register_network
 
 # Expansion, channels, blocks and first stride of each stage (Sandler et al., arXiv 1801.04381, table 2).
 STAGES = (
@@ -28,6 +39,7 @@ CHANNEL_MULTIPLE = 8
 PADDINGS = {'torch': None, 'tf': 'SAME'}
 
 
+@register_network('mobilenet_v2')
 def mobilenet_v2(
     num_classes: int,
     *,
@@ -38,7 +50,8 @@ def mobilenet_v2(
     dtype: str = 'float32',
     remat: bool = False,
     cut: str = 'stage',
-) -> CutNetwork:
+    conv_general_dilated: Callable[..., jax.Array] | None = None,
+) -> BlockNetwork:
     """Returns MobileNetV2 (Sandler et al., arXiv 1801.04381, table 2).
 
     Seventeen inverted residuals in seven stages; five of them halve the image, with the stem. Parts: stem,
@@ -53,7 +66,8 @@ def mobilenet_v2(
         norm_momentum: of batch norm: the part of the running statistics that stays.
         dtype: of the computation, 'float32' or 'bfloat16'; parameters are float32.
         remat: whether blocks recompute their inside in the backward pass.
-        cut: 'stage', 'block' or names of blocks, see `chain.cut_chain`.
+        cut: 'stage', 'block' or names of blocks, see `blocks.chain.split_chain`.
+        conv_general_dilated: computes the convolutions; Linen's own if None.
 
     Raises:
         ValueError: for a value that does not exist.
@@ -62,18 +76,18 @@ def mobilenet_v2(
         raise ValueError(f'padding={padding!r}: it must be one of {", ".join(PADDINGS)}.')
     if width_multiplier <= 0:
         raise ValueError(f'width_multiplier={width_multiplier}: it must be positive.')
-    kind = compute_dtype(dtype)
-    layer = partial(ConvNorm, padding=PADDINGS[padding], momentum=norm_momentum, epsilon=norm_epsilon, dtype=kind)
+    compute = computation(dtype, conv_general_dilated)
+    layer = partial(ConvNorm, padding=PADDINGS[padding], momentum=norm_momentum, epsilon=norm_epsilon, compute=compute)
     block = block_class(InvertedResidual, remat)
     stages = []
     for number, (expansion, channels, size, stride) in enumerate(STAGES, 1):
         features = make_divisible(channels * width_multiplier)
         strides = [stride] + [1] * (size - 1)
         stages.append(stage_blocks(number, [partial(block, layer, expansion, features, one) for one in strides]))
-    return cut_chain(
+    return split_chain(
         partial(layer, make_divisible(STEM_WIDTH * width_multiplier), 3, 2),
         stages,
-        partial(Head, layer, make_divisible(HEAD_WIDTH * max(1.0, width_multiplier)), num_classes, kind),
+        partial(Head, layer, make_divisible(HEAD_WIDTH * max(1.0, width_multiplier)), num_classes, compute),
         cut,
     )
 
@@ -93,10 +107,10 @@ class ConvNorm(nn.Module):
         stride: of the convolution.
         groups: of channels.
         activate: whether ReLU6 follows.
-        padding: of the convolution, see `layers.conv`.
+        padding: of the convolution; None for kernel // 2 pixels on each side.
         momentum: of batch norm.
         epsilon: of batch norm.
-        dtype: of the computation.
+        compute: how the layers compute.
     """
 
     features: int
@@ -107,21 +121,16 @@ class ConvNorm(nn.Module):
     padding: Any = None
     momentum: float = BATCH_NORM_MOMENTUM
     epsilon: float = BATCH_NORM_EPSILON
-    dtype: Any = jnp.float32
+    compute: Computation = FLOAT32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Maps images or features (batch, height, width, channels) to features."""
-        x = conv(
-            self.features,
-            self.kernel,
-            self.stride,
-            'conv',
-            groups=self.groups,
-            padding=self.padding,
-            dtype=self.dtype,
-        )(x)
-        x = batch_norm(train, 'norm', dtype=self.dtype, momentum=self.momentum, epsilon=self.epsilon)(x)
+        options: dict[str, Any] = {} if self.padding is None else {'padding': self.padding}
+        if self.groups != 1:
+            options |= {'feature_group_count': self.groups, 'kernel_init': depthwise_init}
+        x = conv(self.compute, self.features, self.kernel, self.stride, 'conv', **options)(x)
+        x = batch_norm(self.compute, train, 'norm', momentum=self.momentum, epsilon=self.epsilon)(x)
         return nn.relu6(x) if self.activate else x
 
 
@@ -158,10 +167,10 @@ class Head(nn.Module):
     layer: Callable[..., ConvNorm]
     features: int
     num_classes: int
-    dtype: Any = jnp.float32
+    compute: Computation = FLOAT32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Maps features (batch, height, width, channels) to logits (batch, classes)."""
         x = jnp.mean(self.layer(self.features, name='last')(x, train), axis=(1, 2))
-        return nn.Dense(self.num_classes, dtype=self.dtype, name='dense')(x).astype(jnp.float32)
+        return nn.Dense(self.num_classes, dtype=self.compute.dtype, name='dense')(x).astype(jnp.float32)

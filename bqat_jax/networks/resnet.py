@@ -1,5 +1,6 @@
 """Residual networks for ImageNet: ResNet-18, -34, -50 and -101."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -7,9 +8,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bqat_jax.blocks.block_network import CutNetwork
-from bqat_jax.blocks.chain import block_class, compute_dtype, cut_chain, stage_blocks
-from bqat_jax.networks.layers import batch_norm, conv
+from bqat_jax.blocks.block_network import BlockNetwork
+from bqat_jax.blocks.chain import split_chain, stage_blocks
+from bqat_jax.networks.layers import FLOAT32, Computation, batch_norm, block_class, computation, conv
+from bqat_jax.networks.registry import register_network
 
 # Blocks of each stage (He et al., arXiv 1512.03385, table 1); from 50 layers on the blocks are bottlenecks.
 STAGE_SIZES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
@@ -18,6 +20,7 @@ EXPANSION = 4
 POOL_PADDING: Any = ((1, 1), (1, 1))  # with -inf; the same on both sides, as in PyTorch
 
 
+@register_network('resnet')
 def resnet(
     num_classes: int,
     *,
@@ -26,7 +29,8 @@ def resnet(
     dtype: str = 'float32',
     remat: bool = False,
     cut: str = 'stage',
-) -> CutNetwork:
+    conv_general_dilated: Callable[..., jax.Array] | None = None,
+) -> BlockNetwork:
     """Returns a ResNet for ImageNet (He et al., arXiv 1512.03385, table 1).
 
     Four stages with 1, 2, 4 and 8 times `width` channels, four times as many behind bottlenecks. As in PyTorch's
@@ -38,33 +42,36 @@ def resnet(
         width: channels of the stem.
         dtype: of the computation, 'float32' or 'bfloat16'; parameters are float32.
         remat: whether blocks recompute their inside in the backward pass.
-        cut: 'stage', 'block' or names of blocks, see `chain.cut_chain`.
+        cut: 'stage', 'block' or names of blocks, see `blocks.chain.split_chain`.
+        conv_general_dilated: computes the convolutions; Linen's own if None.
 
     Raises:
         ValueError: for a depth or another value that does not exist.
     """
     if depth not in STAGE_SIZES:
         raise ValueError(f'depth={depth}: a ResNet for ImageNet has {", ".join(map(str, STAGE_SIZES))} layers.')
-    kind = compute_dtype(dtype)
+    compute = computation(dtype, conv_general_dilated)
     block = block_class(BottleneckBlock if depth >= BOTTLENECK_DEPTH else BasicBlock, remat)
     stages = []
     for number, size in enumerate(STAGE_SIZES[depth]):
         strides = [2 if number else 1] + [1] * (size - 1)
-        stages.append(stage_blocks(number + 1, [partial(block, width * 2**number, stride, kind) for stride in strides]))
-    return cut_chain(partial(Stem, width, kind), stages, partial(Head, num_classes, kind), cut)
+        stages.append(
+            stage_blocks(number + 1, [partial(block, width * 2**number, stride, compute) for stride in strides])
+        )
+    return split_chain(partial(Stem, width, compute), stages, partial(Head, num_classes, compute), cut)
 
 
 class Stem(nn.Module):
     """7×7 convolution of stride 2, batch norm, ReLU, 3×3 max pool of stride 2."""
 
     features: int
-    dtype: Any = jnp.float32
+    compute: Computation = FLOAT32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Maps images (batch, height, width, channels) to features."""
-        x = conv(self.features, 7, 2, 'conv', dtype=self.dtype)(x)
-        x = nn.relu(batch_norm(train, 'norm', dtype=self.dtype)(x))
+        x = conv(self.compute, self.features, 7, 2, 'conv')(x)
+        x = nn.relu(batch_norm(self.compute, train, 'norm')(x))
         return nn.max_pool(x, (3, 3), strides=(2, 2), padding=POOL_PADDING)
 
 
@@ -74,17 +81,17 @@ class BasicBlock(nn.Module):
     Attributes:
         features: channels of the output.
         stride: of the first convolution.
-        dtype: of the computation.
+        compute: how the layers compute.
     """
 
     features: int
     stride: int
-    dtype: Any = jnp.float32
+    compute: Computation = FLOAT32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Maps features (batch, height, width, channels) to features."""
-        norm, convolution = partial(batch_norm, train, dtype=self.dtype), partial(conv, dtype=self.dtype)
+        norm, convolution = partial(batch_norm, self.compute, train), partial(conv, self.compute)
         y = nn.relu(norm('norm1')(convolution(self.features, 3, self.stride, 'conv1')(x)))
         y = norm('norm2')(convolution(self.features, 3, 1, 'conv2')(y))
         if self.stride != 1 or x.shape[-1] != self.features:
@@ -98,17 +105,17 @@ class BottleneckBlock(nn.Module):
     Attributes:
         features: channels of the 3×3 convolution; the output has four times as many.
         stride: of the 3×3 convolution.
-        dtype: of the computation.
+        compute: how the layers compute.
     """
 
     features: int
     stride: int
-    dtype: Any = jnp.float32
+    compute: Computation = FLOAT32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Maps features (batch, height, width, channels) to features."""
-        norm, convolution = partial(batch_norm, train, dtype=self.dtype), partial(conv, dtype=self.dtype)
+        norm, convolution = partial(batch_norm, self.compute, train), partial(conv, self.compute)
         outputs = EXPANSION * self.features
         y = nn.relu(norm('norm1')(convolution(self.features, 1, 1, 'conv1')(x)))
         y = nn.relu(norm('norm2')(convolution(self.features, 3, self.stride, 'conv2')(y)))
@@ -122,11 +129,11 @@ class Head(nn.Module):
     """Mean over the image, then a dense layer; logits are float32."""
 
     num_classes: int
-    dtype: Any = jnp.float32
+    compute: Computation = FLOAT32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Maps features (batch, height, width, channels) to logits (batch, classes)."""
         del train
-        x = nn.Dense(self.num_classes, dtype=self.dtype, name='dense')(jnp.mean(x, axis=(1, 2)))
+        x = nn.Dense(self.num_classes, dtype=self.compute.dtype, name='dense')(jnp.mean(x, axis=(1, 2)))
         return x.astype(jnp.float32)

@@ -1,19 +1,21 @@
 """VGG-small, the plain convolutional network for small images of the low-bit literature."""
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bqat_jax.blocks.block_network import CutNetwork
-from bqat_jax.blocks.chain import block_class, compute_dtype, cut_chain, stage_blocks
-from bqat_jax.networks.layers import batch_norm, conv
+from bqat_jax.blocks.block_network import BlockNetwork
+from bqat_jax.blocks.chain import split_chain, stage_blocks
+from bqat_jax.networks.layers import FLOAT32, Computation, batch_norm, block_class, computation, conv
+from bqat_jax.networks.registry import register_network
 
 STAGE_WIDTHS = (1, 2, 4)  # times the width of the first; two convolutions each
 
 
+@register_network('vgg_small')
 def vgg_small(
     num_classes: int,
     *,
@@ -21,7 +23,8 @@ def vgg_small(
     dtype: str = 'float32',
     remat: bool = False,
     cut: str = 'stage',
-) -> CutNetwork:
+    conv_general_dilated: Callable[..., jax.Array] | None = None,
+) -> BlockNetwork:
     """Returns VGG-small: six 3×3 convolutions and a dense layer (Zhang et al., arXiv 1807.10029, section 5.2).
 
     Three stages of two convolutions with 1, 2 and 4 times `width` channels. Each convolution is followed by batch norm
@@ -35,19 +38,20 @@ def vgg_small(
         width: channels of the first stage.
         dtype: of the computation, 'float32' or 'bfloat16'; parameters are float32.
         remat: whether blocks recompute their inside in the backward pass.
-        cut: 'stage', 'block' (a convolution each) or names of blocks, see `chain.cut_chain`.
+        cut: 'stage', 'block' (a convolution each) or names of blocks, see `blocks.chain.split_chain`.
+        conv_general_dilated: computes the convolutions; Linen's own if None.
 
     Raises:
         ValueError: for a value that does not exist.
     """
-    kind = compute_dtype(dtype)
+    compute = computation(dtype, conv_general_dilated)
     block = block_class(ConvBlock, remat)
     stages = []
     for number, factor in enumerate(STAGE_WIDTHS, 1):
-        makes = [partial(block, width * factor, pool, kind) for pool in (False, True)]
+        makes = [partial(block, width * factor, pool, compute) for pool in (False, True)]
         stages.append(stage_blocks(number, makes))
     stem = stages[0].pop('stage1_block1')
-    return cut_chain(stem, stages, partial(Head, num_classes, kind), cut)
+    return split_chain(stem, stages, partial(Head, num_classes, compute), cut)
 
 
 class ConvBlock(nn.Module):
@@ -56,18 +60,18 @@ class ConvBlock(nn.Module):
     Attributes:
         features: channels of the output.
         pool: whether the image is halved.
-        dtype: of the computation.
+        compute: how the layers compute.
     """
 
     features: int
     pool: bool
-    dtype: Any = jnp.float32
+    compute: Computation = FLOAT32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Maps images or features (batch, height, width, channels) to features."""
-        x = conv(self.features, 3, 1, 'conv', dtype=self.dtype)(x)
-        x = nn.relu(batch_norm(train, 'norm', dtype=self.dtype)(x))
+        x = conv(self.compute, self.features, 3, 1, 'conv')(x)
+        x = nn.relu(batch_norm(self.compute, train, 'norm')(x))
         return nn.max_pool(x, (2, 2), strides=(2, 2)) if self.pool else x
 
 
@@ -75,7 +79,7 @@ class Head(nn.Module):
     """A dense layer on all pixels and channels; logits are float32."""
 
     num_classes: int
-    dtype: Any = jnp.float32
+    compute: Computation = FLOAT32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -83,4 +87,4 @@ class Head(nn.Module):
         del train
         # Channels before pixels, PyTorch's order, so that a dense layer's weights mean the same here.
         x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
-        return nn.Dense(self.num_classes, dtype=self.dtype, name='dense')(x).astype(jnp.float32)
+        return nn.Dense(self.num_classes, dtype=self.compute.dtype, name='dense')(x).astype(jnp.float32)

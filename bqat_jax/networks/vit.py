@@ -7,8 +7,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bqat_jax.blocks.block_network import CutNetwork
-from bqat_jax.blocks.chain import block_class, compute_dtype, cut_chain
+from bqat_jax.blocks.block_network import BlockNetwork
+from bqat_jax.blocks.chain import split_chain
+from bqat_jax.networks.layers import block_class, computation
+from bqat_jax.networks.registry import register_network
 
 # Width and heads (Touvron et al., arXiv 2012.12877, table 1).
 SIZES = {'tiny': (192, 3), 'small': (384, 6), 'base': (768, 12)}
@@ -17,6 +19,7 @@ MLP_RATIO = 4
 WEIGHT_INIT = nn.initializers.truncated_normal(0.02)
 
 
+@register_network('vit')
 def vit(
     num_classes: int,
     *,
@@ -26,7 +29,7 @@ def vit(
     dtype: str = 'float32',
     remat: bool = False,
     cut: str = 'stage',
-) -> CutNetwork:
+) -> BlockNetwork:
     """Returns a vision transformer (Dosovitskiy et al., arXiv 2010.11929; sizes of DeiT, arXiv 2012.12877, table 1).
 
     Twelve blocks with the norm before attention and MLP; the logits are read off a class token. Positions are learned:
@@ -40,7 +43,7 @@ def vit(
         norm_epsilon: of layer norm.
         dtype: of the computation, 'float32' or 'bfloat16'; parameters, layer norm and softmax are float32.
         remat: whether blocks recompute their inside in the backward pass.
-        cut: 'stage' (four of three blocks), 'block' or names of blocks, see `chain.cut_chain`.
+        cut: 'stage' (four of three blocks), 'block' or names of blocks, see `blocks.chain.split_chain`.
 
     Raises:
         ValueError: for a value that does not exist.
@@ -48,16 +51,16 @@ def vit(
     if size not in SIZES:
         raise ValueError(f'size={size!r}: it must be one of {", ".join(SIZES)}.')
     features, heads = SIZES[size]
-    kind = compute_dtype(dtype)
-    block = partial(block_class(Block, remat), heads, norm_epsilon, kind)
+    compute_dtype = computation(dtype, None).dtype
+    block = partial(block_class(Block, remat), heads, norm_epsilon, compute_dtype)
     stages = [
         {f'block{number}': block for number in range(first, first + BLOCKS_PER_STAGE)}
         for first in range(1, NUM_BLOCKS, BLOCKS_PER_STAGE)
     ]
-    return cut_chain(
-        partial(Stem, features, patch_size, kind),
+    return split_chain(
+        partial(Stem, features, patch_size, compute_dtype),
         stages,
-        partial(Head, num_classes, norm_epsilon, kind),
+        partial(Head, num_classes, norm_epsilon, compute_dtype),
         cut,
     )
 

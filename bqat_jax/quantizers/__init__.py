@@ -1,4 +1,7 @@
-"""Quantizers: pure functions of arrays behind small frozen dataclasses; `base` says what they share."""
+"""Quantizers and gradient estimators: pure functions of arrays behind small frozen dataclasses.
+
+`base` says what quantizers share, `rounding` what an estimator is.
+"""
 
 from bqat_jax.quantizers.base import (
     QUANTIZERS,
@@ -8,6 +11,7 @@ from bqat_jax.quantizers.base import (
     describe_quantizer,
     register_quantizer,
 )
+from bqat_jax.quantizers.estimators import ESTIMATORS, get_estimator, register_estimator
 from bqat_jax.quantizers.learned import LSQ, PACT, EWGSRange, LSQPlus, PACTPlus
 from bqat_jax.quantizers.measured import (
     SAWB,
@@ -19,8 +23,11 @@ from bqat_jax.quantizers.measured import (
     StatsQ,
 )
 from bqat_jax.quantizers.nonuniform import LCQ, N2UQ, APoT, NuLSQ
+from bqat_jax.quantizers.rounding import EVALUATION, Context, Estimator
 
 __all__ = [
+    'ESTIMATORS',
+    'EVALUATION',
     'LCQ',
     'LSQ',
     'N2UQ',
@@ -30,8 +37,10 @@ __all__ = [
     'APoT',
     'AbsmeanTernary',
     'Binary',
+    'Context',
     'DoReFa',
     'EWGSRange',
+    'Estimator',
     'LSQPlus',
     'LevelQuantizer',
     'MinMax',
@@ -42,5 +51,7 @@ __all__ = [
     'StatsQ',
     'UniformQuantizer',
     'describe_quantizer',
+    'get_estimator',
+    'register_estimator',
     'register_quantizer',
 ]

@@ -27,7 +27,7 @@ from bqat_jax.quantizers.rounding import (
     EVALUATION,
     Context,
     Estimator,
-    Rounding,
+    QuantizeSpec,
     in_steps,
     nearest_levels,
     quantize,
@@ -128,9 +128,9 @@ class Quantizer(abc.ABC):
         return True
 
     @property
-    def rounding(self) -> Rounding:
+    def spec(self) -> QuantizeSpec:
         """How codes are found."""
-        return Rounding(self.estimator, self.lower, self.upper)
+        return QuantizeSpec(self.estimator, self.lower, self.upper)
 
     @abc.abstractmethod
     def init(self, v: jax.Array) -> Parameters:
@@ -214,9 +214,9 @@ class UniformQuantizer(Quantizer):
     step_gradient_inside: ClassVar[bool] = True
 
     @property
-    def rounding(self) -> Rounding:
+    def spec(self) -> QuantizeSpec:
         """How codes are found."""
-        return Rounding(
+        return QuantizeSpec(
             self.estimator,
             self.lower,
             self.upper,
@@ -256,12 +256,12 @@ class UniformQuantizer(Quantizer):
         mapped, factor = self.transform(prepared, v), self.output(prepared)
         if factor is not None:
             mapped = mapped.astype(jnp.float32)
-        y: Any = quantize(self.rounding, step, shift, mapped, context)
+        y: Any = quantize(self.spec, step, shift, mapped, context)
         return (y if factor is None else y * self.broadcast(factor, v.ndim)).astype(v.dtype)
 
     def encode(self, parameters: Parameters, v: jax.Array) -> jax.Array:
         """See `Quantizer.encode`."""
-        return self.rounding.codes(self._value(parameters, v), EVALUATION).astype(code_dtype(self.lower))
+        return self.spec.codes(self._value(parameters, v), EVALUATION).astype(code_dtype(self.lower))
 
     def clips(self, parameters: Parameters, v: jax.Array) -> jax.Array:
         """See `Quantizer.clips`."""
@@ -286,9 +286,9 @@ class LevelQuantizer(Quantizer):
     """A quantizer on any ascending levels, one set for the whole tensor; codes number the levels from 0."""
 
     @property
-    def rounding(self) -> Rounding:
+    def spec(self) -> QuantizeSpec:
         """How codes are found."""
-        return Rounding(self.estimator, self.lower, self.upper, includes_bounds=True)
+        return QuantizeSpec(self.estimator, self.lower, self.upper, includes_bounds=True)
 
     @property
     def lower(self) -> int:
@@ -307,13 +307,13 @@ class LevelQuantizer(Quantizer):
     def fake_quantize(self, parameters: Parameters, v: jax.Array, context: Context = EVALUATION) -> jax.Array:
         """See `Quantizer.fake_quantize`."""
         prepared = self.prepare(parameters, v)
-        y: Any = quantize_to_levels(self.rounding, self.levels(prepared), self._centered(prepared, v), context)
+        y: Any = quantize_to_levels(self.spec, self.levels(prepared), self._centered(prepared, v), context)
         return y.astype(v.dtype)
 
     def encode(self, parameters: Parameters, v: jax.Array) -> jax.Array:
         """See `Quantizer.encode`."""
         prepared = self.prepare(parameters, v)
-        codes = nearest_levels(self.rounding, self.levels(prepared), self._centered(prepared, v))
+        codes = nearest_levels(self.spec, self.levels(prepared), self._centered(prepared, v))
         return codes.astype(jnp.uint8)
 
     def clips(self, parameters: Parameters, v: jax.Array) -> jax.Array:

@@ -93,12 +93,12 @@ class EWGSTrace(Estimator):
     0 before the first measurement, as in the paper.
     """
 
-    needs_delta = True
+    needs_strength = True
 
     def backward(self, cotangent, value, rounded, context):
         """See `Estimator.backward`."""
-        delta = 0.0 if context.delta is None else context.delta / (context.upper - context.lower)
-        return cotangent * (1.0 + delta * jnp.sign(cotangent) * (value - rounded))
+        strength = 0.0 if context.strengths is None else context.strengths / (context.upper - context.lower)
+        return cotangent * (1.0 + strength * jnp.sign(cotangent) * (value - rounded))
 
 
 @register_estimator('dsq')
@@ -243,8 +243,8 @@ class MAD(Estimator):
         del value, rounded, context
         return cotangent
 
-    def beyond(self, cotangent, value, bound, context, *, passes):
-        """See `Estimator.beyond`."""
+    def backward_clipped(self, cotangent, value, bound, context, *, passes):
+        """See `Estimator.backward_clipped`."""
         del context, passes
         # Beyond a bound of zero, the lower one of an unsigned grid, nothing passes.
         return cotangent * jnp.abs(bound) / jnp.maximum(jnp.abs(value), 1e-30)
@@ -352,8 +352,8 @@ class SignEstimator(Estimator):
         del rounded
         return cotangent * self.derivative(2.0 * (value - context.lower) - 1.0, context.progress)
 
-    def beyond(self, cotangent, value, bound, context, *, passes):
-        """See `Estimator.beyond`."""
+    def backward_clipped(self, cotangent, value, bound, context, *, passes):
+        """See `Estimator.backward_clipped`."""
         del bound, passes
         return cotangent * self.derivative(2.0 * (value - context.lower) - 1.0, context.progress)
 

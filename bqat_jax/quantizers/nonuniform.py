@@ -14,7 +14,7 @@ from bqat_jax.quantizers.base import (
     register_quantizer,
 )
 from bqat_jax.quantizers.grids import IntegerGrid, code_dtype
-from bqat_jax.quantizers.rounding import EVALUATION, Rounding, quantize, scale_gradient
+from bqat_jax.quantizers.rounding import EVALUATION, QuantizeSpec, quantize, scale_gradient
 from bqat_jax.quantizers.statistics import (
     mean_magnitude,
     normal_step,
@@ -198,9 +198,9 @@ class LCQ(Quantizer):
         return IntegerGrid(self.bits, self.signed, narrow=True).lower
 
     @property
-    def rounding(self) -> Rounding:
+    def spec(self) -> QuantizeSpec:
         """How codes are found."""
-        return Rounding(self.estimator, self.lower, self.upper, includes_bounds=True)
+        return QuantizeSpec(self.estimator, self.lower, self.upper, includes_bounds=True)
 
     def init(self, v):
         """See `Quantizer.init`."""
@@ -223,7 +223,7 @@ class LCQ(Quantizer):
         units = self._units(prepared, v)
         position, slopes = self._compress(prepared, jax.lax.stop_gradient(units))
         # θ's way: through f, the rounding and f⁻¹.
-        rounded = quantize(self.rounding, jnp.float32(1), jnp.float32(0), position, context)
+        rounded = quantize(self.spec, jnp.float32(1), jnp.float32(0), position, context)
         output = self._expand(slopes, rounded)
         # The way of x and α: the rounding alone. Beyond the clip α has no part in it.
         clip = prepared['clip_value']
@@ -231,7 +231,7 @@ class LCQ(Quantizer):
         # |x| = α counts as beyond the clip, x = 0 as inside, for unsigned values too.
         beyond = jnp.where(jnp.abs(units) < 1, 1.0, 1.0 + 1e-6)
         straight = _frozen(position * beyond) + (units - _frozen(units))
-        through = quantize(self.rounding, jnp.float32(1), jnp.float32(0), straight, context)
+        through = quantize(self.spec, jnp.float32(1), jnp.float32(0), straight, context)
         output = output + (through - _frozen(through))
         return (output * self._scale(prepared)).astype(v.dtype)
 
@@ -239,7 +239,7 @@ class LCQ(Quantizer):
         """See `Quantizer.encode`."""
         prepared = self.prepare(parameters, v)
         position, _ = self._compress(prepared, self._units(prepared, v))
-        return self.rounding.codes(position, EVALUATION).astype(code_dtype(self.lower))
+        return self.spec.codes(position, EVALUATION).astype(code_dtype(self.lower))
 
     def clips(self, parameters, v):
         """See `Quantizer.clips`."""

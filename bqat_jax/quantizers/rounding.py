@@ -20,14 +20,15 @@ class Context(NamedTuple):
     Attributes:
         progress: the fraction of training that is done, 0 to 1, for estimators with a schedule.
         key: random key in training; None in evaluation, where everything rounds.
-        delta: a strength measured during training, for estimators that need one; see `Estimator.needs_delta`.
+        strengths: what was measured during training for an estimator that needs it (`Estimator.needs_strength`): of one
+            quantizer a scalar; of a whole network {layer path: {role: scalar}}.
         lower: the smallest code; set by the quantizer.
         upper: the largest code; set by the quantizer.
     """
 
     progress: Any = 1.0
     key: Any = None
-    delta: Any = None
+    strengths: Any = None
     lower: int = 0
     upper: int = 0
 
@@ -42,13 +43,13 @@ class Estimator(abc.ABC):
 
     Attributes:
         name: set by the registration.
-        needs_delta: whether `Context.delta` is read.
+        needs_strength: whether `Context.strengths` is read.
         sign_only: whether the rule approximates the sign function, so that it fits two levels only.
         weights_only: whether the rule makes sense for weights alone.
     """
 
     name: ClassVar[str] = ''
-    needs_delta: ClassVar[bool] = False
+    needs_strength: ClassVar[bool] = False
     sign_only: ClassVar[bool] = False
     weights_only: ClassVar[bool] = False
 
@@ -73,7 +74,7 @@ class Estimator(abc.ABC):
             context: with the codes' bounds.
         """
 
-    def beyond(
+    def backward_clipped(
         self, cotangent: jax.Array, value: jax.Array, bound: jax.Array, context: Context, *, passes: bool
     ) -> jax.Array:
         """Returns the gradient with respect to `value` where it lies beyond the bounds.
@@ -90,7 +91,7 @@ class Estimator(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True)
-class Rounding:
+class QuantizeSpec:
     """How codes are found, and what the gradient is at the bounds.
 
     Attributes:
@@ -129,8 +130,8 @@ class Rounding:
         gradient = self.estimator.backward(cotangent, between, rounded, where)
         bound = jnp.where(value <= self.lower, float(self.lower), float(self.upper))
         counts = (value >= self.lower) & (value <= self.upper) if self.includes_bounds else inside
-        beyond = self.estimator.beyond(cotangent, value, bound, where, passes=self.passes_bounds)
-        return inside, counts, rounded, gradient, bound, jnp.where(counts, gradient, beyond)
+        clipped = self.estimator.backward_clipped(cotangent, value, bound, where, passes=self.passes_bounds)
+        return inside, counts, rounded, gradient, bound, jnp.where(counts, gradient, clipped)
 
     def _where(self, context: Context) -> Context:
         return context._replace(lower=self.lower, upper=self.upper)
@@ -146,17 +147,17 @@ def in_steps(v: jax.Array, step: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def quantize(how: Rounding, step: jax.Array, shift: jax.Array, v: jax.Array, context: Context) -> jax.Array:
+def quantize(spec: QuantizeSpec, step: jax.Array, shift: jax.Array, v: jax.Array, context: Context) -> jax.Array:
     """Quantizes to a uniform grid: y = step · (code + shift), code = clip(round(v / step - shift), lower, upper).
 
     Gradients, with u = v / step and R' the estimator's derivative of rounding:
 
-        dy/dv     = R' between the bounds, else 0 (or as `how` and the estimator say)
+        dy/dv     = R' between the bounds, else 0 (or as `spec` and the estimator say)
         dy/dstep  = code + shift - R' · u between the bounds, else bound + shift
         dy/dshift = step · (1 - R') between the bounds, else step
 
     Args:
-        how: estimator and bounds.
+        spec: estimator and bounds.
         step: positive, float32, () or a shape that broadcasts against v.
         shift: float32, () or the shape of step.
         v: floating-point array.
@@ -165,23 +166,23 @@ def quantize(how: Rounding, step: jax.Array, shift: jax.Array, v: jax.Array, con
     Returns:
         y in the shape and dtype of v; the arithmetic is float32.
     """
-    codes = how.codes(in_steps(v, step) - shift, context)
+    codes = spec.codes(in_steps(v, step) - shift, context)
     return ((codes + shift) * step).astype(v.dtype)
 
 
-def _quantize_forward(how, step, shift, v, context):
+def _quantize_forward(spec, step, shift, v, context):
     # Only what the layer holds anyway is kept: the backward pass computes codes and masks again, which costs less than
     # storing them.
-    return quantize(how, step, shift, v, context), (step, shift, v, context)
+    return quantize(spec, step, shift, v, context), (step, shift, v, context)
 
 
-def _quantize_backward(how, residuals, cotangent):
+def _quantize_backward(spec, residuals, cotangent):
     step, shift, v, context = residuals
     cotangent = cotangent.astype(jnp.float32)
     units = in_steps(v, step)
     value = units - shift
-    inside, _, rounded, gradient, bound, v_gradient = how.backward(cotangent, value, context)
-    if how.step_gradient_inside:
+    inside, _, rounded, gradient, bound, v_gradient = spec.backward(cotangent, value, context)
+    if spec.step_gradient_inside:
         # As a sum whose second part is exactly zero where the rule is the identity: the difference of
         # cotangent · (code + shift) and gradient · u would lose digits.
         within = cotangent * (rounded - value) + (cotangent - gradient) * units
@@ -201,20 +202,20 @@ quantize.defvjp(_quantize_forward, _quantize_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def quantize_to_levels(how: Rounding, levels: jax.Array, v: jax.Array, context: Context) -> jax.Array:
+def quantize_to_levels(spec: QuantizeSpec, levels: jax.Array, v: jax.Array, context: Context) -> jax.Array:
     """Quantizes to the nearest of any ascending levels.
 
     The integer domain is the position among the levels: a value a quarter of the way from level 2 to level 3 is at
     2.25, so that rounding finds the nearest level and every estimator has a meaning. With p = j + w the position, and
     levels l:
 
-        dy/dv   = R'(p) between the bounds, else 0 (or as `how` and the estimator say)
+        dy/dv   = R'(p) between the bounds, else 0 (or as `spec` and the estimator say)
         dy/dl_k = [k = code] - R' · ((1 - w) · [k = j] + w · [k = j+1]) between the bounds, else [k = code]
 
     For levels k·step this is LSQ's gradient of the step, for levels that are sums of steps it is nuLSQ's.
 
     Args:
-        how: estimator and bounds, 0 and len(levels) - 1.
+        spec: estimator and bounds, 0 and len(levels) - 1.
         levels: float32 (levels,), ascending.
         v: floating-point array.
         context: when and with what key.
@@ -222,20 +223,20 @@ def quantize_to_levels(how: Rounding, levels: jax.Array, v: jax.Array, context: 
     Returns:
         y in the shape and dtype of v; the arithmetic is float32.
     """
-    codes = how.codes(_position(levels, v)[2], context)
-    if how.estimator.rounds_in_training or context.key is None:
+    codes = spec.codes(_position(levels, v)[2], context)
+    if spec.estimator.rounds_in_training or context.key is None:
         return levels[codes.astype(jnp.int32)].astype(v.dtype)
     below, fraction = _split(codes, levels.size)
     return (levels[below] * (1 - fraction) + levels[below + 1] * fraction).astype(v.dtype)
 
 
-def nearest_levels(how: Rounding, levels: jax.Array, v: jax.Array) -> jax.Array:
+def nearest_levels(spec: QuantizeSpec, levels: jax.Array, v: jax.Array) -> jax.Array:
     """Returns the numbers of the levels that `quantize_to_levels` gives in evaluation, int32."""
-    return how.codes(_position(levels, v)[2], EVALUATION).astype(jnp.int32)
+    return spec.codes(_position(levels, v)[2], EVALUATION).astype(jnp.int32)
 
 
 def _position(levels: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(j, w, p): which two levels v lies between or beyond, how far, and the position j + w."""
+    """(j, w, p): which two levels v lies between or beyond, spec far, and the position j + w."""
     v = v.astype(jnp.float32)
     below = jnp.searchsorted(levels[1:-1], v, side='right').astype(jnp.int32)
     start, end = levels[below], levels[below + 1]
@@ -249,17 +250,17 @@ def _split(position: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     return below.astype(jnp.int32), position - below
 
 
-def _levels_forward(how, levels, v, context):
-    return quantize_to_levels(how, levels, v, context), (levels, v, context)
+def _levels_forward(spec, levels, v, context):
+    return quantize_to_levels(spec, levels, v, context), (levels, v, context)
 
 
-def _levels_backward(how, residuals, cotangent):
+def _levels_backward(spec, residuals, cotangent):
     levels, v, context = residuals
     cotangent = cotangent.astype(jnp.float32)
     below, fraction, position = _position(levels, v)
-    _, inside, _, gradient, _, v_gradient = how.backward(cotangent, position, context)
+    _, inside, _, gradient, _, v_gradient = spec.backward(cotangent, position, context)
     inner = jnp.where(inside, gradient, 0.0)
-    code, code_fraction = _split(how.codes(position, context), levels.size)
+    code, code_fraction = _split(spec.codes(position, context), levels.size)
     shares = (
         (code, cotangent * (1 - code_fraction)),
         (code + 1, cotangent * code_fraction),
@@ -287,7 +288,7 @@ def round_with_estimator(
         lower: the smallest code.
         upper: the largest code.
     """
-    return quantize(Rounding(estimator, lower, upper), jnp.float32(1), jnp.float32(0), value, context)
+    return quantize(QuantizeSpec(estimator, lower, upper), jnp.float32(1), jnp.float32(0), value, context)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

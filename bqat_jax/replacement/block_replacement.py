@@ -1,25 +1,32 @@
-"""Block replacement as one object: a cut network, its quantizers, a plan, an objective, and how they run together."""
+"""Block replacement as one object: a network, its quantizers, a plan, an objective, and how they run together."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from bqat_jax.blocks.block_network import CutNetwork
+from bqat_jax.blocks.block_network import BlockNetwork
 from bqat_jax.quantizers.rounding import Context
 from bqat_jax.replacement.objective import Objective
-from bqat_jax.replacement.paths import Teacher, run_backbone, run_paths, run_teacher
+from bqat_jax.replacement.paths import Features, Outputs, Variables, run_backbone, run_paths, run_teacher
 from bqat_jax.replacement.plans import Plan
-from bqat_jax.transform import (
-    Quantization,
-    build_quantization,
-    calibrate,
-    find_layers,
-    find_signed_inputs,
-)
-from bqat_jax.transform.rules import assign_quantizers
+from bqat_jax.transform import Quantization, prepare
+
+NO_TEACHER = Outputs(None, ())
+
+
+class Batch(NamedTuple):
+    """What a loss is computed on; a pytree.
+
+    Attributes:
+        inputs: as the network takes them, examples along the first axis.
+        targets: labels, integers (batch,).
+    """
+
+    inputs: Any
+    targets: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +34,7 @@ class BlockReplacement:
     """The static half of training by block replacement; all arrays are arguments.
 
     Attributes:
-        network: the cut network.
+        network: the network, divided into blocks.
         quantization: its quantizers; none of them for full precision.
         plan: which mixed-precision models run.
         objective: what is minimised.
@@ -36,18 +43,13 @@ class BlockReplacement:
         ValueError: if nothing in the objective trains the LP network as a whole.
     """
 
-    network: CutNetwork
+    network: BlockNetwork
     quantization: Quantization
     plan: Plan
     objective: Objective
 
     def __post_init__(self):
-        if not self.objective.trains_network(self.plan.num_paths):
-            raise ValueError(
-                'The loss has no term of the low-precision network itself, whose head would not be trained: give '
-                'replacement.cross_entropy, distillation, path_teaching (with a plan that has paths) or '
-                'feature_matching a positive weight.'
-            )
+        self.objective.check_trains_network(self.plan.num_paths)
 
     @property
     def needs_partner(self) -> bool:
@@ -56,122 +58,88 @@ class BlockReplacement:
 
     def loss(
         self,
-        params: Any,
-        quantizer_params: Any,
-        batch_stats: Any,
+        variables: Variables,
         partner: Any,
-        images: jax.Array,
-        labels: jax.Array,
-        key: jax.Array,
-        *,
-        progress: jax.Array | float = 1.0,
-        deltas: Any = None,
+        batch: Batch,
+        context: Context,
         draw: tuple[jax.Array, jax.Array] | None = None,
     ) -> tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]:
         """Runs the LP backbone, the teacher and the MP paths that the plan asks for, each once.
 
         Args:
-            params: the LP network's parameters.
-            quantizer_params: parameters of its quantizers.
-            batch_stats: its batch statistics; {} if it has none.
+            variables: of the LP network and its quantizers.
             partner: the FP partner's variables, {'params': ..., 'batch_stats': ...}, which get no gradient; None if
                 neither plan nor objective reads them.
-            images: as the network takes them, examples along the first axis.
-            labels: (batch,), integers.
-            key: random key of the plan's draw, of the quantizers' and of dropout.
-            progress: fraction of training that is done, for what follows a schedule.
-            deltas: {layer path: {role: strength}} for quantizers whose estimator measures one.
-            draw: mask and weights of the MP models, from `plan.draw`; if None they are drawn from the key.
+            batch: inputs and labels.
+            context: the fraction of training that is done, for what follows a schedule; a random key for the plan's
+                draw, the quantizers' and dropout's, without which quantizers round as in evaluation; and strengths for
+                quantizers whose estimator measures one.
+            draw: mask and weights of the MP models, from `plan.draw`; if None they are drawn from the context's key.
 
         Returns:
             The loss, a scalar, and (new batch statistics, metrics).
+
+        Raises:
+            ValueError: if the plan draws, and there is neither a draw nor a key.
         """
-        plan_key, quantizer_key = jax.random.split(key)
-        mask, path_weights = self.plan.draw(plan_key, progress) if draw is None else draw
+        plan_key, key = (None, None) if context.key is None else jax.random.split(context.key)
+        if draw is None:
+            draw = self.plan.draw(plan_key, context.progress)
+        mask, path_weights = draw
         backbone = run_backbone(
             self.network,
             self.quantization,
-            params,
-            quantizer_params,
-            batch_stats,
-            images,
+            variables,
+            batch.inputs,
             train=True,
-            context=Context(progress, quantizer_key, deltas),
+            context=context._replace(key=key),
         )
-        teacher = run_teacher(self.network, partner, images) if self.needs_partner else Teacher(None, [])
-        path_logits = run_paths(
-            self.network,
-            self.plan,
-            partner,
-            backbone.features,
-            mask,
-            partner_features=teacher.features,
-            run_block=backbone.run_block,
-        )
-        loss, metrics = self.objective(
-            labels,
-            backbone.logits,
-            teacher.logits,
-            path_logits,
-            path_weights,
-            features=backbone.features,
-            teacher_features=teacher.features,
-            progress=progress,
-        )
-        metrics['train_top1'] = jnp.mean(jnp.argmax(backbone.logits, axis=-1) == labels, dtype=jnp.float32)
+        teacher = run_teacher(self.network, partner, batch.inputs) if self.needs_partner else NO_TEACHER
+        features = Features(backbone.features, teacher.features, backbone.run_block)
+        path_logits = run_paths(self.network, self.plan, partner, mask, features)
+        loss, metrics = self.objective(batch.targets, backbone, teacher, path_logits, path_weights, context.progress)
+        metrics['train_top1'] = jnp.mean(jnp.argmax(backbone.logits, axis=-1) == batch.targets, dtype=jnp.float32)
         if self.plan.is_drawn:
             for number in range(self.plan.num_paths):
                 metrics[f'path{number + 1}_lp_blocks'] = jnp.sum(mask[number])
         return loss, (backbone.batch_stats, metrics)
 
-    def logits(self, params: Any, quantizer_params: Any, batch_stats: Any, images: jax.Array) -> jax.Array:
+    def logits(self, variables: Variables, inputs: Any) -> jax.Array:
         """Returns the LP network's logits, (batch, classes), as in evaluation."""
-        return run_backbone(
-            self.network, self.quantization, params, quantizer_params, batch_stats, images, train=False
-        ).logits
+        return run_backbone(self.network, self.quantization, variables, inputs, train=False).logits
 
 
 def replace_blocks(
-    network: CutNetwork,
+    network: BlockNetwork,
     partner: Any,
-    batches: Sequence[jax.Array],
-    *,
-    weights: Mapping[str, Any],
-    activations: Mapping[str, Any],
-    rules: Sequence[Mapping[str, Any]] = (),
+    batches: Sequence[Any],
+    quantizers: Mapping[str, Any],
     plan: Plan | str = 'prefix',
     objective: Objective | None = None,
-) -> tuple[BlockReplacement, dict[str, Any]]:
-    """Returns block replacement for a cut network, and calibrated parameters of its quantizers.
+) -> tuple[BlockReplacement, Variables]:
+    """Returns block replacement for a network, and the variables from which its training starts.
 
     Args:
-        network: the cut network.
-        partner: the full-precision variables, {'params': ..., 'batch_stats': ...}, from which training starts.
-        batches: images to calibrate on, as the network takes them; at least one batch.
-        weights: settings of the weights' quantizers, such as {'name': 'lsq', 'bits': 2, 'estimator': 'identity'}.
-        activations: settings of the quantizers of the layers' inputs.
-        rules: which layers differ; see `bqat_jax.transform.rules`.
+        network: the network, divided into blocks.
+        partner: the full-precision variables, {'params': ..., 'batch_stats': ...}.
+        batches: inputs to calibrate on, as the network takes them; at least one batch.
+        quantizers: {'weights': settings, 'activations': settings, 'rules': which layers differ}, the keywords of
+            `bqat_jax.prepare`.
         plan: a plan, or the name of one with its defaults.
         objective: what is minimised; its defaults if None.
+
+    Returns:
+        Block replacement; the partner's parameters and statistics, with calibrated parameters of the quantizers.
 
     Raises:
         ValueError: for settings, rules or plans that do not exist or do not fit the network, or without a batch.
     """
-
-    def run(params, images):
-        variables = {'batch_stats': {}, **partner, 'params': params}
-        return network.apply(variables, images, network.names, train=True, key=jax.random.key(0))
-
-    if not batches:
-        raise ValueError('Calibration needs at least one batch.')
-    layers = find_layers(run, partner['params'], batches[0]).quantizable
-    settings = assign_quantizers(tuple(layers), weights, activations, rules)
-    signed = find_signed_inputs(run, partner['params'], batches, layers, settings)
-    quantization = build_quantization(layers, settings, signed)
+    run = network.as_function(partner, train=True, key=jax.random.key(0))
+    quantization, parameters = prepare(run, partner['params'], batches, **quantizers)
     replacement = BlockReplacement(
         network,
         quantization,
         Plan(plan, len(network.blocks)) if isinstance(plan, str) else plan,
         Objective() if objective is None else objective,
     )
-    return replacement, calibrate(quantization, partner['params'], run, batches)
+    return replacement, Variables(partner['params'], parameters, partner.get('batch_stats', {}))

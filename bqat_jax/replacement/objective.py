@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bqat_jax.replacement.paths import Backbone, Outputs
 from bqat_jax.replacement.schedules import ALWAYS, Schedule
 
 WEIGHTS = (
@@ -65,10 +66,19 @@ class Objective:
         if min(self.distillation_schedule.ends) < 0:
             raise ValueError(f'replacement.distillation_schedule: {min(self.distillation_schedule.ends)} is negative.')
 
-    def trains_network(self, num_paths: int) -> bool:
-        """Whether the LP network's own logits or features are in the loss, with so many MP paths."""
+    def check_trains_network(self, num_paths: int) -> None:
+        """Checks that the LP network's own logits or features are in the loss, with so many MP paths.
+
+        Raises:
+            ValueError: if they are not.
+        """
         own = self.cross_entropy + self.distillation + self.feature_matching
-        return own > 0 or (num_paths > 0 and self.path_teaching > 0)
+        if own == 0 and (num_paths == 0 or self.path_teaching == 0):
+            raise ValueError(
+                'The loss has no term of the low-precision network itself, whose head would not be trained: give '
+                'replacement.cross_entropy, distillation, path_teaching (with a plan that has paths) or '
+                'feature_matching a positive weight.'
+            )
 
     def needs_teacher(self, num_paths: int) -> bool:
         """Whether anything of the teacher's is read, with so many MP paths."""
@@ -76,14 +86,11 @@ class Objective:
 
     def __call__(
         self,
-        labels: jax.Array,
-        logits: jax.Array,
-        teacher_logits: jax.Array | None,
+        targets: jax.Array,
+        student: Outputs | Backbone,
+        teacher: Outputs,
         path_logits: jax.Array | None,
         path_weights: jax.Array,
-        *,
-        features: Sequence[jax.Array] = (),
-        teacher_features: Sequence[jax.Array] = (),
         progress: jax.Array | float = 1.0,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Returns the loss, a scalar, and its terms before they are weighted; a term of weight 0 is left out.
@@ -91,37 +98,36 @@ class Objective:
         The cross entropy of the LP network is always among the terms.
 
         Args:
-            labels: (batch,), integers.
-            logits: z_Q, (batch, classes).
-            teacher_logits: z_F, (batch, classes); may be None if nothing is distilled from the teacher.
+            targets: labels, integers (batch,).
+            student: z_Q and, read for feature matching alone, h_1 .. h_n.
+            teacher: z_F, read if anything is distilled from it, and g_1 .. g_n, read for feature matching alone.
             path_logits: z_M, (paths, batch, classes), or None for no paths.
             path_weights: w, (paths,).
-            features: h_1 .. h_n; read for feature matching alone.
-            teacher_features: g_1 .. g_n, likewise.
             progress: fraction of training that is done.
         """
-        temperature = self.temperature
-        terms = {'loss/cross_entropy': cross_entropy(logits, labels)}
+        temperature, logits = self.temperature, student.logits
+        assert logits is not None
+        terms = {'loss/cross_entropy': cross_entropy(logits, targets)}
         loss = self.cross_entropy * terms['loss/cross_entropy']
         if self.distillation > 0:
-            assert teacher_logits is not None
-            terms['loss/distillation'] = distillation_loss(teacher_logits, logits, temperature)
+            assert teacher.logits is not None
+            terms['loss/distillation'] = distillation_loss(teacher.logits, logits, temperature)
             loss += self.distillation * self.distillation_schedule.at(progress) * terms['loss/distillation']
         for number, path in enumerate([] if path_logits is None else path_logits):
             name, path_loss = f'loss/path{number + 1}', jnp.float32(0)
             if self.path_cross_entropy > 0:
-                terms[f'{name}_cross_entropy'] = cross_entropy(path, labels)
+                terms[f'{name}_cross_entropy'] = cross_entropy(path, targets)
                 path_loss += self.path_cross_entropy * terms[f'{name}_cross_entropy']
             if self.path_distillation > 0:
-                assert teacher_logits is not None
-                terms[f'{name}_distillation'] = distillation_loss(teacher_logits, path, temperature)
+                assert teacher.logits is not None
+                terms[f'{name}_distillation'] = distillation_loss(teacher.logits, path, temperature)
                 path_loss += self.path_distillation * terms[f'{name}_distillation']
             if self.path_teaching > 0:
                 terms[f'{name}_teaching'] = distillation_loss(jax.lax.stop_gradient(path), logits, temperature)
                 path_loss += self.path_teaching * terms[f'{name}_teaching']
             loss += path_weights[number] * path_loss
         if self.feature_matching > 0:
-            terms['loss/features'] = feature_loss(features, teacher_features)
+            terms['loss/features'] = feature_loss(student.features, teacher.features)
             loss += self.feature_matching * terms['loss/features']
         return loss, {'loss': loss, **terms}
 

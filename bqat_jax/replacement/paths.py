@@ -20,12 +20,38 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bqat_jax.blocks.block_network import CutNetwork
+from bqat_jax.blocks.block_network import BlockNetwork
 from bqat_jax.quantizers.rounding import EVALUATION, Context
 from bqat_jax.replacement.plans import Plan
 from bqat_jax.transform import Quantization
 
 RunBlock = Callable[[int, jax.Array], jax.Array]
+
+
+class Variables(NamedTuple):
+    """The arrays of a quantized network; a pytree.
+
+    Attributes:
+        params: the network's 'params' collection.
+        quantizers: parameters of its quantizers, {layer path: {role: {name: array}}}.
+        batch_stats: the network's 'batch_stats' collection; {} if it has none.
+    """
+
+    params: Any
+    quantizers: Any
+    batch_stats: Any
+
+
+class Outputs(NamedTuple):
+    """What a network gives for a batch; a pytree.
+
+    Attributes:
+        logits: (batch, classes); None where nothing reads them.
+        features: the output of every block, in order.
+    """
+
+    logits: jax.Array | None
+    features: Sequence[jax.Array] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,25 +72,26 @@ class Backbone:
     run_block: RunBlock
 
 
-class Teacher(NamedTuple):
-    """What a run of the partner gives; none of it has a gradient.
+class Features(NamedTuple):
+    """What the MP paths start from.
 
     Attributes:
-        logits: z_F, (batch, classes); None where nothing reads them.
-        features: g_1 .. g_n, the output of every block.
+        lp: h_1 .. h_n, from the LP backbone.
+        fp: g_1 .. g_n, from the partner.
+        run_block: runs LP blocks on other features, see `Backbone`. It and `fp` are read only if
+            `Plan.needs_partner_features`.
     """
 
-    logits: jax.Array | None
-    features: list[jax.Array]
+    lp: Sequence[jax.Array]
+    fp: Sequence[jax.Array] = ()
+    run_block: RunBlock | None = None
 
 
 def run_backbone(
-    network: CutNetwork,
+    network: BlockNetwork,
     quantization: Quantization,
-    params: Any,
-    quantizer_params: Any,
-    batch_stats: Any,
-    images: jax.Array,
+    variables: Variables,
+    inputs: Any,
     *,
     train: bool,
     context: Context = EVALUATION,
@@ -72,76 +99,65 @@ def run_backbone(
     """Runs the network with its weights and layer inputs fake-quantized; with no quantizers this is the FP network.
 
     Args:
-        network: the cut network.
+        network: the network, divided into blocks.
         quantization: its quantizers.
-        params: the network's parameters.
-        quantizer_params: parameters of the quantizers.
-        batch_stats: the network's batch statistics.
-        images: normalised images, (batch, height, width, channels).
+        variables: its arrays and those of its quantizers.
+        inputs: as the network takes them, examples along the first axis.
         train: with batch statistics, or else with the stored ones.
         context: of the quantizers: progress, randomness and strengths in training.
     """
-    quantized = quantization.quantize_params(quantizer_params, params, context)
-    stored = batch_stats
+    quantized = quantization.quantize_params(variables.quantizers, variables.params, context)
 
     def run(x, names, batch_stats):
-        variables = {'params': quantized, 'batch_stats': batch_stats}
+        collections = {'params': quantized, 'batch_stats': batch_stats}
         with quantization.quantize_inputs():
-            return network.apply(variables, x, names, train=train, key=context.key)
+            return network.apply(collections, x, names, train=train, key=context.key)
 
-    x, features = images, []
+    x, features, batch_stats = inputs, [], variables.batch_stats
     for names in network.segments:
         x, batch_stats = run(x, names, batch_stats)
         features.append(x)
     logits, batch_stats = run(x, network.head, batch_stats)
-    return Backbone(logits, features, batch_stats, lambda number, x: run(x, network.segments[number], stored)[0])
+
+    def run_block(number, x):
+        return run(x, network.segments[number], variables.batch_stats)[0]
+
+    return Backbone(logits, features, batch_stats, run_block)
 
 
-def run_teacher(network: CutNetwork, partner: Any, images: jax.Array) -> Teacher:
-    """Returns the partner's logits and features, without a gradient.
+def run_teacher(network: BlockNetwork, partner: Any, inputs: Any) -> Outputs:
+    """Returns the partner's logits z_F and features g_1 .. g_n, without a gradient.
 
     Args:
-        network: the cut network.
+        network: the network, divided into blocks.
         partner: the partner's variables, {'params': ..., 'batch_stats': ...}.
-        images: normalised images.
+        inputs: as the network takes them.
     """
-    x, features = images, []
+    x, features = inputs, []
     for names in network.segments:
         x = network.apply(partner, x, names, train=False)[0]
         features.append(x)
-    return jax.lax.stop_gradient(Teacher(network.apply(partner, x, network.head, train=False)[0], features))
+    return jax.lax.stop_gradient(Outputs(network.apply(partner, x, network.head, train=False)[0], features))
 
 
-def run_paths(
-    network: CutNetwork,
-    plan: Plan,
-    partner: Any,
-    features: Sequence[jax.Array],
-    mask: jax.Array,
-    *,
-    partner_features: Sequence[jax.Array] | None = None,
-    run_block: RunBlock | None = None,
-) -> jax.Array | None:
+def run_paths(network: BlockNetwork, plan: Plan, partner: Any, mask: jax.Array, features: Features) -> jax.Array | None:
     """Returns the logits of the MP models, (paths, batch, classes), or None where the plan has none.
 
     Args:
-        network: the cut network.
+        network: the network, divided into blocks.
         plan: the plan.
         partner: the partner's variables; they get no gradient.
-        features: h_1 .. h_n from the LP backbone.
         mask: the plan's draw, bool (paths, blocks).
-        partner_features: g_1 .. g_n from the teacher.
-        run_block: runs LP blocks on other features, see `Backbone`. Both are read only if
-            `plan.needs_partner_features`.
+        features: of the backbone and, where the plan needs them, of the partner.
 
     Raises:
         ValueError: if what the plan needs is missing.
     """
     if plan.num_paths == 0:
         return None
-    if plan.needs_partner_features and (partner_features is None or run_block is None):
-        raise ValueError(f'The plan {plan.name!r} runs LP blocks on FP features: give partner_features and run_block.')
-    blocks = _Blocks(network, jax.lax.stop_gradient(partner), features, partner_features or (), run_block)
+    if plan.needs_partner_features and (not features.fp or features.run_block is None):
+        raise ValueError(f'The plan {plan.name!r} runs LP blocks on FP features: give `fp` and `run_block`.')
+    blocks = _Blocks(network, jax.lax.stop_gradient(partner), features)
     return _run_drawn(blocks, plan, mask) if plan.is_drawn else _run_known(blocks, plan)
 
 
@@ -149,19 +165,17 @@ def run_paths(
 class _Blocks:
     """What paths are made of; blocks are counted from 0."""
 
-    network: CutNetwork
+    network: BlockNetwork
     partner: Any
-    lp_features: Sequence[jax.Array]
-    fp_features: Sequence[jax.Array]
-    run_lp: RunBlock | None
+    features: Features
 
     @property
     def count(self) -> int:
         return len(self.network.segments)
 
     def lp(self, number: int, x: jax.Array) -> jax.Array:
-        assert self.run_lp is not None  # `run_paths` has seen to it
-        return self.run_lp(number, x)
+        assert self.features.run_block is not None  # `run_paths` has seen to it
+        return self.features.run_block(number, x)
 
     def fp(self, number: int, x: jax.Array) -> jax.Array:
         return self.network.apply(self.partner, x, self.network.segments[number], train=False)[0]
@@ -171,23 +185,28 @@ class _Blocks:
 
 
 def _run_known(blocks: _Blocks, plan: Plan) -> jax.Array:
-    """All models of the plan; those that have come back to FP blocks run together, so that each block runs once.
+    """All models of the plan; those that have come to FP blocks run together, so that each FP block runs once.
 
     Such paths lie side by side behind the batch axis, (batch, paths, ...), and not one after another along it: then an
     example's paths stay on the device that has the example. LP blocks cannot run so: their batch statistics are those
-    of one path.
+    of one path. A model that comes back to an LP block leaves the others.
     """
     alone: dict[int, Any] = dict.fromkeys(range(len(plan.models)))  # model to its features
     order: list[int] = []  # the models that run together
     together: Any = None
     for block in range(blocks.count):
+        leaving = [number for number in order if plan.models[number][block]]
+        if leaving:
+            paths: Any = together
+            alone |= {number: paths[:, order.index(number)] for number in leaving}
+            together, order = _without(paths, order, leaving)
         joining = []
         for number in alone:
             model = plan.models[number]
             if all(model[: block + 1]):
-                alone[number] = blocks.lp_features[block]
+                alone[number] = blocks.features.lp[block]
             elif not any(model[: block + 1]):
-                alone[number] = blocks.fp_features[block]
+                alone[number] = blocks.features.fp[block]
             elif model[block]:
                 alone[number] = blocks.lp(block, alone[number])
             else:
@@ -196,10 +215,16 @@ def _run_known(blocks: _Blocks, plan: Plan) -> jax.Array:
         order += joining
         if together is not None:
             together = _on_paths(lambda x, block=block: blocks.fp(block, x), together)
-    # No known model leaves the partner twice, so who has joined stays to the end.
     order += alone
     logits = _on_paths(blocks.head, _join(together, list(alone.values())))
     return jnp.stack([logits[:, order.index(number)] for number in range(len(order))])
+
+
+def _without(together: jax.Array, order: list[int], leaving: list[int]) -> tuple[jax.Array | None, list[int]]:
+    """Paths (batch, paths, ...) and their numbers without those that leave."""
+    stays = [number for number in order if number not in leaving]
+    kept = [together[:, order.index(number)] for number in stays]
+    return jnp.stack(kept, axis=1) if kept else None, stays
 
 
 def _join(together: jax.Array | None, joining: list[jax.Array]) -> jax.Array | None:
@@ -224,7 +249,7 @@ def _run_drawn(blocks: _Blocks, plan: Plan, mask: jax.Array) -> jax.Array:
     """
     logits = []
     for path_mask in mask:
-        x = blocks.lp_features[0]  # the first block reads the images, which no choice needs
+        x = blocks.features.lp[0]  # the first block reads the images, which no choice needs
         for block in range(blocks.count):
             x = _choose(_choices(blocks, plan, block, path_mask), x)
         logits.append(blocks.head(x))
@@ -235,8 +260,8 @@ def _choices(blocks: _Blocks, plan: Plan, block: int, mask: jax.Array) -> list[t
     """What a block may do, each with the condition on which it does, if no earlier one holds."""
     before, here = mask[:block], mask[block]
     choices = {
-        'lp feature': (jnp.all(before) & here, lambda x: blocks.lp_features[block]),
-        'fp feature': (~jnp.any(before) & ~here, lambda x: blocks.fp_features[block]),
+        'lp feature': (jnp.all(before) & here, lambda x: blocks.features.lp[block]),
+        'fp feature': (~jnp.any(before) & ~here, lambda x: blocks.features.fp[block]),
         'lp': (here, lambda x: blocks.lp(block, x)),
         'fp': (~here, lambda x: blocks.fp(block, x)),
     }
@@ -248,11 +273,11 @@ def _possible(plan: Plan, block: int) -> set[str]:
     """Which choices of a block the plan can come to."""
     if not plan.models:  # any mask
         return {'lp feature', 'fp feature'} | ({'lp', 'fp'} if block else set())
-    found = set()
+    possible = set()
     for model in plan.models:
         is_first = len(set(model[: block + 1])) == 1
-        found.add(('lp' if model[block] else 'fp') + (' feature' if is_first else ''))
-    return found
+        possible.add(('lp' if model[block] else 'fp') + (' feature' if is_first else ''))
+    return possible
 
 
 def _choose(choices: list[tuple[Any, Callable]], x: jax.Array) -> jax.Array:

@@ -18,24 +18,88 @@ That MP models come from block-by-block replacement on the FP model, and run bes
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 
+from bqat_jax.registry import Names
 from bqat_jax.replacement.schedules import ALWAYS, Linear, Schedule
 
-# Plans whose models are known when the step is traced, and those whose models are drawn at run time.
-KNOWN_PLANS = ('none', 'prefix', 'single', 'suffix')
-DRAWN_PLANS = ('prefix_sampled', 'single_sampled', 'bernoulli')
-PLANS = KNOWN_PLANS + DRAWN_PLANS
+Model = tuple[bool, ...]
+
+PLANS = Names('replacement plan')
 PATH_WEIGHTS = ('halving', 'uniform', 'mean')
 # Plans to which a model of LP blocks alone, with the partner's head, can be added.
 WITH_LAST = ('prefix', 'prefix_sampled')
 # Theseus' schedule: from one half to one.
 HALF_TO_ONE = Linear(start=0.5, end=1.0)
 
-Model = tuple[bool, ...]
+
+def register_plan(name: str, *, is_drawn: bool = False) -> Callable[[Callable], Callable]:
+    """Returns a decorator that makes a replacement plan known by `name`.
+
+    It decorates a function that takes the number of blocks and returns the plan's MP models, each a tuple with one bool
+    per block, true where the block is LP.
+
+    Args:
+        name: as `config.replacement.plan` gives it.
+        is_drawn: whether each step draws some of the models, rather than running all of them. A drawn plan without
+            models draws every block of a mask, LP with `Plan.probability`.
+
+    Raises:
+        ValueError: if the name belongs to a function of another module.
+    """
+
+    def decorate(models: Callable[[int], Sequence[Model]]) -> Callable[[int], Sequence[Model]]:
+        vars(models)['is_drawn'] = is_drawn
+        return PLANS.register(name)(models)
+
+    return decorate
+
+
+@register_plan('none')
+def none(num_blocks: int) -> Sequence[Model]:
+    """No model."""
+    del num_blocks
+    return ()
+
+
+@register_plan('prefix')
+def prefix(num_blocks: int) -> Sequence[Model]:
+    """The first 1, 2, .. n-1 blocks are LP."""
+    return tuple(tuple(i < count for i in range(num_blocks)) for count in range(1, num_blocks))
+
+
+@register_plan('single')
+def single(num_blocks: int) -> Sequence[Model]:
+    """One block is LP, each in turn."""
+    return tuple(tuple(i == chosen for i in range(num_blocks)) for chosen in range(num_blocks))
+
+
+@register_plan('suffix')
+def suffix(num_blocks: int) -> Sequence[Model]:
+    """The last n-1, .. 2, 1 blocks are LP."""
+    return tuple(tuple(i >= first for i in range(num_blocks)) for first in range(1, num_blocks))
+
+
+@register_plan('prefix_sampled', is_drawn=True)
+def prefix_sampled(num_blocks: int) -> Sequence[Model]:
+    """The models of `prefix`."""
+    return prefix(num_blocks)
+
+
+@register_plan('single_sampled', is_drawn=True)
+def single_sampled(num_blocks: int) -> Sequence[Model]:
+    """The models of `single`."""
+    return single(num_blocks)
+
+
+@register_plan('bernoulli', is_drawn=True)
+def bernoulli(num_blocks: int) -> Sequence[Model]:
+    """Any mask may be drawn."""
+    del num_blocks
+    return ()
 
 
 def parse_path_weights(text: str) -> str | tuple[float, ...]:
@@ -67,7 +131,7 @@ class Plan:
             each model.
         num_sampled: models per step, for the plans that draw.
         include_last: adds the model of all n LP blocks and the partner's head to the prefixes.
-        probability: of a block of 'bernoulli' to be LP.
+        probability: of a block to be LP, where any mask may be drawn.
         schedule: a factor of all weights.
 
     Raises:
@@ -83,8 +147,7 @@ class Plan:
     schedule: Schedule = ALWAYS
 
     def __post_init__(self):
-        if self.name not in PLANS:
-            raise ValueError(f'replacement plan {self.name!r}: it must be one of {", ".join(PLANS)}.')
+        PLANS.get(self.name)  # raises ValueError for a plan that does not exist
         if self.name != 'none' and self.num_blocks < 2:
             raise ValueError(
                 f'replacement plan {self.name!r} needs a network of at least two blocks: with one there is no mixed-'
@@ -95,7 +158,10 @@ class Plan:
                 f'replacement.include_last adds to prefixes; the plan {self.name!r} has none. It must be one of '
                 f'{", ".join(WITH_LAST)}.'
             )
-        if self.name == 'bernoulli':
+        if any(len(model) != self.num_blocks for model in self.models):
+            raise ValueError(f'replacement plan {self.name!r}: a model must say of each of {self.num_blocks} blocks '
+                             f'whether it is LP; its models: {self.models}.')  # fmt: skip
+        if self.draws_any_mask:
             if self.num_sampled < 1:
                 raise ValueError(f'replacement.paths={self.num_sampled}: it must be at least 1.')
             if not all(0 <= end <= 1 for end in self.probability.ends):
@@ -118,7 +184,7 @@ class Plan:
                     'for each mixed-precision model.'
                 )
             return
-        count = self.num_sampled if self.name == 'bernoulli' else len(self.models)
+        count = self.num_sampled if self.draws_any_mask else len(self.models)
         if len(self.weights) != count or min(self.weights, default=0) < 0:
             raise ValueError(
                 f'replacement.weights={",".join(map(str, self.weights))}: the plan {self.name!r} needs {count} '
@@ -127,15 +193,14 @@ class Plan:
 
     @property
     def models(self) -> tuple[Model, ...]:
-        """The models that there may be, a mask over the blocks each; none for 'bernoulli', which may have any."""
-        n = self.num_blocks
-        if self.name in WITH_LAST:
-            return tuple(tuple(i < count for i in range(n)) for count in range(1, n + self.include_last))
-        if self.name in ('single', 'single_sampled'):
-            return tuple(tuple(i == chosen for i in range(n)) for chosen in range(n))
-        if self.name == 'suffix':
-            return tuple(tuple(i >= first for i in range(n)) for first in range(1, n))
-        return ()
+        """The models that there may be, a mask over the blocks each; none where any mask may be drawn."""
+        models = tuple(PLANS.get(self.name)(self.num_blocks))
+        return (*models, (True,) * self.num_blocks) if self.include_last else models
+
+    @property
+    def draws_any_mask(self) -> bool:
+        """Whether every block of a model is drawn apart."""
+        return self.is_drawn and not self.models
 
     @property
     def num_paths(self) -> int:
@@ -145,40 +210,45 @@ class Plan:
     @property
     def is_drawn(self) -> bool:
         """Whether the mask is drawn at run time, rather than known when the step is traced."""
-        return self.name in DRAWN_PLANS
+        return PLANS.get(self.name).is_drawn
 
     @property
     def needs_partner_features(self) -> bool:
-        """Whether an LP block may run on the partner's features."""
-        return self.name == 'bernoulli' or any(not model[0] for model in self.models)
+        """Whether an LP block may run on features that an FP block gave."""
+        return self.draws_any_mask or any(lp and not all(m[:i]) for m in self.models for i, lp in enumerate(m))
 
-    def draw(self, key: jax.Array, progress: jax.Array | float = 1.0) -> tuple[jax.Array, jax.Array]:
+    def draw(self, key: jax.Array | None, progress: jax.Array | float = 1.0) -> tuple[jax.Array, jax.Array]:
         """Draws the MP models of one step.
 
         Args:
-            key: random key, the same on every host.
+            key: random key, the same on every host; None for a plan that draws nothing.
             progress: fraction of training that is done.
 
         Returns:
             The mask, bool (paths, blocks), and the loss weights of the paths, float32 (paths,); those of sampled plans
             are scaled so that their expectation is that of all models together.
+
+        Raises:
+            ValueError: if the plan draws, and there is no key.
         """
         factor = self.schedule.at(progress)
-        if self.name == 'bernoulli':
+        if not self.is_drawn:
+            mask, weights = self._describe(jnp.arange(len(self.models)))
+            return mask, weights * factor
+        if key is None:
+            raise ValueError(f'The plan {self.name!r} draws its models: give a random key.')
+        if self.draws_any_mask:
             mask = jax.random.bernoulli(key, self.probability.at(progress), (self.num_sampled, self.num_blocks))
             return mask, self._bernoulli_weights(mask) * factor
-        if self.is_drawn:
-            # Without replacement each of m models is drawn with probability k / m.
-            chosen = jax.random.choice(key, len(self.models), (self.num_sampled,), replace=False)
-        else:
-            chosen = jnp.arange(len(self.models))
+        # Without replacement each of m models is drawn with probability k / m.
+        chosen = jax.random.choice(key, len(self.models), (self.num_sampled,), replace=False)
         mask, weights = self._describe(chosen)
         return mask, weights * factor
 
     def outcomes(self) -> Iterator[tuple[float, jax.Array, jax.Array]]:
         """Yields every draw there can be, up to the order of paths: probability, mask and loss weights.
 
-        At the end of training; not for 'bernoulli'.
+        At the end of training; not for a plan that draws any mask.
         """
         count = self.num_sampled if self.is_drawn else len(self.models)
         draws = list(itertools.combinations(range(len(self.models)), count))

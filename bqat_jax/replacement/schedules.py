@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from bqat_jax.registry import Registry
 
 SCHEDULES = Registry('schedule')
+register_schedule = SCHEDULES.register
 
 
 def get_schedule(text: str) -> 'Schedule':
@@ -39,7 +40,7 @@ class Schedule(abc.ABC):
         """Returns the number when the fraction `progress` of training, 0 to 1, is done; float32 ()."""
 
 
-@SCHEDULES.register('constant')
+@register_schedule('constant')
 class Constant(Schedule):
     """The same number all the time.
 
@@ -60,7 +61,7 @@ class Constant(Schedule):
         return jnp.float32(self.value)
 
 
-@SCHEDULES.register('linear')
+@register_schedule('linear')
 class Linear(Schedule):
     """From `start` to `end` in a straight line.
 
@@ -83,7 +84,7 @@ class Linear(Schedule):
         return jnp.float32(self.start) * (1 - share) + jnp.float32(self.end) * share
 
 
-@SCHEDULES.register('cosine')
+@register_schedule('cosine')
 class Cosine(Linear):
     """From `start` to `end` along half a period of a cosine: slowly at first and at last."""
 

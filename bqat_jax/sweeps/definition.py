@@ -1,7 +1,6 @@
 """What a sweep is: settings × methods × seeds, and how a method's own constants are chosen before."""
 
 import dataclasses
-import importlib.util
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 from bqat_jax.errors import UserError
 from bqat_jax.experiment.configuration import Config
+from bqat_jax.registry import run_file
 
 Overrides = Mapping[str, Any]
 NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9 _.+,-]*')
@@ -67,11 +67,8 @@ def load_sweep(file: str | None) -> Sweep:
     path = Path(file)
     if not path.is_file() or path.suffix != '.py':
         raise UserError(f'sweep={file!r}: there is no such Python file.')
-    spec = importlib.util.spec_from_file_location(f'bqat_jax_sweep_{path.stem}', path)
-    assert spec is not None and spec.loader is not None  # it is a Python file
-    module = importlib.util.module_from_spec(spec)
+    module = run_file(path, f'bqat_jax_sweep_{path.stem}', 'sweep')
     try:
-        spec.loader.exec_module(module)
         sweep = module.get_sweep()
     except Exception as error:
         raise UserError(f'The sweep {file} failed: {type(error).__name__}: {error}') from error

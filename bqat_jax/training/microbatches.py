@@ -16,32 +16,33 @@ def accumulate(gradient: Callable[..., Any], count: int) -> Callable[..., Any]:
     part (a maximum, a mean) or draws is the part's; feature matching divides by the norm of the part's features.
 
     Args:
-        gradient: `gradient(params, batch_stats, images, labels, key)` gives ((loss, (batch_stats, metrics)),
-            gradients), the loss and metrics being means over the batch.
+        gradient: `gradient(params, batch_stats, batch, key)` gives ((loss, (batch_stats, metrics)), gradients), the
+            loss and metrics being means over the batch, a tree of arrays with examples along the first axis.
         count: divides the number of examples.
     """
     if count == 1:
         return gradient
 
-    def run(params, batch_stats, images, labels, key):
+    def run(params, batch_stats, batch, key):
         def part(x):
             return jnp.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0)
 
         def add(carry, inputs):
             batch_stats, total = carry
-            number, images, labels = inputs
-            found = gradient(params, batch_stats, images, labels, jax.random.fold_in(key, number))
-            (loss, (batch_stats, metrics)), gradients = found
+            number, part = inputs
+            (loss, (batch_stats, metrics)), gradients = gradient(
+                params, batch_stats, part, jax.random.fold_in(key, number)
+            )
             return (batch_stats, jax.tree.map(jnp.add, total, (loss, metrics, gradients))), None
 
-        def shapes(params, batch_stats, images, labels, key):
-            (loss, (_, metrics)), gradients = gradient(params, batch_stats, images, labels, key)
+        def shapes(params, batch_stats, batch, key):
+            (loss, (_, metrics)), gradients = gradient(params, batch_stats, batch, key)
             return loss, metrics, gradients
 
-        parts = jnp.arange(count), part(images), part(labels)
-        like = jax.eval_shape(shapes, params, batch_stats, parts[1][0], parts[2][0], key)
+        parts = jax.tree.map(part, batch)
+        like = jax.eval_shape(shapes, params, batch_stats, jax.tree.map(lambda x: x[0], parts), key)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-        (batch_stats, total), _ = jax.lax.scan(add, (batch_stats, zeros), parts)
+        (batch_stats, total), _ = jax.lax.scan(add, (batch_stats, zeros), (jnp.arange(count), parts))
         loss, metrics, gradients = jax.tree.map(lambda x: x / count, total)
         return (loss, (batch_stats, metrics)), gradients
 

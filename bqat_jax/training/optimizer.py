@@ -1,5 +1,6 @@
 """The optimizer: SGD or AdamW, cosine decay and warm-up; the quantizers' parameters apart."""
 
+import dataclasses
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -8,13 +9,58 @@ import jax.numpy as jnp
 import optax
 
 from bqat_jax.errors import UserError
-from bqat_jax.experiment.configuration import Config
+from bqat_jax.training.spec import NETWORK, QUANTIZERS
 from bqat_jax.transform import WEIGHT_NAME
 
-# The two groups of trainable parameters, the keys of `TrainState.params`.
-NETWORK, QUANTIZERS = 'network', 'quantizers'
 NAMES = ('sgd', 'adamw')
 PEAK = 'peak_learning_rate'  # its name in the optimizer's state
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """How a group of parameters is trained.
+
+    Attributes:
+        learning_rate: peak learning rate.
+        weight_decay: of the group.
+    """
+
+    learning_rate: float = 0.01
+    weight_decay: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerSpec:
+    """SGD or AdamW with a cosine decay and a linear warm-up.
+
+    Attributes:
+        name: 'sgd' or 'adamw'.
+        learning_rate: peak learning rate of the network.
+        momentum: of SGD; of AdamW it is beta1.
+        beta2: of AdamW.
+        nesterov: of SGD.
+        weight_decay: of kernels; SGD adds it to the gradient, AdamW decouples it.
+        warmup_steps: steps with a rising learning rate.
+        clip_norm: largest norm of the whole gradient; 0 for none.
+        quantizers: of the quantizers' parameters; None for a network that has none.
+
+    Raises:
+        ValueError: for a name that does not exist.
+    """
+
+    name: str = 'sgd'
+    learning_rate: float = 0.1
+    momentum: float = 0.9
+    beta2: float = 0.999
+    nesterov: bool = True
+    weight_decay: float = 1e-4
+    warmup_steps: int = 0
+    clip_norm: float = 0.0
+    quantizers: Rates | None = Rates()
+
+    def __post_init__(self):
+        if self.name not in NAMES:
+            raise ValueError(f'optimizer.name={self.name!r}: it must be one of {", ".join(NAMES)}.')
 
 
 def learning_rate_schedule(peak: float, steps: int, warmup_steps: int) -> optax.Schedule:
@@ -34,16 +80,10 @@ def learning_rate_schedule(peak: float, steps: int, warmup_steps: int) -> optax.
     return lambda step: schedule(jnp.asarray(step, jnp.float32))
 
 
-def check_optimizer(config: Config) -> None:
-    """Raises UserError if a config of an optimizer has a name that does not exist."""
-    if config.name not in NAMES:
-        raise UserError(f'optimizer.name={config.name!r}: it must be one of {", ".join(NAMES)}.')
-
-
 LearningRate = Callable[[Any, jax.Array], jax.Array]
 
 
-def make_optimizer(config: Config, steps: int, warmup_steps: int) -> tuple[optax.GradientTransformation, LearningRate]:
+def make_optimizer(spec: OptimizerSpec, steps: int) -> tuple[optax.GradientTransformation, LearningRate]:
     """Returns the optimizer over {'network': ..., 'quantizers': ...}, and the network's learning rate.
 
     The latter is a function of the optimizer's state and the step: the peak learning rates are values in the state and
@@ -55,25 +95,22 @@ def make_optimizer(config: Config, steps: int, warmup_steps: int) -> tuple[optax
     decay of their own.
 
     Args:
-        config: `config.optimizer`; without `quantizers`, only the network has a learning rate.
+        spec: of the optimizer.
         steps: steps of training.
-        warmup_steps: of them, with a rising learning rate.
 
     Raises:
-        UserError: for a name that does not exist, or a warm-up that does not fit.
+        UserError: for a warm-up that does not fit.
     """
-    check_optimizer(config)
-    schedule = learning_rate_schedule(1.0, steps, warmup_steps)
+    schedule = learning_rate_schedule(1.0, steps, spec.warmup_steps)
     groups: dict[Hashable, optax.GradientTransformation] = {
-        NETWORK: _make_rule(config, schedule, config.learning_rate, config.weight_decay, _kernels),
+        NETWORK: _make_rule(spec, schedule, Rates(spec.learning_rate, spec.weight_decay), _kernels),
         QUANTIZERS: optax.set_to_zero(),
     }
-    if 'quantizers' in config:
-        own = config.quantizers
-        groups[QUANTIZERS] = _make_rule(config, schedule, own.learning_rate, own.weight_decay, None)
+    if spec.quantizers is not None:
+        groups[QUANTIZERS] = _make_rule(spec, schedule, spec.quantizers, None)
     optimizer = optax.partition(groups, {NETWORK: NETWORK, QUANTIZERS: QUANTIZERS})
-    if config.clip_norm > 0:
-        optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    if spec.clip_norm > 0:
+        optimizer = optax.chain(optax.clip_by_global_norm(spec.clip_norm), optimizer)
 
     def learning_rate(opt_state: Any, step: jax.Array) -> jax.Array:
         peak = optax.tree.get(opt_state, PEAK, filtering=lambda path, _: jax.tree_util.DictKey(NETWORK) in path)
@@ -82,27 +119,24 @@ def make_optimizer(config: Config, steps: int, warmup_steps: int) -> tuple[optax
     return optimizer, learning_rate
 
 
-def _make_rule(
-    config: Config, schedule: optax.Schedule, peak: float, weight_decay: float, mask: Any
-) -> optax.GradientTransformation:
+def _make_rule(spec: OptimizerSpec, schedule: optax.Schedule, rates: Rates, mask: Any) -> optax.GradientTransformation:
     """The update of one group; weight decay where the mask says so, everywhere if it is None."""
-    return optax.chain(
-        _make_unit_rule(config, schedule, weight_decay, mask), optax.inject_hyperparams(_scale_by_peak)(**{PEAK: peak})
-    )
+    unit_rule = _make_unit_rule(spec, schedule, rates.weight_decay, mask)
+    return optax.chain(unit_rule, optax.inject_hyperparams(_scale_by_peak)(**{PEAK: rates.learning_rate}))
 
 
 def _make_unit_rule(
-    config: Config, schedule: optax.Schedule, weight_decay: float, mask: Any
+    spec: OptimizerSpec, schedule: optax.Schedule, weight_decay: float, mask: Any
 ) -> optax.GradientTransformation:
     """The update of one group at a peak learning rate of 1."""
-    if config.name == 'adamw':
-        adamw = optax.adamw(schedule, config.momentum, config.beta2, weight_decay=weight_decay, mask=mask)
+    if spec.name == 'adamw':
+        adamw = optax.adamw(schedule, spec.momentum, spec.beta2, weight_decay=weight_decay, mask=mask)
         # Optax raises floats to the power of the integer step, which strict dtype promotion forbids.
         update = jax.numpy_dtype_promotion('standard')(adamw.update)
         return optax.GradientTransformation(adamw.init, update)
     return optax.chain(
         optax.add_decayed_weights(weight_decay, mask),
-        optax.sgd(schedule, config.momentum, config.nesterov),
+        optax.sgd(schedule, spec.momentum, spec.nesterov),
     )
 
 

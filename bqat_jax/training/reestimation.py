@@ -11,48 +11,46 @@ import jax
 import jax.numpy as jnp
 
 from bqat_jax.distributed.replicas import Replicas
-from bqat_jax.replacement.paths import run_backbone
-from bqat_jax.training.optimizer import NETWORK, QUANTIZERS
-from bqat_jax.training.step import Problem, TrainState, prepare_batch
+from bqat_jax.quantizers.rounding import EVALUATION
+from bqat_jax.training.loss import task_loss_alone, total_loss
+from bqat_jax.training.spec import TrainSpec
+from bqat_jax.training.state import TrainState
+from bqat_jax.training.step import prepare_batch
 from bqat_jax.transform import mean_of_trees
 
 
 def reestimate_batch_stats(
-    problem: Problem, state: TrainState, arrays: Any, batches: Iterable[Any], replicas: Replicas
+    spec: TrainSpec, state: TrainState, arrays: Any, batches: Iterable[Any], replicas: Replicas
 ) -> Any:
     """Returns the mean of the batch statistics over training batches, by which the stored ones are replaced.
 
+    The network normalises by the batch, in as many groups as in training; its quantizers round as in evaluation.
+
     Args:
-        problem: what was trained.
+        spec: what was trained.
         state: with the weights; it is not changed.
         arrays: the split that lives on the device, or None.
         batches: of the training split, on the devices, augmented as in training; at least one.
         replicas: how many there are.
     """
+    task = task_loss_alone(spec)
 
     def statistics(state, arrays, batch, number):
-        images, _, _ = prepare_batch(problem, dataclasses.replace(state, step=state.step + number), arrays, batch)
+        prepared, _ = prepare_batch(spec, dataclasses.replace(state, step=state.step + number), arrays, batch)
 
         def updated(stored):
             # The stored statistics and those of the batch mix linearly; with what is stored set to 0 and to 1, the
             # share of each follows, whatever momentum the network has.
             stats = jax.tree.map(lambda x: jnp.full_like(x, stored), state.batch_stats)
-            return run_backbone(
-                problem.replacement.network,
-                problem.replacement.quantization,
-                state.params[NETWORK],
-                state.params[QUANTIZERS],
-                stats,
-                images,
-                train=True,
-            ).batch_stats
+            _, (stats, _) = total_loss(task, state.variables._replace(batch_stats=stats), None, prepared, EVALUATION)
+            return stats
 
         return jax.tree.map(lambda zero, one: zero / (1 - (one - zero)), updated(0.0), updated(1.0))
 
     axes = (0, None, 0, None)
     run = replicas.jit(replicas.over(statistics, axes), axes)
     # One after another: XLA's CPU devices can block each other for ever behind a long queue of programs.
-    found = [
+    estimates = [
         jax.block_until_ready(run(state, arrays, batch, jnp.int32(number))) for number, batch in enumerate(batches)
     ]
-    return mean_of_trees(found)
+    return mean_of_trees(estimates)

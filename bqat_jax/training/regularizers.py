@@ -19,6 +19,7 @@ from bqat_jax.quantizers.oscillations import (
     init_tracker,
     track,
 )
+from bqat_jax.replacement.paths import Variables
 from bqat_jax.transform import WEIGHT_NAME, Layer, Quantization
 
 # A weight oscillates visibly if it does so this often; the bound of the paper's figures.
@@ -79,23 +80,26 @@ class Regularizers:
         change = self.freezing_threshold - self.freezing_first_threshold
         return self.freezing_first_threshold + change * _risen(progress, self.freezing_start)
 
-    def loss(self, quantization: Quantization, parameters: Any, params: Any, progress: jax.Array) -> jax.Array:
+    def loss(self, quantization: Quantization, variables: Variables, progress: jax.Array) -> jax.Array:
         """Returns the dampening loss of all weights, weighted."""
-        flat: Any = traverse_util.flatten_dict(params, sep='/')
+        flat: Any = traverse_util.flatten_dict(variables.params, sep='/')
         total = jnp.float32(0)
         for path, quantizer in _weights(quantization):
             total += dampening_loss(
-                quantizer, parameters[path]['weights'], flat[f'{path}/{WEIGHT_NAME}'], self.dampening_aggregation
+                quantizer,
+                variables.quantizers[path]['weights'],
+                flat[f'{path}/{WEIGHT_NAME}'],
+                self.dampening_aggregation,
             )
         return self.dampening_weight(progress) * total
 
-    def init_trackers(self, quantization: Quantization, parameters: Any, params: Any) -> dict[str, Tracker]:
+    def init_trackers(self, quantization: Quantization, variables: Variables) -> dict[str, Tracker]:
         """Returns a tracker for every layer whose weights have few bits; none if nothing is frozen."""
         if not self.freezing:
             return {}
-        flat: Any = traverse_util.flatten_dict(params, sep='/')
+        flat: Any = traverse_util.flatten_dict(variables.params, sep='/')
         return {
-            path: init_tracker(quantizer, parameters[path]['weights'], flat[f'{path}/{WEIGHT_NAME}'])
+            path: init_tracker(quantizer, variables.quantizers[path]['weights'], flat[f'{path}/{WEIGHT_NAME}'])
             for path, quantizer in _weights(quantization)
         }
 
@@ -118,16 +122,15 @@ class Regularizers:
         self,
         quantization: Quantization,
         trackers: dict[str, Tracker],
-        parameters: Any,
-        params: Any,
+        variables: Variables,
         progress: jax.Array,
     ) -> tuple[dict[str, Tracker], Any]:
         """Returns trackers and network parameters after an optimizer step, with the frozen weights on their levels."""
-        flat: Any = traverse_util.flatten_dict(params, sep='/')
+        flat: Any = traverse_util.flatten_dict(variables.params, sep='/')
         new = {}
         for path, quantizer in _weights(quantization):
             if path in trackers:
-                name, own = f'{path}/{WEIGHT_NAME}', parameters[path]['weights']
+                name, own = f'{path}/{WEIGHT_NAME}', variables.quantizers[path]['weights']
                 codes = quantizer.encode(own, flat[name])
                 new[path] = track(trackers[path], codes, self.freezing_momentum, self.threshold(progress))
                 flat[name] = freeze(quantizer, own, flat[name], new[path])

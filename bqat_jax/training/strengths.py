@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from bqat_jax.distributed.replicas import Replicas
 from bqat_jax.quantizers import Quantizer
 from bqat_jax.quantizers.rounding import EVALUATION, Context
-from bqat_jax.training.optimizer import NETWORK, QUANTIZERS
-from bqat_jax.training.regularizers import Regularizers
-from bqat_jax.training.step import Problem, TrainState, loss_and_metrics, prepare_batch
+from bqat_jax.training.loss import total_loss
+from bqat_jax.training.spec import NO_REGULARIZERS, TrainSpec
+from bqat_jax.training.state import TrainState
+from bqat_jax.training.step import prepare_batch
 from bqat_jax.transform import Quantization, find_layers
 
 # Sets the randomness of a measurement apart from that of the step with the same key.
@@ -104,10 +105,10 @@ def hutchinson_traces(
     def step(carry):
         # Welford's running mean and sum of squared deviations.
         count, mean, squares, _ = carry
-        found = draw(count)
+        sample = draw(count)
         count += 1
-        new = mean + (found - mean) / count.astype(jnp.float32)
-        squares += (found - mean) * (found - new)
+        new = mean + (sample - mean) / count.astype(jnp.float32)
+        squares += (sample - mean) * (sample - new)
         change = jnp.max(jnp.abs(new - mean) / (jnp.abs(new) + 1e-6))
         return count, new, squares, change
 
@@ -118,7 +119,7 @@ def hutchinson_traces(
     return Trace(treedef.unflatten(list(mean)), treedef.unflatten(list(error)), count)
 
 
-def measure_deltas(
+def measure_strengths(
     quantization: Quantization,
     quantizer_params: Any,
     shapes: dict[str, dict[str, tuple[int, ...]]],
@@ -150,8 +151,8 @@ def measure_deltas(
 
     def delta(trace, gradient):
         deviation = jnp.std(gradient)
-        found = jnp.maximum(trace / gradient.size / (3 * jnp.maximum(deviation, SMALLEST_DEVIATION)), 0.0)
-        return jnp.where(deviation > SMALLEST_DEVIATION, found, 0.0)
+        strength = jnp.maximum(trace / gradient.size / (3 * jnp.maximum(deviation, SMALLEST_DEVIATION)), 0.0)
+        return jnp.where(deviation > SMALLEST_DEVIATION, strength, 0.0)
 
     return jax.tree.map(delta, trace.mean, gradient(zeros))
 
@@ -196,46 +197,38 @@ def with_perturbations(quantizer_params: Any, perturbations: Any) -> Any:
     }
 
 
-def make_measurement(problem: Problem, settings: TraceSettings, replicas: Replicas) -> Callable[..., Any]:
-    """Returns the jitted `measure(state, partner, arrays, batch, number) -> deltas`, δ of one batch as in the state.
+def make_measurement(spec: TrainSpec, settings: TraceSettings, replicas: Replicas) -> Callable[..., Any]:
+    """Returns the jitted `measure(state, partner, arrays, batch, number) -> strengths`, of one batch, as in the state.
 
     `number` tells the batches of one measurement apart. The loss is the whole of training's, on the batch as training
-    would see it.
+    would see it. Dampening is left out: it does not depend on what quantizers give.
     """
+    undampened = dataclasses.replace(spec, regularizers=NO_REGULARIZERS)
 
     def measure(state: TrainState, partner: Any, arrays: Any, batch: Any, number: jax.Array, draw: Any) -> Any:
         state = dataclasses.replace(state, step=state.step + number)
-        images, labels, loss_key = prepare_batch(problem, state, arrays, batch)
+        prepared, loss_key = prepare_batch(spec, state, arrays, batch)
+        variables, network = state.variables, spec.replacement.network
+        context = Context(spec.progress(state.step), loss_key, state.strengths)
 
         def loss(quantization, quantizer_params):
-            replacement = dataclasses.replace(problem.replacement, quantization=quantization)
-            return loss_and_metrics(
-                dataclasses.replace(problem, replacement=replacement, regularizers=Regularizers()),
-                {NETWORK: state.params[NETWORK], QUANTIZERS: quantizer_params},
-                state.batch_stats,
-                partner,
-                images,
-                labels,
-                loss_key,
-                problem.progress(state.step),
-                state.deltas,
-                draw,
+            replacement = dataclasses.replace(spec.replacement, quantization=quantization)
+            perturbed = dataclasses.replace(undampened, replacement=replacement)
+            return total_loss(
+                perturbed, variables._replace(quantizers=quantizer_params), partner, prepared, context, draw
             )[0]
 
-        def run(params, images):
-            variables = {'params': params, 'batch_stats': state.batch_stats}
-            return problem.replacement.network.apply(variables, images, problem.replacement.network.names, train=False)
-
-        layers = find_layers(run, state.params[NETWORK], images).quantizable
+        run = network.as_function({'batch_stats': variables.batch_stats}, train=False)
+        layers = find_layers(run, variables.params, prepared.inputs).quantizable
         seen = {path: {'weights': layer.weights, 'activations': layer.input.shape} for path, layer in layers.items()}
-        shapes = {path: {role: seen[path][role] for role in roles} for path, roles in state.deltas.items()}
+        shapes = {path: {role: seen[path][role] for role in roles} for path, roles in state.strengths.items()}
         key = jax.random.fold_in(loss_key, MEASUREMENT)
-        return measure_deltas(problem.replacement.quantization, state.params[QUANTIZERS], shapes, loss, key, settings)
+        return measure_strengths(spec.replacement.quantization, variables.quantizers, shapes, loss, key, settings)
 
     of_all = replicas.over(measure, (0, None, None, 0, None, None))
 
     def measure_all(state, partner, arrays, batch, number):
-        draw = problem.draw(state.step.reshape(-1)[0] + number)
+        draw = spec.draw(state.step.reshape(-1)[0] + number)
         return of_all(state, partner, arrays, batch, number, draw)
 
     return replicas.jit(measure_all, (0, None, None, 0, None))

@@ -8,6 +8,7 @@ from bqat_jax.transform.calibration import (
 )
 from bqat_jax.transform.layers import LAYER_TYPES, WEIGHT_NAME, KernelLayout, Layer, Layers, find_layers
 from bqat_jax.transform.operations import count_macs
+from bqat_jax.transform.preparation import Prepared, prepare, prepare_layers
 from bqat_jax.transform.quantization import (
     FULL_PRECISION,
     ROLES,
@@ -27,6 +28,7 @@ __all__ = [
     'Layer',
     'LayerQuantizers',
     'Layers',
+    'Prepared',
     'Quantization',
     'build_quantization',
     'calibrate',
@@ -36,5 +38,7 @@ __all__ = [
     'find_signed_inputs',
     'init_quantizers',
     'mean_of_trees',
+    'prepare',
+    'prepare_layers',
     'rescale',
 ]

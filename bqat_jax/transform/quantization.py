@@ -65,8 +65,8 @@ class LayerQuantizers:
         found = {'progress': jnp.broadcast_to(jnp.asarray(context.progress, jnp.float32), self.layer.stack)}
         if context.key is not None:
             found['key'] = jax.random.split(context.key, self.layer.stack) if self.layer.stack else context.key
-        if context.delta is not None:
-            found['delta'] = jnp.broadcast_to(context.delta, self.layer.stack)
+        if context.strengths is not None:
+            found['strengths'] = jnp.broadcast_to(context.strengths, self.layer.stack)
         return found
 
     def over_stack(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -77,7 +77,7 @@ class LayerQuantizers:
 
 
 def _from_slot(slot: Mapping[str, Any]) -> Context:
-    return Context(slot['progress'], slot.get('key'), slot.get('delta'))
+    return Context(slot['progress'], slot.get('key'), slot.get('strengths'))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Quantization:
         Args:
             parameters: parameters of the quantizers.
             params: the network's 'params' collection, whole.
-            context: of the whole network: its key is folded with every layer's path, and its delta is a dict like
+            context: of the whole network: its key is folded with every layer's path, and its strengths are a dict like
                 `parameters` with a strength for each quantizer whose estimator needs one.
 
         Returns:
@@ -163,13 +163,13 @@ FULL_PRECISION = Quantization({})
 
 def context_of(context: Context, path: str, role: str, quantizer: Quantizer) -> Context:
     """Returns the context of one quantizer, with randomness and a strength of its own; see `quantize_params`."""
-    estimator, key, delta = quantizer.estimator, None, None
+    estimator, key, strengths = quantizer.estimator, None, None
     # An estimator that rounds as all do draws nothing.
     if context.key is not None and type(estimator).round is not Estimator.round:
         key = jax.random.fold_in(context.key, zlib.crc32(f'{path}/{role}'.encode()))
-    if context.delta is not None and estimator.needs_delta:
-        delta = context.delta[path][role]
-    return context._replace(key=key, delta=delta)
+    if context.strengths is not None and estimator.needs_strength:
+        strengths = context.strengths[path][role]
+    return context._replace(key=key, strengths=strengths)
 
 
 def rescale(how: str, weights: jax.Array, quantized: jax.Array) -> jax.Array:
@@ -218,7 +218,7 @@ def build_quantization(
             if layer.activations is not None:
                 activations = layer.activations.make(of_weights=False, signed=signed_inputs[path])
             for quantizer in (weights, activations):
-                if quantizer is not None and quantizer.estimator.needs_delta and layers[path].stack:
+                if quantizer is not None and quantizer.estimator.needs_strength and layers[path].stack:
                     raise ValueError(
                         f'the estimator {quantizer.estimator.name!r} measures its strength for single layers, and '
                         'these are stacked.'

@@ -10,13 +10,13 @@ change or 'none' for full precision.
 """
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bqat_jax.quantizers import QUANTIZERS, Quantizer
 from bqat_jax.quantizers.estimators import get_estimator
+from bqat_jax.registry import suggest
 
 NO_QUANTIZER = 'none'
 GRANULARITIES = ('auto', 'tensor', 'channel')
@@ -47,7 +47,7 @@ class QuantizerSettings:
 
     name: str
     bits: int
-    estimator: str
+    estimator: str = 'identity'
     granularity: str = 'auto'
     sign: str = 'auto'
     rescale: str = 'none'
@@ -181,6 +181,5 @@ def _settings(role: str, defaults: Mapping[str, Any], changes: Mapping[str, Any]
 def _check_keys(given: Mapping[str, Any], known: Sequence[str], what: str) -> None:
     for key in given:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f' Did you mean {near[0]!r}?' if near else ''
-            raise ValueError(f'{what} has a key {key!r} that is not known; there are: {", ".join(known)}.{hint}')
+            listed = ', '.join(known)
+            raise ValueError(f'{what} has a key {key!r} that is not known; there are: {listed}.{suggest(key, known)}')

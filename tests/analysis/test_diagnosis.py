@@ -15,7 +15,7 @@ from bqat_jax.experiment.configuration import optimizer_config
 from bqat_jax.experiment.experiment import blocks_of_layers
 from bqat_jax.training.optimizer import make_optimizer
 from bqat_jax.training.step import init_state
-from tests.training.test_step import NETWORK, VARIABLES, in_full_precision, make_problem
+from tests.training.test_step import NETWORK, VARIABLES, in_full_precision, make_spec
 
 X, Y = (jax.random.normal(jax.random.key(i), (40, 4, 3)) for i in range(2))
 BLOCKS = blocks_of_layers(NETWORK, VARIABLES, (8, 8, 1))
@@ -23,10 +23,10 @@ KEYS = jax.random.split(jax.random.key(2), 3)
 BATCHES = [(jax.random.normal(key, (32, 8, 8, 1)), jax.random.randint(key, (32,), 0, 10)) for key in KEYS]
 
 
-def state_of(problem, quantizers):
+def state_of(spec, quantizers):
     optimizer, _ = make_optimizer(optimizer_config(), 5, 0)
     params = {'network': VARIABLES['params'], 'quantizers': quantizers}
-    return init_state(problem, jax.random.key(0), params, VARIABLES['batch_stats'], optimizer)
+    return init_state(spec, jax.random.key(0), params, VARIABLES['batch_stats'], optimizer)
 
 
 def test_vectors_are_compared_as_in_numpy():
@@ -50,8 +50,8 @@ def test_cka_is_that_of_the_features():
 
 
 def test_without_quantizers_all_gradients_are_the_same():
-    problem = in_full_precision(make_problem('none', distillation=0.0)[0])
-    found = measure_gradients(problem, state_of(problem, {}), VARIABLES, BATCHES, BLOCKS, samples=2)
+    spec = in_full_precision(make_spec('none', distillation=0.0)[0])
+    found = measure_gradients(spec, state_of(spec, {}), VARIABLES, BATCHES, BLOCKS, samples=2)
     for loss in ('lp', 'full'):
         assert list(found[loss]['layers']) == list(BLOCKS)
         assert list(found[loss]['blocks']) == ['stem', 'block 1', 'block 2', 'block 3', 'head']
@@ -64,10 +64,10 @@ def test_without_quantizers_all_gradients_are_the_same():
 
 
 def test_the_variance_over_batches_is_that_of_numpy():
-    problem = in_full_precision(make_problem('none', distillation=0.0)[0])
-    state = state_of(problem, {})
-    found = measure_gradients(problem, state, VARIABLES, BATCHES, BLOCKS, samples=1)
-    loss = problem.replacement.loss
+    spec = in_full_precision(make_spec('none', distillation=0.0)[0])
+    state = state_of(spec, {})
+    found = measure_gradients(spec, state, VARIABLES, BATCHES, BLOCKS, samples=1)
+    loss = spec.replacement.loss
 
     def gradient(images, labels):
         key = jax.random.key(0)
@@ -83,8 +83,8 @@ def test_the_variance_over_batches_is_that_of_numpy():
 def test_two_bits_leave_less_of_the_gradient_than_eight():
     cosines = []
     for bits in (2, 8):
-        problem, quantizers = make_problem('prefix', bits=bits)
-        found = measure_gradients(problem, state_of(problem, quantizers), VARIABLES, BATCHES[:2], BLOCKS, samples=2)
+        spec, quantizers = make_spec('prefix', bits=bits)
+        found = measure_gradients(spec, state_of(spec, quantizers), VARIABLES, BATCHES[:2], BLOCKS, samples=2)
         cosines.append(found['lp']['blocks']['block 2'])
         assert found['full']['blocks']['block 2']['relative_norm_to_full_precision'] > 0
     for reference in ('full_precision', 'smoothed'):
@@ -93,19 +93,19 @@ def test_two_bits_leave_less_of_the_gradient_than_eight():
 
 
 def test_features_of_the_same_network_are_the_same():
-    problem = in_full_precision(make_problem('none')[0])
-    found = measure_features(problem, state_of(problem, {}), VARIABLES, BATCHES[:1])
+    spec = in_full_precision(make_spec('none')[0])
+    found = measure_features(spec, state_of(spec, {}), VARIABLES, BATCHES[:1])
     assert list(found) == ['block 1', 'block 2', 'block 3']
     for measures in found.values():
         assert measures == {'cka': pytest.approx(1, abs=1e-5), 'relative_error': 0}
-    problem, quantizers = make_problem('none', bits=2)
-    low = measure_features(problem, state_of(problem, quantizers), VARIABLES, BATCHES[:1])
+    spec, quantizers = make_spec('none', bits=2)
+    low = measure_features(spec, state_of(spec, quantizers), VARIABLES, BATCHES[:1])
     assert all(measures['cka'] < 1 and measures['relative_error'] > 0.1 for measures in low.values())
 
 
 def test_noise_and_clipping_are_those_of_numpy():
-    problem, quantizers = make_problem('none', bits=3)
-    found = measure_quantizers(problem, state_of(problem, quantizers), BATCHES)
+    spec, quantizers = make_spec('none', bits=3)
+    found = measure_quantizers(spec, state_of(spec, quantizers), BATCHES)
     assert list(found) == list(BLOCKS)
     kernel = np.asarray(VARIABLES['params']['stage1_block1']['conv2']['kernel'], np.float64)
     step = float(quantizers['stage1_block1/conv2']['weights']['step_size'])
@@ -122,7 +122,7 @@ def test_noise_and_clipping_are_those_of_numpy():
 
 
 def test_weights_that_go_back_are_counted_and_others_are_not():
-    problem, quantizers = make_problem('none', bits=2)
+    spec, quantizers = make_spec('none', bits=2)
     name, step = 'stage1_block1', quantizers['stage1_block1/conv1']['weights']['step_size']
     moves = [0.0, 1.0, 0.0, 0.0, 0.0]  # of the first ten weights, in steps; the next ten only go up
 
@@ -134,9 +134,9 @@ def test_weights_that_go_back_are_counted_and_others_are_not():
         params['network'][name]['conv1']['kernel'] = kernel.reshape(shape)
         return state.replace(params=params), {}
 
-    state = state_of(problem, quantizers)
+    state = state_of(spec, quantizers)
     state, _ = move(state, None, None, 0)
-    found = measure_oscillations(problem, move, state, VARIABLES, None, range(1, 5))
+    found = measure_oscillations(spec, move, state, VARIABLES, None, range(1, 5))
     size = VARIABLES['params'][name]['conv1']['kernel'].size
     assert found['stage1_block1/conv1'] == pytest.approx(10 / size)
     assert found['stage1_block1/conv2'] == 0

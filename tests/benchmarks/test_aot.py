@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from benchmarks.aot import collectives_of, devices_of, report, sent_bytes, table
-from benchmarks.problem import described_images
+from benchmarks.bench import described_images
 from bqat_jax.errors import UserError
 from tests.conftest import ROOT
 from tests.experiment.test_configuration import load_recipe
@@ -16,7 +16,7 @@ from tests.experiment.test_configuration import load_recipe
 def config(plan, fsdp=1):
     found = load_recipe(ROOT / 'configs' / 'digits.py').get_config()
     found.network.width = 4
-    found.mesh.fsdp, found.mesh.least_elements = fsdp, 0
+    found.mesh.fsdp, found.mesh.min_shard_elements = fsdp, 0
     found.replacement.plan = plan
     return found
 

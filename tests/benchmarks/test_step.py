@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks.problem import make_bench
+from benchmarks.bench import make_bench
 from benchmarks.step import PLANS, change_config, expected_units, table
 from tests.conftest import ONE_DEVICE, ROOT
 from tests.experiment.test_configuration import load_recipe
@@ -24,7 +24,7 @@ def test_every_variant_is_a_config_that_works(variant):
     config = change_config(recipe(), variant)
     bench = make_bench(config, with_arrays=False)
     assert (bench.partner is None) == (variant in ('fp', 'lsq', 'bf16:lsq', 'estimator:dsq', 'replicas:2'))
-    assert bool(bench.phase.problem.replacement.quantization.layers) == (variant != 'fp')
+    assert bool(bench.phase.spec.replacement.quantization.layers) == (variant != 'fp')
 
 
 def test_an_unknown_variant_is_refused():

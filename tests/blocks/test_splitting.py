@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bqat_jax.blocks.splitting import cut_behind, cut_into
+from bqat_jax.blocks.splitting import split_after, split_into
 from tests.blocks import outside
 
 SHAPE = (8, 8, 3)
@@ -60,7 +60,7 @@ CUTS = {
 @pytest.mark.parametrize('train', [False, True])
 def test_the_pieces_compose_to_the_whole(name, train):
     module, ends = CUTS[name]
-    network = cut_behind(module, ends, SHAPE)
+    network = split_after(module, ends, SHAPE)
     variables = network.init(jax.random.key(0), SHAPE)
     h, now = X, dict(variables)
     for names in (*network.segments, network.head):
@@ -79,7 +79,7 @@ def test_the_pieces_compose_to_the_whole(name, train):
 
 
 def test_a_piece_computes_nothing_of_the_others():
-    network = cut_behind(*CUTS['compact'], SHAPE)
+    network = split_after(*CUTS['compact'], SHAPE)
     variables = network.init(jax.random.key(0), SHAPE)
     h, _ = network.apply(variables, X, network.segments[0], train=False)
 
@@ -92,7 +92,7 @@ def test_a_piece_computes_nothing_of_the_others():
 
 
 def test_a_cut_into_functions():
-    network = cut_into(
+    network = split_into(
         SetUp(),
         lambda module, x, train: module.embed(x).reshape(x.shape[0], -1, 6),
         [
@@ -119,17 +119,17 @@ class Bypassed(nn.Module):
 
 def test_what_cannot_be_cut_is_refused():
     with pytest.raises(ValueError, match='passes by the cut'):
-        cut_behind(Bypassed(), ['a', 'b'], SHAPE)
+        split_after(Bypassed(), ['a', 'b'], SHAPE)
     with pytest.raises(ValueError, match='passes by the cut'):
-        cut_behind(SetUp(), ['layers_0', 'layers_1'], SHAPE)  # the shortcut around a layer is added behind it
+        split_after(SetUp(), ['layers_0', 'layers_1'], SHAPE)  # the shortcut around a layer is added behind it
     with pytest.raises(ValueError, match=r"'layer1' is never reached: .* after 'layer2'"):
-        cut_behind(outside.Network(), ['layer0', 'layer2', 'layer1'], SHAPE)
+        split_after(outside.Network(), ['layer0', 'layer2', 'layer1'], SHAPE)
     with pytest.raises(ValueError, match=r"'layer' is never reached: .* after the input"):
-        cut_behind(outside.Network(), ['layer', 'layer2'], SHAPE)
+        split_after(outside.Network(), ['layer', 'layer2'], SHAPE)
     with pytest.raises(ValueError, match='at least two'):
-        cut_behind(outside.Network(), ['layer0'], SHAPE)
+        split_after(outside.Network(), ['layer0'], SHAPE)
     with pytest.raises(ValueError, match='at least two'):
-        cut_into(SetUp(), lambda m, x, t: x, [lambda m, x, t: x], lambda m, x, t: x)
+        split_into(SetUp(), lambda m, x, t: x, [lambda m, x, t: x], lambda m, x, t: x)
 
 
 def test_the_argument_for_training_may_be_anything():
@@ -141,7 +141,7 @@ def test_the_argument_for_training_may_be_anything():
                 x = nn.BatchNorm(use_running_average=mode != 'fit')(x)
             return x.mean((1, 2))
 
-    network = cut_behind(
+    network = split_after(
         Modal(), ['layer0', 'layer1'], SHAPE, lambda module, x, train: module(x, 'fit' if train else 'use')
     )
     variables = network.init(jax.random.key(0), SHAPE)

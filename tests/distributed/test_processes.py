@@ -28,7 +28,7 @@ FLAGS = (
     '--config.partner.steps=6',
     '--config.partner.optimizer.warmup_steps=2',
     '--config.checkpoint.every_steps=2',
-    '--config.mesh.least_elements=0',
+    '--config.mesh.min_shard_elements=0',
 )
 
 

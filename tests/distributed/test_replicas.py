@@ -9,12 +9,12 @@ from bqat_jax.distributed.sharding import Placement, make_mesh, replicated
 from bqat_jax.experiment.configuration import optimizer_config
 from bqat_jax.training.optimizer import make_optimizer
 from bqat_jax.training.step import init_state, make_train_step
-from tests.training.test_step import ARRAYS, VARIABLES, in_full_precision, make_problem
+from tests.training.test_step import ARRAYS, VARIABLES, in_full_precision, make_spec
 
 STEPS = 20
 
 
-def run_seeds(problem, quantizers, seeds, devices, program=None):
+def run_seeds(spec, quantizers, seeds, devices, program=None):
     """Trains seeds in one program; returns the losses, (steps, seeds), and the last state."""
     replicas = Replicas(len(seeds), Placement(make_mesh(devices)))
     config = optimizer_config()
@@ -22,7 +22,7 @@ def run_seeds(problem, quantizers, seeds, devices, program=None):
     optimizer, learning_rate = make_optimizer(config, STEPS, 0)
 
     def make(params, batch_stats, key):
-        return init_state(problem, key, params, batch_stats, optimizer)
+        return init_state(spec, key, params, batch_stats, optimizer)
 
     def begin(seed):
         # Quantizers of their own, keys of their own.
@@ -35,7 +35,7 @@ def run_seeds(problem, quantizers, seeds, devices, program=None):
 
     axes = (0, 0, 0)
     state = replicas.jit(replicas.over(make, axes), axes)(*replicas.stack([begin(seed) for seed in seeds]))
-    step = make_train_step(problem, optimizer, learning_rate, replicas)
+    step = make_train_step(spec, optimizer, learning_rate, replicas)
     partner, arrays = jax.device_put((VARIABLES, ARRAYS), replicated(replicas.mesh))
     losses = []
     for batch in replicas.batches([read(seed) for seed in seeds]):
@@ -56,11 +56,11 @@ def turns(request, monkeypatch):
 @pytest.mark.parametrize(('plan', 'quantized'), [('prefix', True), ('bernoulli', False)])
 def test_a_replica_is_the_same_seed_alone(plan, quantized):
     """Two replicas on each of two devices, 20 steps."""
-    problem, quantizers = make_problem(plan, bits=8)
+    spec, quantizers = make_spec(plan, bits=8)
     if not quantized:
-        problem, quantizers = in_full_precision(problem), {}
-    alone = np.concatenate([run_seeds(problem, quantizers, [seed], 1)[0] for seed in (0, 3)], axis=1)
-    together, state = run_seeds(problem, quantizers, [0, 1, 2, 3], 2)
+        spec, quantizers = in_full_precision(spec), {}
+    alone = np.concatenate([run_seeds(spec, quantizers, [seed], 1)[0] for seed in (0, 3)], axis=1)
+    together, state = run_seeds(spec, quantizers, [0, 1, 2, 3], 2)
     assert len(jax.tree.leaves(state.params)[0].sharding.device_set) == 2
     apart = np.abs(together[:, [0, 3]] / alone - 1)
     # Sums in another order carry a value over a rounding threshold now and then; from there quantized runs drift apart.
@@ -75,7 +75,7 @@ def test_replicas_take_turns_on_a_cpu():
 @pytest.mark.usefixtures('turns')
 @pytest.mark.parametrize('devices', [1, 2])
 def test_what_is_drawn_stays_a_conditional_side_by_side(devices):
-    problem, quantizers = make_problem('prefix_sampled')
+    spec, quantizers = make_spec('prefix_sampled')
     programs: list[str] = []
-    run_seeds(problem, quantizers, [0, 1], devices, programs)
+    run_seeds(spec, quantizers, [0, 1], devices, programs)
     assert programs[0].count(' conditional(') == 2  # of three blocks one is drawn; forward and backward

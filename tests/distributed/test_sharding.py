@@ -54,7 +54,7 @@ def test_the_first_rule_that_matches_the_end_of_a_path_wins():
 
 
 def test_small_arrays_stay_whole():
-    placement = Placement(EIGHT, least_elements=65)
+    placement = Placement(EIGHT, min_shard_elements=65)
     assert placement.axis('kernel', (8, 8)) is None and placement.axis('kernel', (8, 16)) == 1
 
 
@@ -96,7 +96,7 @@ def test_what_is_gathered_is_whole_and_its_gradient_is_split():
 
 def test_a_device_keeps_an_eighth_of_resnet18():
     network = resnet(1000, depth=18)
-    placement = Placement(EIGHT, least_elements=4096)
+    placement = Placement(EIGHT, min_shard_elements=4096)
     params = jax.eval_shape(lambda: network.init(jax.random.key(0), (224, 224, 3)))['params']
     whole = own = 0
     for x, sharding in zip(jax.tree.leaves(params), jax.tree.leaves(placement.shardings(params)), strict=True):

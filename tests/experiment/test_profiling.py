@@ -8,7 +8,7 @@ import rich.console
 
 from bqat_jax.errors import UserError
 from bqat_jax.experiment.configuration import base_config
-from bqat_jax.experiment.experiment import make_setting
+from bqat_jax.experiment.experiment import make_experiment
 from bqat_jax.experiment.profiling import FOLDER
 from bqat_jax.experiment.run import train
 from tests.experiment.test_run import shortened
@@ -35,4 +35,4 @@ def test_steps_that_are_none(steps, tmp_path):
     config = base_config()
     config.profile_steps = steps
     with pytest.raises(UserError, match='profile_steps'):
-        make_setting(config, tmp_path, rich.console.Console(quiet=True))
+        make_experiment(config, tmp_path, rich.console.Console(quiet=True))

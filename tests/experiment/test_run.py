@@ -289,12 +289,12 @@ def test_the_summary_counts_what_there_is(config, tmp_path):
 def test_a_network_of_the_users_runs_by_its_name(config, tmp_path, registries):
     plugin = tmp_path / 'mine.py'
     plugin.write_text(
-        'from bqat_jax.blocks.splitting import cut_behind\n'
+        'from bqat_jax.blocks.splitting import split_after\n'
         'from bqat_jax.networks.registry import register_network\n'
         'from tests.blocks.outside import Network\n'
         "@register_network('mine')\n"
         "def mine(num_classes, *, size=8, cut='block'):\n"
-        "    return cut_behind(Network(num_classes), ['layer0', 'layer1', 'layer2'], (size, size, 1))\n"
+        "    return split_after(Network(num_classes), ['layer0', 'layer1', 'layer2'], (size, size, 1))\n"
     )
     config.plugins = str(plugin)
     config.network = ml_collections.ConfigDict({'name': 'mine'})
@@ -366,8 +366,8 @@ def test_a_run_goes_on_with_fewer_devices_at_the_next_example(config, finished, 
     read = Phase.batches
     seen = []
 
-    def watched(phase, setting, start, stop):
-        for number, batch in enumerate(read(phase, setting, start, stop), start):
+    def watched(phase, experiment, start, stop):
+        for number, batch in enumerate(read(phase, experiment, start, stop), start):
             seen.append(np.asarray(batch['index']))
             if number == 4 and config.mesh.data == 8:
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -377,7 +377,7 @@ def test_a_run_goes_on_with_fewer_devices_at_the_next_example(config, finished, 
     config.mesh.data = 8
     with pytest.raises(Stopped, match='after step 5 of 12'):
         train(config, tmp_path / 'run', name='digits')
-    config.mesh.data, config.mesh.fsdp, config.mesh.least_elements = 2, 2, 0
+    config.mesh.data, config.mesh.fsdp, config.mesh.min_shard_elements = 2, 2, 0
     result = train(config, tmp_path / 'run', name='digits')
     assert len(seen) == 12
     order = np.concatenate(seen)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from bqat_jax.networks.batch_norm import BatchNorm, batch_norm_in_groups, normalize
-from tests.training.test_step import FULL_PRECISION_PROBLEM, run_steps
+from tests.training.test_step import FULL_PRECISION_SPEC, run_steps
 
 X = 3 * jax.random.normal(jax.random.key(0), (12, 5, 5, 4)) + 1
 NORM = nn.BatchNorm(use_running_average=False, momentum=0.9)
@@ -145,9 +145,9 @@ def test_stored_statistics_normalise_as_ever():
 
 
 def test_a_step_on_eight_devices_is_that_of_eight_parts_on_one():
-    problem = dataclasses.replace(FULL_PRECISION_PROBLEM, batch_norm_groups=8)
-    one, eight = (run_steps(problem, {}, devices, 3)[1] for devices in (1, 8))
-    (whole,) = run_steps(FULL_PRECISION_PROBLEM, {}, 1, 1)[1]
+    spec = dataclasses.replace(FULL_PRECISION_SPEC, batch_norm_groups=8)
+    one, eight = (run_steps(spec, {}, devices, 3)[1] for devices in (1, 8))
+    (whole,) = run_steps(FULL_PRECISION_SPEC, {}, 1, 1)[1]
     assert abs(one[0]['loss'] / whole['loss'] - 1) > 1e-4  # the parts are normalised apart
     for left, right in zip(one, eight, strict=True):
         np.testing.assert_allclose(left['loss'], right['loss'], rtol=1e-4)

@@ -67,14 +67,14 @@ def fit(quantization, params, parameters, digits, learning_rate):
             logits = MODEL.apply({'params': quantized}, images[index])
         return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels[index]))
 
-    deltas = {path: dict.fromkeys(roles, DELTA) for path, roles in parameters.items()}
+    strengths = {path: dict.fromkeys(roles, DELTA) for path, roles in parameters.items()}
 
     @jit_for_long_loops
     def run(trained, order):
         def step(carry, inputs):
             trained, state = carry
             number, index = inputs
-            context = Context(number.astype(jnp.float32) / STEPS, jax.random.key(number), deltas)
+            context = Context(number.astype(jnp.float32) / STEPS, jax.random.key(number), strengths)
             gradients = jax.grad(loss)(trained, index, context)
             updates, state = optimizer.update(gradients, state)
             params, parameters = optax.apply_updates(trained, updates)

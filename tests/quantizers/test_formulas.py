@@ -144,7 +144,7 @@ def test_backward_rule(text, low, high):
     g = np.random.default_rng(1).normal(size=x.size).astype(np.float32)
     at, wide = x.astype(np.float64), g.astype(np.float64)
     for progress, delta in ((0.0, None), (0.4, None), (1.0, 0.7 if text == 'ewgs_trace' else None)):
-        context = Context(jnp.float32(progress), delta=delta and jnp.float32(delta))
+        context = Context(jnp.float32(progress), strengths=delta and jnp.float32(delta))
         y, got = pulled_back(text, low, high)(x, g, context)
         np.testing.assert_array_equal(y, np.clip(np.rint(x), low, high))
         expected = rule_of(text, Where(low, high, progress, delta or 0.0))(wide, at, np.rint(at))

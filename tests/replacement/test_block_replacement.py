@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from bqat_jax.blocks.splitting import cut_behind
+from bqat_jax.blocks.splitting import split_after
 from bqat_jax.replacement.block_replacement import replace_blocks
 from bqat_jax.replacement.objective import Objective
 from bqat_jax.replacement.plans import PLANS
@@ -17,7 +17,7 @@ LSQ = {'name': 'lsq', 'bits': 4, 'estimator': 'identity'}
 IMAGES = jax.random.normal(jax.random.key(0), (32, *SHAPE))
 LABELS = (IMAGES[..., 0].mean((1, 2)) > 0).astype(jnp.int32)
 PARTNER = outside.Network().init(jax.random.key(1), IMAGES)
-NETWORK = cut_behind(outside.Network(), ['layer0', 'layer1', 'layer2'], SHAPE)
+NETWORK = split_after(outside.Network(), ['layer0', 'layer1', 'layer2'], SHAPE)
 
 
 @pytest.mark.parametrize('plan', PLANS)

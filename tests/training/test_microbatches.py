@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bqat_jax.training.microbatches import accumulate
-from tests.training.test_step import FULL_PRECISION_PROBLEM, make_problem, run_steps
+from tests.training.test_step import FULL_PRECISION_SPEC, make_spec, run_steps
 
 IMAGES = np.random.default_rng(0).normal(size=(24, 5)).astype(np.float32)
 LABELS = np.random.default_rng(1).normal(size=24).astype(np.float32)
@@ -46,15 +46,15 @@ def test_parts_draw_apart():
 
 def test_a_step_in_parts_on_eight_devices_is_that_on_one():
     """In full precision; batch norm normalises by the part, so parts are compared with the same parts."""
-    problem = dataclasses.replace(FULL_PRECISION_PROBLEM, microbatches=4)
-    one, eight = (run_steps(problem, {}, devices, 3)[1] for devices in (1, 8))
+    spec = dataclasses.replace(FULL_PRECISION_SPEC, microbatches=4)
+    one, eight = (run_steps(spec, {}, devices, 3)[1] for devices in (1, 8))
     for left, right in zip(one, eight, strict=True):
         for name in ('loss', 'l2_gradients', 'train_top1'):
             np.testing.assert_allclose(left[name], right[name], rtol=1e-4, err_msg=name)
 
 
 def test_sampled_plans_run_in_parts():
-    problem, quantizers = make_problem('prefix_sampled')
-    problem = dataclasses.replace(problem, microbatches=2)
-    _, (metrics,), _ = run_steps(problem, quantizers, 1, 1)
+    spec, quantizers = make_spec('prefix_sampled')
+    spec = dataclasses.replace(spec, microbatches=2)
+    _, (metrics,), _ = run_steps(spec, quantizers, 1, 1)
     assert metrics['path1_lp_blocks'] in (1, 2) and np.isfinite(metrics['loss'])

@@ -9,27 +9,27 @@ from bqat_jax.replacement.paths import run_backbone
 from bqat_jax.training.optimizer import make_optimizer
 from bqat_jax.training.reestimation import reestimate_batch_stats
 from bqat_jax.training.step import init_state, prepare_batch
-from tests.training.test_step import ARRAYS, VARIABLES, make_problem
+from tests.training.test_step import ARRAYS, VARIABLES, make_spec
 
 # The network's batch norms'.
 MOMENTUM = 0.9
 
 
 def test_statistics_are_those_of_the_batches():
-    problem, quantizers = make_problem('none', distillation=0.0)
+    spec, quantizers = make_spec('none', distillation=0.0)
     optimizer, _ = make_optimizer(optimizer_config(), 5, 0)
     params = {'network': VARIABLES['params'], 'quantizers': quantizers}
     stored = jax.tree.map(lambda x: x + 7.0, VARIABLES['batch_stats'])
-    state = init_state(problem, jax.random.key(0), params, stored, optimizer)
+    state = init_state(spec, jax.random.key(0), params, stored, optimizer)
     batches = [{'index': np.arange(start, start + 32, dtype=np.int32)} for start in (0, 64)]
-    found = reestimate_batch_stats(problem, state, ARRAYS, batches, Replicas(1, Placement(make_mesh(1))))
+    found = reestimate_batch_stats(spec, state, ARRAYS, batches, Replicas(1, Placement(make_mesh(1))))
 
     @jax.jit
     def updated(index, number):
-        images, _, _ = prepare_batch(problem, state.replace(step=state.step + number), ARRAYS, {'index': index})
+        images, _, _ = prepare_batch(spec, state.replace(step=state.step + number), ARRAYS, {'index': index})
         return run_backbone(
-            problem.replacement.network,
-            problem.replacement.quantization,
+            spec.replacement.network,
+            spec.replacement.quantization,
             params['network'],
             quantizers,
             stored,

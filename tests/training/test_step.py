@@ -16,7 +16,7 @@ from bqat_jax.replacement.plans import Plan
 from bqat_jax.training.optimizer import make_optimizer
 from bqat_jax.training.step import (
     Preprocessing,
-    Problem,
+    TrainSpec,
     init_state,
     make_evaluation_step,
     make_train_step,
@@ -39,7 +39,7 @@ ARRAYS = {
 }
 
 
-def make_problem(plan, distillation=1.0, bits=4):
+def make_spec(plan, distillation=1.0, bits=4):
     def run(params, x):
         return NETWORK.apply({**VARIABLES, 'params': params}, x, NETWORK.names, train=True)
 
@@ -51,15 +51,15 @@ def make_problem(plan, distillation=1.0, bits=4):
     quantization = build_quantization(layers, settings, signed)
     parameters = calibrate(quantization, VARIABLES['params'], run, [x])
     objective = Objective(distillation=distillation, path_distillation=distillation)
-    return Problem(BlockReplacement(NETWORK, quantization, Plan(plan, 3), objective), HOW, 20), parameters
+    return TrainSpec(BlockReplacement(NETWORK, quantization, Plan(plan, 3), objective), HOW, 20), parameters
 
 
-def in_full_precision(problem):
-    replacement = dataclasses.replace(problem.replacement, quantization=FULL_PRECISION)
-    return dataclasses.replace(problem, replacement=replacement)
+def in_full_precision(spec):
+    replacement = dataclasses.replace(spec.replacement, quantization=FULL_PRECISION)
+    return dataclasses.replace(spec, replacement=replacement)
 
 
-def run_steps(problem, quantizers, devices, steps, learning_rate=0.01, states=None, fsdp=1):
+def run_steps(spec, quantizers, devices, steps, learning_rate=0.01, states=None, fsdp=1):
     """Runs steps, each from the one before or from the given states; returns the last state, metrics and states."""
     mesh = make_mesh(devices, fsdp)
     replicas = Replicas(1, Placement(mesh))
@@ -67,9 +67,9 @@ def run_steps(problem, quantizers, devices, steps, learning_rate=0.01, states=No
     config.learning_rate, config.quantizers.learning_rate = learning_rate, 0.01
     optimizer, rate = make_optimizer(config, steps, 0)
     params = {'network': VARIABLES['params'], 'quantizers': quantizers}
-    make = replicas.jit(lambda p, s: init_state(problem, jax.random.key(3), p, s, optimizer), (0, 0))
+    make = replicas.jit(lambda p, s: init_state(spec, jax.random.key(3), p, s, optimizer), (0, 0))
     state = make(params, VARIABLES['batch_stats'])
-    step = make_train_step(problem, optimizer, rate, replicas)
+    step = make_train_step(spec, optimizer, rate, replicas)
     partner, arrays = replicas.placement.put(VARIABLES), jax.device_put(ARRAYS, replicated(mesh))
     history, before = [], []
     for number in range(steps):
@@ -82,7 +82,7 @@ def run_steps(problem, quantizers, devices, steps, learning_rate=0.01, states=No
     return state, history, before
 
 
-FULL_PRECISION_PROBLEM = Problem(
+FULL_PRECISION_SPEC = TrainSpec(
     BlockReplacement(NETWORK, FULL_PRECISION, Plan('none', 3), Objective(distillation=0.0)), HOW, 30
 )
 
@@ -91,11 +91,11 @@ FULL_PRECISION_PROBLEM = Problem(
 def test_one_device_and_eight_give_the_same_losses(plan):
     """Over 20 steps, each from the same state, and as two runs that go their own ways."""
     quantized = plan != 'full precision'
-    problem, quantizers = make_problem(plan, bits=8) if quantized else (FULL_PRECISION_PROBLEM, {})
-    _, one, states = run_steps(problem, quantizers, 1, 20)
-    eight_state, eight, _ = run_steps(problem, quantizers, 8, 20)
+    spec, quantizers = make_spec(plan, bits=8) if quantized else (FULL_PRECISION_SPEC, {})
+    _, one, states = run_steps(spec, quantizers, 1, 20)
+    eight_state, eight, _ = run_steps(spec, quantizers, 8, 20)
     assert len(jax.tree.leaves(eight_state.params)[0].sharding.device_set) == 8
-    _, from_the_same, _ = run_steps(problem, quantizers, 8, 20, states=states)
+    _, from_the_same, _ = run_steps(spec, quantizers, 8, 20, states=states)
     for name in one[0]:
         if name.startswith('loss') or name == 'l2_gradients':
             expected, got, apart = ([metrics[name] for metrics in run] for run in (one, from_the_same, eight))
@@ -122,9 +122,9 @@ def test_one_device_and_eight_give_the_same_losses(plan):
 def test_split_parameters_give_the_losses_of_one_device(plan, mesh):
     """Each step from the same state; a quantized value may cross a threshold where sums have another order."""
     quantized = plan != 'full precision'
-    problem, quantizers = make_problem(plan, bits=8) if quantized else (FULL_PRECISION_PROBLEM, {})
-    _, one, states = run_steps(problem, quantizers, 1, 5)
-    state, split, _ = run_steps(problem, quantizers, mesh[0], 5, states=states, fsdp=mesh[1])
+    spec, quantizers = make_spec(plan, bits=8) if quantized else (FULL_PRECISION_SPEC, {})
+    _, one, states = run_steps(spec, quantizers, 1, 5)
+    state, split, _ = run_steps(spec, quantizers, mesh[0], 5, states=states, fsdp=mesh[1])
     kernel = state.params['network']['stage3_block1']['conv1']['kernel']
     assert kernel.addressable_shards[0].data.size * mesh[1] == kernel.size
     for name in one[0]:
@@ -135,8 +135,8 @@ def test_split_parameters_give_the_losses_of_one_device(plan, mesh):
 
 
 def test_metrics_tell_every_loss_apart():
-    problem, quantizers = make_problem('prefix')
-    _, (metrics,), _ = run_steps(problem, quantizers, 1, 1)
+    spec, quantizers = make_spec('prefix')
+    _, (metrics,), _ = run_steps(spec, quantizers, 1, 1)
     names = {
         'loss',
         'loss/cross_entropy',
@@ -151,20 +151,20 @@ def test_metrics_tell_every_loss_apart():
     for k, weight in ((1, 0.25), (2, 0.5)):
         total += weight * (metrics[f'loss/path{k}_cross_entropy'] + metrics[f'loss/path{k}_distillation'])
     np.testing.assert_allclose(metrics['loss'], total, rtol=1e-5)
-    _, (sampled,), _ = run_steps(make_problem('prefix_sampled')[0], quantizers, 1, 1)
+    _, (sampled,), _ = run_steps(make_spec('prefix_sampled')[0], quantizers, 1, 1)
     assert sampled['path1_lp_blocks'] in (1, 2)
 
 
 def test_a_full_precision_step_is_the_same_program_without_quantizers():
-    state, history, _ = run_steps(FULL_PRECISION_PROBLEM, {}, 1, 30, learning_rate=0.1)
+    state, history, _ = run_steps(FULL_PRECISION_SPEC, {}, 1, 30, learning_rate=0.1)
     assert history[-1]['loss'] < history[0]['loss']
     assert state.params['quantizers'] == {}
 
 
 def test_norms_are_those_of_the_step():
-    problem, quantizers = make_problem('none', distillation=0.0)
+    spec, quantizers = make_spec('none', distillation=0.0)
     before = {'network': VARIABLES['params'], 'quantizers': quantizers}
-    state, (metrics,), _ = run_steps(problem, quantizers, 1, 1)
+    state, (metrics,), _ = run_steps(spec, quantizers, 1, 1)
     np.testing.assert_allclose(metrics['l2_params'], optax.tree.norm(state.params), rtol=1e-5)
     moved = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), state.params, before)
     np.testing.assert_allclose(metrics['l2_updates'], optax.tree.norm(moved), rtol=1e-3)
@@ -172,8 +172,8 @@ def test_norms_are_those_of_the_step():
 
 
 def test_the_step_of_the_first_bad_loss_is_remembered():
-    problem, quantizers = make_problem('none', distillation=0.0)
-    state, history, _ = run_steps(problem, quantizers, 1, 6, learning_rate=1e30)
+    spec, quantizers = make_spec('none', distillation=0.0)
+    state, history, _ = run_steps(spec, quantizers, 1, 6, learning_rate=1e30)
     losses = [metrics['loss'] for metrics in history]
     first = next(number for number, loss in enumerate(losses) if not np.isfinite(loss))
     assert first > 0
@@ -182,11 +182,11 @@ def test_the_step_of_the_first_bad_loss_is_remembered():
 
 
 def test_evaluation_counts_only_what_the_mask_shows():
-    problem, quantizers = make_problem('none')
+    spec, quantizers = make_spec('none')
     params = {'network': VARIABLES['params'], 'quantizers': quantizers}
     for devices in (1, 8):
         mesh = make_mesh(devices)
-        step = make_evaluation_step(problem, Replicas(1, Placement(mesh)))
+        step = make_evaluation_step(spec, Replicas(1, Placement(mesh)))
         arrays = jax.device_put(ARRAYS, replicated(mesh))
         batch = {'index': np.arange(64, dtype=np.int32), 'mask': np.arange(64) < 50}
         counts = step(params, VARIABLES['batch_stats'], arrays, jax.device_put(batch, over_batch(mesh)))
@@ -197,13 +197,13 @@ def test_evaluation_counts_only_what_the_mask_shows():
 
 
 def test_the_state_is_donated():
-    problem, quantizers = make_problem('none', distillation=0.0)
+    spec, quantizers = make_spec('none', distillation=0.0)
     mesh = make_mesh(1)
     optimizer, rate = make_optimizer(optimizer_config(), 5, 0)
     params = {'network': VARIABLES['params'], 'quantizers': quantizers}
-    make = jax.jit(lambda p, s: init_state(problem, jax.random.key(3), p, s, optimizer), out_shardings=replicated(mesh))
+    make = jax.jit(lambda p, s: init_state(spec, jax.random.key(3), p, s, optimizer), out_shardings=replicated(mesh))
     state = make(params, VARIABLES['batch_stats'])
-    step = make_train_step(problem, optimizer, rate, Replicas(1, Placement(mesh)))
+    step = make_train_step(spec, optimizer, rate, Replicas(1, Placement(mesh)))
     batch = jax.device_put({'index': np.arange(64, dtype=np.int32)}, over_batch(mesh))
     step(state, None, jax.device_put(ARRAYS, replicated(mesh)), batch)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))

@@ -5,7 +5,7 @@ import pytest
 
 from bqat_jax.quantizers import LSQ, PACT
 from bqat_jax.quantizers.estimators import get_estimator
-from bqat_jax.training.strengths import TraceSettings, hutchinson_traces, measure_deltas
+from bqat_jax.training.strengths import TraceSettings, hutchinson_traces, measure_strengths
 from bqat_jax.transform import KernelLayout, Layer, LayerQuantizers, Quantization
 
 LAYER = Layer('Dense', (6, 4), (), KernelLayout((0, 1)), jax.ShapeDtypeStruct((2, 6), 'float32'))
@@ -60,7 +60,7 @@ def test_delta_follows_the_formula(sign):
         y = quantization.layers['layer'].weights.fake_quantize(parameters['layer']['weights'], weights)
         return sign * jnp.sum(curvature * y**2) / 2
 
-    found = measure_deltas(
+    found = measure_strengths(
         quantization, parameters, {'layer': {'weights': (6, 4)}}, loss, jax.random.key(1), TraceSettings()
     )
     lowest, highest = quantizer.limits(parameters['layer']['weights'], 2)
@@ -76,7 +76,7 @@ def test_no_gradient_gives_no_delta():
     quantization = Quantization({'layer': LayerQuantizers(quantizer, None, LAYER)})
     weights = jnp.ones((3, 3))
     parameters = {'layer': {'weights': quantizer.init(weights)}}
-    found = measure_deltas(
+    found = measure_strengths(
         quantization,
         parameters,
         {'layer': {'weights': (3, 3)}},

@@ -175,11 +175,13 @@ def test_every_tensor_draws_for_itself_in_training_and_none_in_evaluation():
 
 def test_every_quantizer_gets_its_own_strength():
     quantization, parameters = quantized(weights={**WEIGHTS, 'estimator': 'ewgs_trace'})
-    deltas = {path: {'weights': jnp.float32(number)} for number, path in enumerate(('conv', 'middle', 'last'))}
-    found = context_of(Context(0.5, None, deltas), 'last', 'weights', quantization.layers['last'].weights)
-    assert float(found.delta) == 2.0 and found.key is None
+    strengths = {path: {'weights': jnp.float32(number)} for number, path in enumerate(('conv', 'middle', 'last'))}
+    found = context_of(Context(0.5, None, strengths), 'last', 'weights', quantization.layers['last'].weights)
+    assert float(found.strengths) == 2.0 and found.key is None
     assert (
-        context_of(Context(0.5, None, deltas), 'last', 'activations', quantization.layers['last'].activations).delta
+        context_of(
+            Context(0.5, None, strengths), 'last', 'activations', quantization.layers['last'].activations
+        ).strengths
         is None
     )
     del parameters

@@ -14,13 +14,16 @@ from bqat_jax.data.sources import ImageData, Subset
 from bqat_jax.distributed.sharding import over_batch
 from bqat_jax.errors import UserError
 from bqat_jax.experiment.configuration import Config
-from bqat_jax.experiment.experiment import Setting, make_setting
-from bqat_jax.experiment.loop import Phase, state_target
-from bqat_jax.experiment.low_precision import make_phase, quantizer_shapes
+from bqat_jax.experiment.experiment import Experiment
+from bqat_jax.experiment.low_precision import low_precision_phase
 from bqat_jax.experiment.partner import Partner
-from bqat_jax.training.optimizer import NETWORK, QUANTIZERS, make_optimizer
-from bqat_jax.training.step import init_state, make_train_step
-from bqat_jax.transform import calibrate
+from bqat_jax.experiment.phase import Phase
+from bqat_jax.experiment.phases import initial_state
+from bqat_jax.experiment.setup import make_experiment
+from bqat_jax.replacement.paths import Variables
+from bqat_jax.training.optimizer import make_optimizer
+from bqat_jax.training.step import make_train_step
+from bqat_jax.transform import build_quantization, prepare_layers
 
 # Training images, classes and shape of datasets that are not read.
 SIZES = {
@@ -35,15 +38,15 @@ class Bench(NamedTuple):
     """A step and what it is called with.
 
     Attributes:
-        setting: of the recipe.
+        experiment: of the recipe.
         phase: of the low-precision network.
-        step: jitted `step(state, partner, None, batch) -> state, metrics`; it takes the state over.
+        step: jitted `step(state, partner, None, batch) -> state, metrics`; it donates `state`.
         state: arrays, or their shapes.
         partner: the partner's variables, or None if the step does not read them.
         batch: images and labels.
     """
 
-    setting: Setting
+    experiment: Experiment
     phase: Phase
     step: Any
     state: Any
@@ -68,10 +71,10 @@ def make_bench(config: Config, devices: Sequence[Any] | None = None, *, with_arr
     """Returns the training step of a config.
 
     Args:
-        config: a recipe's, changed as it is to be measured. The inputs of all layers but the stem's are taken for
-            unsigned, where a run looks at data.
+        config: a recipe's, changed as it is to be measured.
         devices: those of the mesh; JAX's if None.
-        with_arrays: whether to make arrays, or shapes alone.
+        with_arrays: whether to make arrays, or shapes alone. With shapes, the inputs of all layers but the stem's are
+            taken for unsigned.
 
     Raises:
         UserError: for a config that cannot work.
@@ -79,49 +82,44 @@ def make_bench(config: Config, devices: Sequence[Any] | None = None, *, with_arr
     images = described_images(config.data.name)
     config = config.copy_and_resolve_references()
     config.data.on_device = False
-    setting = make_setting(config, Path('nowhere'), rich.console.Console(quiet=True), images=images, devices=devices)
+    console = rich.console.Console(quiet=True)
+    experiment = make_experiment(config, Path('nowhere'), console, images=images, devices=devices)
     facts = {'mean': config.data.mean, 'std': config.data.std}
-    signed = {path: path.startswith('stem') for path in setting.found.quantizable}
-    variables = setting.abstract_variables
-    if with_arrays:
-        make = jax.jit(
-            lambda key: setting.network.init(key, images.image_shape),
-            out_shardings=setting.single.placement.shardings(variables),
-        )
-        variables = make(jax.random.key(0))
-    phase = make_phase(setting, Partner(variables, facts), signed)
-    optimizer, learning_rate = make_optimizer(phase.optimizer, phase.steps, setting.steps(phase.optimizer, 'warmup_'))
-    step = make_train_step(phase.problem, optimizer, learning_rate, phase.replicas)
-    partner = variables if phase.problem.replacement.needs_partner else None
-    sharding, replicas = over_batch(setting.mesh), phase.replicas
+    layers, settings = experiment.layers.quantizable, experiment.quantizers
+    sharding, replicas = over_batch(experiment.placement.mesh), experiment.replicas
     axes = (config.train.batch_size,) if replicas.count == 1 else (replicas.count, config.train.batch_size)
     if not with_arrays:
-        state = state_target(setting, phase, quantizer_shapes(setting, phase.problem.replacement.quantization))
+        quantization = build_quantization(layers, settings, {path: path.startswith('stem') for path in layers})
+        phase = low_precision_phase(experiment, Partner(experiment.shapes, facts), quantization)
         batch = {
             'image': jax.ShapeDtypeStruct((*axes, *images.image_shape), 'uint8', sharding=sharding),
             'label': jax.ShapeDtypeStruct(axes, 'int32', sharding=sharding),
         }
-        return Bench(setting, phase, step, state, partner, batch)
+        return _make_bench(experiment, phase, phase.state_shapes, batch)
     generator = np.random.default_rng(0)
     batch = {
         'image': generator.integers(0, 256, (*axes, *images.image_shape)).astype(np.uint8),
         'label': generator.integers(0, images.num_classes, axes).astype(np.int32),
     }
+    make = jax.jit(
+        lambda key: experiment.network.init(key, images.image_shape),
+        out_shardings=experiment.placement.shardings(experiment.shapes),
+    )
+    variables = make(jax.random.key(0))
     sample = normalize(jnp.asarray(batch['image'].reshape(-1, *images.image_shape)[:64]), *facts.values())
+    run = experiment.network.as_function(variables, train=True)
+    quantization, quantizers = prepare_layers(run, variables['params'], [sample], layers, settings)
+    phase = low_precision_phase(experiment, Partner(variables, facts), quantization)
+    start = Variables(variables['params'], quantizers, variables['batch_stats'])
+    state = initial_state(experiment, phase, lambda _: start)
+    return _make_bench(experiment, phase, state, jax.device_put(batch, sharding))
 
-    def run(params, x):
-        return setting.network.apply({**variables, 'params': params}, x, setting.network.names, train=True)
 
-    quantizers = calibrate(phase.problem.replacement.quantization, variables['params'], run, [sample])
-
-    def init(params, batch_stats, key):
-        params, batch_stats = jax.tree.map(jnp.copy, (params, batch_stats))  # the step takes its state over
-        return init_state(phase.problem, key, params, batch_stats, optimizer)
-
-    params = {NETWORK: variables['params'], QUANTIZERS: quantizers}
-    arguments = [(params, variables['batch_stats'], jax.random.key(number)) for number in range(replicas.count)]
-    state = replicas.jit(replicas.over(init, (0, 0, 0)), (0, 0, 0))(*replicas.stack(arguments))
-    return Bench(setting, phase, step, state, partner, jax.device_put(batch, sharding))
+def _make_bench(experiment: Experiment, phase: Phase, state: Any, batch: Any) -> Bench:
+    optimizer, learning_rate = make_optimizer(phase.optimizer, phase.spec.steps)
+    step = make_train_step(phase.spec, optimizer, learning_rate, phase.replicas)
+    partner = phase.partner if phase.spec.replacement.needs_partner else None
+    return Bench(experiment, phase, step, state, partner, batch)
 
 
 def peak_bytes(compiled: Any) -> int:

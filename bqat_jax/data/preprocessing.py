@@ -1,0 +1,63 @@
+"""From a batch as it was read to what a network is given: inside the jitted step, on the device."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bqat_jax.data.augmentation import augment, normalize
+from bqat_jax.replacement.block_replacement import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """What happens to a training image at random; see `bqat_jax.data.augmentation`.
+
+    Attributes:
+        crop_padding: pixels of padding before a random crop; 0 for none.
+        flip: whether images are mirrored at random.
+        color_jitter: strength of random changes of colour; 0 for none.
+    """
+
+    crop_padding: int = 0
+    flip: bool = False
+    color_jitter: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """Makes a `Batch` of a batch of images as it was read.
+
+    Attributes:
+        mean: of every channel, in units of the largest pixel.
+        std: of every channel.
+        augmentation: in training.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augmentation: Augmentation = Augmentation()
+
+    def __call__(self, batch: Any, arrays: Any, key: jax.Array | None) -> Batch:
+        """Returns images, float32 (batch, height, width, channels), and labels, int32 (batch,).
+
+        Args:
+            batch: {'image', 'label'}, or {'index'} when the split lives on the device.
+            arrays: that split, {'image', 'label'}, or None.
+            key: random key of the augmentation; None to leave it out.
+        """
+        images, labels = get_examples(batch, arrays)
+        if key is not None:
+            random = self.augmentation
+            images = augment(
+                key, images, crop_padding=random.crop_padding, flip=random.flip, jitter=random.color_jitter
+            )
+        return Batch(normalize(images, self.mean, self.std), labels)
+
+
+def get_examples(batch: dict[str, jax.Array], arrays: dict[str, jax.Array] | None) -> tuple[jax.Array, jax.Array]:
+    """Returns the images and labels of a batch, gathered from the arrays if the split lives on the device."""
+    if arrays is None:
+        return batch['image'], batch['label']
+    return jnp.take(arrays['image'], batch['index'], axis=0), jnp.take(arrays['label'], batch['index'], axis=0)

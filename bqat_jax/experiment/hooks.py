@@ -1,0 +1,207 @@
+"""What happens around training steps: logging, saving, stopping, diagnosing, measuring strengths."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bqat_jax.distributed.preemption import StopRequest
+from bqat_jax.distributed.replicas import values_of
+from bqat_jax.errors import UserError
+from bqat_jax.experiment.checkpoints import Checkpoints
+from bqat_jax.experiment.loop import After, Before
+from bqat_jax.experiment.metrics import NoRecorder, Recorder
+from bqat_jax.training.evaluation import Evaluation
+from bqat_jax.training.state import TrainState
+
+
+class Clock:
+    """Times a phase; its images per second leave pauses out."""
+
+    def __init__(self, seconds: float, images_per_step: int):
+        """Takes the seconds that earlier processes spent in the phase."""
+        self._began = time.monotonic() - seconds
+        self._images_per_step = images_per_step
+        self.restart(0)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the phase, those of earlier processes included."""
+        return time.monotonic() - self._began
+
+    def restart(self, step: int) -> None:
+        """Begins to measure the speed anew after a step."""
+        self._step, self._time = step, time.monotonic()
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Within it no time passes for the speed."""
+        began = time.monotonic()
+        yield
+        self._time += time.monotonic() - began
+
+    def images_per_second(self, step: int) -> float | None:
+        """Returns the speed since the last call or restart; None where no step lies between."""
+        steps, seconds = step - self._step, time.monotonic() - self._time
+        self.restart(step)
+        return steps * self._images_per_step / seconds if steps > 0 and seconds > 0 else None
+
+
+class Log:
+    """Records the metrics of every so many steps; called after every step.
+
+    Metrics are fetched after the following step has been dispatched, so that the devices never wait for the host.
+    """
+
+    def __init__(self, recorder: Recorder | NoRecorder, clock: Clock, check_finite: Callable[[list[float]], None]):
+        """Takes where metrics go, the clock, and a check of 'first_bad_step' that raises for a loss not finite."""
+        self.recorder, self.clock, self.check_finite = recorder, clock, check_finite
+        self._pending: tuple[int, Any] | None = None
+        self._is_compiled = False
+
+    def hook(self, every: int, last: int) -> After:
+        """Returns the hook, to be called after every step; it logs every so many of them, and the last."""
+
+        def after(number, state, metrics):
+            del state
+            if not self._is_compiled:
+                jax.block_until_ready(metrics)
+                self.clock.restart(number)  # compiling does not count as speed
+                self._is_compiled = True
+            self.flush()
+            if number % every == 0 or number == last:
+                self._pending = number, metrics
+
+        return after
+
+    def flush(self) -> None:
+        """Records the metrics that wait to be recorded."""
+        if self._pending is None:
+            return
+        (number, metrics), self._pending = self._pending, None
+        values = {name: values_of(value) for name, value in jax.device_get(metrics).items()}
+        self.check_finite(values.pop('first_bad_step'))
+        means = {name: sum(replicas) / len(replicas) for name, replicas in values.items()}
+        means['seconds'] = self.clock.seconds
+        speed = self.clock.images_per_second(number)
+        self.recorder.record(number, means if speed is None else {**means, 'images_per_second': speed})
+
+
+class Save:
+    """Saves checkpoints, with their score on the validation split if there is one."""
+
+    def __init__(
+        self, checkpoints: Checkpoints, log: Log, evaluation: Callable[[Any, Any], tuple[Evaluation, ...]] | None
+    ):
+        """Takes where to save, the log, and what evaluates params and batch statistics on the validation split."""
+        self.checkpoints = checkpoints
+        self.seconds = 0.0  # of the phase, at the last save
+        self._log, self._evaluation = log, evaluation
+        self._saved: int | None = None
+
+    def hook(self, every: int, last: int) -> After:
+        """Returns the hook, to be called after every step; it saves every so many of them, and the last."""
+
+        def after(number, state, metrics):
+            del metrics
+            if number % every == 0 or number == last:
+                self.save(number, state)
+
+        return after
+
+    def stop_hook(self, stop: StopRequest, where: str) -> After:
+        """Returns the hook, to be called after every step, that saves and raises `Stopped` if that was asked for.
+
+        Args:
+            stop: the request; of several processes all ask after the same steps.
+            where: words with {number}, the step's.
+        """
+
+        def after(number, state, metrics):
+            del metrics
+            if stop.is_due():
+                if self._saved != number:
+                    self.save(number, state)
+                self.checkpoints.wait()
+                stop.check(where.format(number=number))
+
+        return after
+
+    def save(self, number: int, state: TrainState) -> None:
+        """Saves the state after step `number`, if it is sound.
+
+        Raises:
+            UserError: if the loss was not finite, or the checkpoint cannot be written.
+        """
+        self._log.flush()
+        with self._log.clock.pause():
+            self._log.check_finite(values_of(state.first_bad_step))
+            self.seconds = self._log.clock.seconds
+            score: float | None = None
+            facts: dict[str, Any] = {'next_batch': number, 'seconds': self.seconds}
+            if self._evaluation is not None:
+                top1 = [one.top1 for one in self._evaluation(state.params, state.batch_stats)]
+                score = sum(top1) / len(top1)
+                facts['validation_top1'] = top1
+                self._log.recorder.record(number, {'validation_top1': score})
+            self.checkpoints.save(number, state, facts, score)
+        self._saved = number
+
+
+def make_finite_check(phase: str, checkpoints: Checkpoints) -> Callable[[list[float]], None]:
+    """Returns a check of the replicas' first bad steps, -1 for none, that raises UserError if there is one."""
+
+    def check(first_bad_steps):
+        bad = [int(step) for step in first_bad_steps if step >= 0]
+        if not bad:
+            return
+        checkpoints.wait()
+        raise UserError(
+            f'The loss became NaN or infinite in step {min(bad) + 1} of phase {phase}. The last good '
+            f'checkpoint is that of step {checkpoints.latest_step} in {checkpoints.directory}. Lower the '
+            "learning rates (optimizer.learning_rate, optimizer.quantizers.learning_rate; the partner's: "
+            'partner.optimizer.learning_rate) or clip the gradient (optimizer.clip_norm), in another --workdir.'
+        )
+
+    return check
+
+
+def strengths_hook(
+    measure: Callable[[TrainState, Any, jax.Array], Any],
+    batches: Callable[[int], Iterator[Any]],
+    log: Log,
+) -> Before:
+    """Returns a hook that measures the strengths of estimators anew; a function of state and batches alone.
+
+    Args:
+        measure: `measure(state, batch, number)` gives the strengths of one batch.
+        batches: `batches(done)` reads those of one measurement, after so many steps.
+        log: where their mean is recorded, and the clock.
+    """
+
+    def before(done, state):
+        if done == 0:  # strengths are 0 before the first measurement, as in the paper
+            return state
+        with log.clock.pause():
+            of_batches = [measure(state, batch, jnp.int32(number)) for number, batch in enumerate(batches(done))]
+            strengths = jax.tree.map(lambda *values: sum(values[1:], values[0]) / len(values), *of_batches)
+            values = [value for leaf in jax.tree.leaves(jax.device_get(strengths)) for value in values_of(leaf)]
+            log.recorder.record(done, {'mean_delta': sum(values) / len(values)})
+        return dataclasses.replace(state, strengths=strengths)
+
+    return before
+
+
+def diagnosis_hook(diagnose: Callable[[TrainState], Any], clock: Clock) -> After:
+    """Returns a hook that diagnoses the state."""
+
+    def after(number, state, metrics):
+        del number, metrics
+        with clock.pause():
+            diagnose(state)
+
+    return after

@@ -1,0 +1,48 @@
+"""What a phase of training is, and the shapes of what it trains."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from bqat_jax.distributed.replicas import Replicas
+from bqat_jax.experiment.streams import Stream
+from bqat_jax.replacement.paths import Variables
+from bqat_jax.training.optimizer import OptimizerSpec, make_optimizer
+from bqat_jax.training.spec import TrainSpec
+from bqat_jax.training.state import init_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """One phase of a run.
+
+    Attributes:
+        name: 'pretrain' or 'train'.
+        stream: of its random numbers.
+        spec: what is trained.
+        optimizer: of the phase.
+        partner: the frozen partner's variables, or None.
+        shapes: shapes and dtypes of the variables of one network and its quantizers.
+        directory: of its checkpoints.
+        replicas: how many networks are trained side by side.
+    """
+
+    name: str
+    stream: Stream
+    spec: TrainSpec
+    optimizer: OptimizerSpec
+    partner: Any
+    shapes: Variables
+    directory: Path
+    replicas: Replicas
+
+    @property
+    def state_shapes(self) -> Any:
+        """Shapes, dtypes and shardings of the state."""
+        optimizer, _ = make_optimizer(self.optimizer, self.spec.steps)
+        shapes = jax.eval_shape(
+            lambda variables: init_state(self.spec, jax.random.key(0), variables, optimizer), self.shapes
+        )
+        return self.replicas.stacked_shapes(shapes)

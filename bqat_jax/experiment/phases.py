@@ -1,0 +1,163 @@
+"""Runs a phase: from its newest checkpoint, or from the beginning, to its end."""
+
+import contextlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from bqat_jax.distributed.preemption import StopRequest
+from bqat_jax.distributed.sharding import leaves_with_paths
+from bqat_jax.experiment.checkpoints import Checkpoints, Restored
+from bqat_jax.experiment.diagnosing import diagnose_phase
+from bqat_jax.experiment.experiment import Experiment
+from bqat_jax.experiment.hooks import Clock, Log, Save, diagnosis_hook, make_finite_check, strengths_hook
+from bqat_jax.experiment.loop import Hooks, run_steps
+from bqat_jax.experiment.metrics import open_recorder
+from bqat_jax.experiment.phase import Phase
+from bqat_jax.experiment.profiling import FOLDER, Trace
+from bqat_jax.experiment.reading import Data, make_evaluation, training_batches
+from bqat_jax.experiment.streams import random_key
+from bqat_jax.replacement.paths import Variables
+from bqat_jax.storage import write_once
+from bqat_jax.training.optimizer import make_optimizer
+from bqat_jax.training.state import TrainState, init_state
+from bqat_jax.training.step import make_train_step
+from bqat_jax.training.strengths import make_measurement
+
+
+def run_phase(
+    experiment: Experiment, phase: Phase, data: Data, init: Callable[[int], Variables], stop: StopRequest
+) -> Restored:
+    """Trains from the newest checkpoint of the phase, or from the beginning, to its end.
+
+    Args:
+        experiment: what is run.
+        phase: of it.
+        data: what is trained on.
+        init: gives the variables that a replica begins with.
+        stop: asked after every step.
+
+    Returns:
+        The selected checkpoint: the best on the validation split, or the last if there is none. Its facts hold
+        'seconds', the time that training took up to the end of the phase.
+
+    Raises:
+        UserError: if the loss is not finite, or a checkpoint cannot be written.
+        Stopped: after a request to stop, when a checkpoint is saved.
+    """
+    target = phase.state_shapes
+    _report_sharding(experiment, phase, target)
+    with open_checkpoints(experiment, phase.directory) as checkpoints:
+        restored = checkpoints.restore_latest(target)
+        if restored is None:
+            state, start, seconds = initial_state(experiment, phase, init), 0, 0.0
+        else:
+            state, start, seconds = restored.state, restored.facts['next_batch'], restored.facts['seconds']
+            experiment.console.print(f'Phase {phase.name} goes on after step {start} of {phase.spec.steps}.')
+        if restored is None or start < phase.spec.steps:
+            seconds = _train(experiment, phase, data, (state, start, seconds), checkpoints, stop)
+        selected = checkpoints.restore_best(target)
+        assert selected is not None  # the end of the phase was saved
+        return selected._replace(facts={**selected.facts, 'seconds': seconds})
+
+
+def open_checkpoints(experiment: Experiment, directory: Path, *, read_only: bool = False) -> Checkpoints:
+    """Opens the checkpoints of a phase as the experiment keeps them."""
+    has_scores = len(experiment.data.images.validation) > 0
+    return Checkpoints(directory, keep=experiment.kept_checkpoints, has_scores=has_scores, read_only=read_only)
+
+
+def initial_state(experiment: Experiment, phase: Phase, init: Callable[[int], Variables]) -> TrainState:
+    """Returns the state of all replicas before the first step; `init` as in `run_phase`."""
+    optimizer, _ = make_optimizer(phase.optimizer, phase.spec.steps)
+
+    def make(variables, key):
+        # Copies: the step donates the state, and the partner may keep its arrays.
+        return init_state(phase.spec, key, jax.tree.map(jnp.copy, variables), optimizer)
+
+    replicas, axes = phase.replicas, (0, 0)
+    arguments = [(init(number), random_key(experiment.seeds[number], phase.stream)) for number in range(replicas.count)]
+    return replicas.jit(replicas.over(make, axes), axes)(*replicas.stack(arguments))
+
+
+def _train(
+    experiment: Experiment,
+    phase: Phase,
+    data: Data,
+    position: tuple[TrainState, int, float],
+    checkpoints: Checkpoints,
+    stop: StopRequest,
+) -> float:
+    """Makes the steps that are left, from (state, steps done, seconds spent); returns the seconds of the phase."""
+    (state, start, seconds), steps = position, phase.spec.steps
+    optimizer, learning_rate = make_optimizer(phase.optimizer, steps)
+    train_step = make_train_step(phase.spec, optimizer, learning_rate, phase.replicas)
+    clock = Clock(seconds, experiment.data.batch_size * phase.replicas.count)
+    evaluation = None
+    if data.validation is not None:
+        evaluation = make_evaluation(experiment, phase.spec, phase.replicas, data.validation)
+    with contextlib.ExitStack() as stack:
+        recorder = stack.enter_context(open_recorder(experiment.workdir, phase.name, start, steps, experiment.console))
+        log = Log(recorder, clock, make_finite_check(phase.name, checkpoints))
+        save = Save(checkpoints, log, evaluation)
+        if start == 0 and checkpoints.latest_step is None:
+            save.save(0, state)
+        before, after = [], []
+        intervals, quantization = experiment.intervals, phase.spec.replacement.quantization
+        if any(quantizer.estimator.needs_strength for _, _, quantizer in quantization.quantizers()):
+            before.append((intervals.measure, _measure_strengths(experiment, phase, data, log)))
+        if quantization.layers and intervals.diagnose:
+            hook = diagnosis_hook(lambda state: diagnose_phase(experiment, phase, data.train, state), clock)
+            after.append((intervals.diagnose, hook))
+        after.append((1, log.hook(intervals.log, steps)))
+        after.append((1, save.hook(intervals.save, steps)))
+        where = f'after step {{number}} of {steps} of phase {phase.name}; a checkpoint is saved'
+        after.append((1, save.stop_hook(stop, where)))
+        if intervals.traced is not None:
+            trace = stack.enter_context(Trace(experiment.workdir / FOLDER / phase.name, *intervals.traced))
+            before.append((1, trace.start))
+            after.insert(0, (1, trace.stop))
+        batches = training_batches(experiment, data.train, phase.stream, phase.replicas, start, steps)
+
+        def step(state, batch):
+            return train_step(state, phase.partner, data.train.arrays, batch)
+
+        run_steps(step, state, batches, start, Hooks(before, after))
+        checkpoints.wait()
+    return save.seconds
+
+
+def _measure_strengths(experiment: Experiment, phase: Phase, data: Data, log: Log):
+    """The hook that measures the strengths of estimators."""
+    measure = make_measurement(phase.spec, experiment.trace, phase.replicas)
+
+    def batches(done):
+        stop = done + experiment.trace.batches
+        return training_batches(experiment, data.train, phase.stream, phase.replicas, done, stop)
+
+    return strengths_hook(
+        lambda state, batch, number: measure(state, phase.partner, data.train.arrays, batch, number), batches, log
+    )
+
+
+def _report_sharding(experiment: Experiment, phase: Phase, target: TrainState) -> None:
+    """Says which arrays are sharded, and by which rule, in `sharding_<phase>.json`."""
+    placement = phase.replicas.placement
+    if not placement.shards:
+        return
+    sharded = placement.describe(target)
+    write_once(experiment.workdir / f'sharding_{phase.name}.json', sharded)
+    leaves = jax.tree.leaves(target)
+    whole = sum(x.dtype.itemsize * x.size for x in leaves)
+    own = sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in leaves)
+    experiment.console.print(
+        f'Phase {phase.name}: {len(sharded)} of {len(leaves)} arrays are sharded '
+        f'(mesh.fsdp={placement.parts}); of {whole / 2**20:.1f} MiB each device keeps {own / 2**20:.1f}.'
+    )
+    paths = [path for path, _ in leaves_with_paths(target)]
+    for rule in placement.rules:
+        if not any(rule.matches(path) for path in paths):
+            experiment.console.print(f'No array of this phase is matched by the rule {rule.path!r} of mesh.rules.')

@@ -1,0 +1,105 @@
+"""Splits of a dataset on their way to the devices."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+
+from bqat_jax.data.pipeline import Share, Split, read_whole
+from bqat_jax.data.sources import Subset
+from bqat_jax.distributed.processes import put_batch
+from bqat_jax.distributed.replicas import Replicas
+from bqat_jax.distributed.sharding import over_batch, replicated
+from bqat_jax.experiment.experiment import Experiment
+from bqat_jax.experiment.streams import Stream, data_seed
+from bqat_jax.training.evaluation import Evaluation, evaluate
+from bqat_jax.training.spec import TrainSpec
+from bqat_jax.training.step import make_evaluation_step
+
+
+class Data(NamedTuple):
+    """What a network is trained on.
+
+    Attributes:
+        train: the training split.
+        validation: held out of it, for choices; None if nothing is.
+    """
+
+    train: Split
+    validation: Split | None
+
+
+def load_data(experiment: Experiment) -> Data:
+    """Returns the training split and what is held out of it; reads them onto the device if they are to live there."""
+    images = experiment.data.images
+    train = load_split(experiment, images.train)
+    return Data(train, load_split(experiment, images.validation) if len(images.validation) else None)
+
+
+def load_split(experiment: Experiment, subset: Subset) -> Split:
+    """Returns a split; reads it onto the device if it is to live there."""
+    data, arrays = experiment.data, None
+    if data.on_device:
+        experiment.console.print(f'Reading {len(subset)} images onto the device.')
+        arrays = jax.device_put(read_whole(subset), replicated(experiment.placement.mesh))
+    share = Share(jax.process_index(), jax.process_count())
+    return Split(subset, arrays, data.workers, data.images.crop, share, data.skips_damaged)
+
+
+def training_batches(
+    experiment: Experiment, split: Split, stream: Stream, replicas: Replicas, start: int, stop: int
+) -> Iterator[Any]:
+    """Yields the training batches number `start` to `stop - 1` of a stream, on the devices, augmented in the step.
+
+    Args:
+        experiment: its seeds, one for each replica, and its batch size.
+        split: what is read.
+        stream: whose order of examples it is.
+        replicas: how many read side by side.
+        start: number of the first batch, counted from the beginning of training.
+        stop: number after the last.
+    """
+    batch_size = experiment.data.batch_size
+    readings = [
+        split.training_batches(data_seed(seed, stream), batch_size, start, stop)
+        for seed in experiment.seeds[: replicas.count]
+    ]
+    return replicas.batches(readings)
+
+
+def plain_batches(
+    experiment: Experiment, split: Split, seed: int, stream: Stream, count: int
+) -> Iterator[dict[str, jax.Array]]:
+    """Yields `count` batches of a stream on the devices, without random crops, for measurements."""
+    batches = split.training_batches(data_seed(seed, stream), experiment.data.batch_size, 0, count, random_crops=False)
+    return (put_batch(batch, over_batch(experiment.placement.mesh)) for batch in batches)
+
+
+def make_evaluation(
+    experiment: Experiment,
+    spec: TrainSpec,
+    replicas: Replicas,
+    split: Split,
+    before_each: Callable[[], None] = lambda: None,
+) -> Callable[[Any, Any], tuple[Evaluation, ...]]:
+    """Returns `evaluation(params, batch_stats)`, which evaluates every replica on a split.
+
+    Args:
+        experiment: its devices and its batch size.
+        spec: of the networks.
+        replicas: how many there are.
+        split: not empty.
+        before_each: called before every batch; what it raises ends the evaluation.
+    """
+    step, devices = make_evaluation_step(spec, replicas), experiment.placement.mesh.devices.size
+    batch_size = -(-experiment.data.batch_size // devices) * devices  # of training, up to a multiple of the devices
+
+    def batches():
+        for batch in split.evaluation_batches(batch_size):
+            before_each()
+            yield put_batch(batch, replicas.evaluation_sharding)
+
+    def evaluation(params, batch_stats):
+        return evaluate(lambda batch: step(params, batch_stats, split.arrays, batch), batches())
+
+    return evaluation

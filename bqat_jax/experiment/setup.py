@@ -1,0 +1,259 @@
+"""From a config to an `Experiment`; a config that cannot work is rejected before anything is computed.
+
+This is the one place where the program reads a config.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import rich.console
+
+from bqat_jax.analysis.measurement import DiagnosisSettings
+from bqat_jax.data.preprocessing import Augmentation
+from bqat_jax.data.sources import ImageData, load_images
+from bqat_jax.distributed.replicas import Replicas
+from bqat_jax.distributed.sharding import Placement, make_mesh, parse_rules
+from bqat_jax.errors import UserError
+from bqat_jax.experiment.configuration import Config, check_ranges, duration, to_plain
+from bqat_jax.experiment.experiment import DataSpec, Experiment, Intervals, PartnerSource, PhaseSpec
+from bqat_jax.networks import make_network
+from bqat_jax.networks.convolution import conv_general_dilated
+from bqat_jax.registry import load_plugins
+from bqat_jax.replacement.network_layers import find_network_layers
+from bqat_jax.replacement.objective import WEIGHTS, Objective
+from bqat_jax.replacement.plans import Plan, parse_path_weights
+from bqat_jax.replacement.schedules import get_schedule
+from bqat_jax.training.optimizer import OptimizerSpec, Rates
+from bqat_jax.training.regularizers import Regularizers
+from bqat_jax.training.strengths import TraceSettings
+from bqat_jax.transform import Layers
+from bqat_jax.transform.rules import NO_QUANTIZER, LayerSettings, assign_quantizers
+
+FULL_PRECISION_BITS = 32
+
+
+def make_experiment(
+    config: Config,
+    workdir: Path,
+    console: rich.console.Console,
+    *,
+    images: ImageData | None = None,
+    devices: Sequence[Any] | None = None,
+) -> Experiment:
+    """Returns what a config describes.
+
+    Args:
+        config: what the command line left of a recipe.
+        workdir: where everything goes that the run leaves.
+        console: where progress is shown.
+        images: the dataset; that which the config names if None.
+        devices: those of the mesh; JAX's if None.
+
+    Raises:
+        UserError: naming the key, its value and what it may be.
+    """
+    check_ranges(config)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
+    _check_batch(config, mesh.devices.size)
+    plugins = load_plugins(config.plugins)  # a plugin may bring the dataset
+    images = images or _open_images(config)
+    data = _make_data_spec(config, images)
+    epoch = len(images.train) / config.train.batch_size  # steps
+    try:
+        placement = Placement(mesh, parse_rules(config.mesh.rules), config.mesh.min_shard_elements)
+        network = make_network(
+            config.network.name,
+            images.num_classes,
+            config.replacement.cut,
+            {key: value for key, value in config.network.items() if key != 'name'},
+            conv_general_dilated if mesh.devices.size == 1 else None,
+        )
+        shapes: Any = jax.eval_shape(lambda: network.init(jax.random.key(0), images.image_shape))
+        layers = find_network_layers(network, shapes, images.image_shape)
+        quantizers = assign_quantizers(
+            tuple(layers.quantizable), config.quant.weights, config.quant.activations, config.quant.rules
+        )
+        regularizers = Regularizers(**config.quant.oscillations)
+        _check_regularizers(regularizers, layers, quantizers)
+        plan = _make_plan(config.replacement, len(network.blocks))
+        objective = _make_objective(config.replacement)
+        objective.check_trains_network(plan.num_paths)
+        return Experiment(
+            config=to_plain(config),
+            method=_describe_method(config),
+            workdir=workdir,
+            console=console,
+            plugins=plugins,
+            seeds=range(config.seed, config.seed + config.train.replicas),
+            placement=placement,
+            data=data,
+            network=network,
+            shapes=Replicas(1, placement).stacked_shapes(shapes),
+            layers=layers,
+            quantizers=quantizers,
+            plan=plan,
+            objective=objective,
+            regularizers=regularizers,
+            draw_seed=config.replacement.seed,
+            microbatches=config.train.microbatches,
+            batch_norm_groups=config.train.batch_norm_groups,
+            calibration_batches=config.quant.calibration_batches,
+            reestimation_batches=config.quant.reestimation_batches,
+            partner=PhaseSpec(duration(config.partner, '', epoch), _make_optimizer(config.partner.optimizer, epoch)),
+            partner_source=_make_partner_source(config),
+            training=PhaseSpec(duration(config.train, '', epoch), _make_optimizer(config.optimizer, epoch)),
+            intervals=_make_intervals(config, epoch),
+            kept_checkpoints=config.checkpoint.keep,
+            trace=TraceSettings(
+                config.quant.trace.batches, config.quant.trace.iterations, config.quant.trace.tolerance
+            ),
+            diagnosis=DiagnosisSettings(
+                config.diagnosis.batches, config.diagnosis.samples, config.diagnosis.oscillation_steps
+            ),
+        )
+    except ValueError as error:  # what the library's parts say of a value holds for the key that gave it
+        raise UserError(str(error)) from error
+
+
+def _check_batch(config: Config, devices: int) -> None:
+    """Checks that batches and replicas can be shared by so many devices."""
+    train = config.train
+    if train.batch_size % (devices * train.microbatches):
+        parts = f' in train.microbatches={train.microbatches} parts' if train.microbatches > 1 else ''
+        raise UserError(
+            f'train.batch_size={train.batch_size} cannot be split over {devices} devices{parts}; '
+            'take a multiple, or fewer devices (mesh.data).'
+        )
+    if train.batch_size // train.microbatches % train.batch_norm_groups:
+        raise UserError(
+            f'train.batch_norm_groups={train.batch_norm_groups} does not divide the '
+            f'{train.batch_size // train.microbatches} images that are run at once.'
+        )
+    if train.replicas == 1:
+        return
+    if train.replicas % devices:
+        raise UserError(
+            f'train.replicas={train.replicas} cannot be spread over {devices} devices; take a '
+            'multiple, or fewer devices (mesh.data).'
+        )
+    if config.mesh.fsdp > 1 or jax.process_count() > 1:
+        raise UserError(
+            f'train.replicas={train.replicas} needs each seed whole on one device of one process; '
+            'mesh.fsdp must be 1 and distributed off. Train the seeds one after another instead.'
+        )
+
+
+def _open_images(config: Config) -> ImageData:
+    data = config.data
+    if data.on_device and data.skip_damaged:
+        raise UserError(
+            'data.skip_damaged=True, data.on_device=True: the whole of a dataset is read onto the device; give '
+            '--config.data.on_device=false.'
+        )
+    if data.on_device and data.image_size is not None:
+        raise UserError(
+            f'data.image_size={data.image_size}, data.on_device=True: squares are cut out on the way to the '
+            'device; give --config.data.on_device=false.'
+        )
+    return load_images(
+        data.name, data.dir, data.validation_fraction, data.image_size, data.test_split, data.train_examples
+    )
+
+
+def _make_data_spec(config: Config, images: ImageData) -> DataSpec:
+    data, channels = config.data, images.image_shape[-1]
+    if len(data.mean) != channels or len(data.std) != channels or min(data.std) <= 0:
+        raise UserError(
+            f'data.mean={data.mean}, data.std={data.std}: the images have {channels} channels; give one '
+            'number for each, those of std positive.'
+        )
+    return DataSpec(
+        images=images,
+        batch_size=config.train.batch_size,
+        on_device=data.on_device,
+        workers=data.workers,
+        skips_damaged=data.skip_damaged,
+        mean=tuple(data.mean),
+        std=tuple(data.std),
+        augmentation=Augmentation(data.crop_padding, data.flip, data.color_jitter),
+    )
+
+
+def _check_regularizers(regularizers: Regularizers, layers: Layers, quantizers: dict[str, LayerSettings]) -> None:
+    for path, settings in quantizers.items():
+        if settings.weights is not None:
+            quantizer = settings.weights.make(of_weights=True, signed=True)
+            regularizers.check(path, quantizer, layers.quantizable[path])
+
+
+def _make_plan(config: Config, num_blocks: int) -> Plan:
+    return Plan(
+        config.plan,
+        num_blocks,
+        parse_path_weights(config.weights),
+        config.paths,
+        config.include_last,
+        get_schedule(config.probability),
+        get_schedule(config.weights_schedule),
+    )
+
+
+def _make_objective(config: Config) -> Objective:
+    return Objective(
+        **{name: config[name] for name in (*WEIGHTS, 'temperature')},
+        distillation_schedule=get_schedule(config.distillation_schedule),
+    )
+
+
+def _make_optimizer(config: Config, epoch: float) -> OptimizerSpec:
+    own = config.get('quantizers')
+    return OptimizerSpec(
+        name=config.name,
+        learning_rate=config.learning_rate,
+        momentum=config.momentum,
+        beta2=config.beta2,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+        warmup_steps=duration(config, 'warmup_', epoch),
+        clip_norm=config.clip_norm,
+        quantizers=None if own is None else Rates(own.learning_rate, own.weight_decay),
+    )
+
+
+def _make_partner_source(config: Config) -> PartnerSource:
+    partner = config.partner
+    if partner.workdir and partner.torch_file:
+        raise UserError('partner.workdir and partner.torch_file are both given: a run has one partner; give one.')
+    return PartnerSource(config.network.name, partner.torch_file or None, partner.workdir or None)
+
+
+def _make_intervals(config: Config, epoch: float) -> Intervals:
+    first, last = config.profile_steps
+    return Intervals(
+        log=config.train.log_every_steps,
+        save=max(1, duration(config.checkpoint, 'every_', epoch)),
+        measure=max(1, duration(config.quant.trace, 'every_', epoch)),
+        diagnose=config.diagnosis.every_steps or 0,
+        traced=(first, last) if config.profile else None,
+    )
+
+
+def _describe_method(config: Config) -> dict[str, Any]:
+    """What `result.json` says of the config."""
+
+    def bits(role):
+        return FULL_PRECISION_BITS if config.quant[role].name == NO_QUANTIZER else config.quant[role].bits
+
+    return {
+        'weight_bits': bits('weights'),
+        'activation_bits': bits('activations'),
+        'weight_quantizer': config.quant.weights.name,
+        'weight_estimator': config.quant.weights.estimator,
+        'activation_quantizer': config.quant.activations.name,
+        'activation_estimator': config.quant.activations.estimator,
+        'plan': config.replacement.plan,
+        'distillation': config.replacement.distillation,
+        'seed': config.seed,
+    }

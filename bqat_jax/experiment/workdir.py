@@ -1,0 +1,98 @@
+"""A run's workdir: held by one run at a time, known again by its config, and what is recorded in it at the start."""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import bqat_jax
+from bqat_jax.distributed.processes import agree, gather_bools, is_first, wait_for_all
+from bqat_jax.errors import UserError
+from bqat_jax.experiment.configuration import check_resumable, to_plain
+from bqat_jax.experiment.experiment import Experiment
+from bqat_jax.storage import locked, read_json, write_bytes, write_once
+
+PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'tensorflow-datasets', 'grain', 'numpy')
+CONFIG, ENVIRONMENT = 'config.json', 'environment.json'
+ROLL_CALL = '.processes'
+
+
+@contextlib.contextmanager
+def opened(workdir: Path) -> Iterator[None]:
+    """Makes a workdir and holds it; of several processes the first one holds it for all.
+
+    Raises:
+        UserError: if another run holds it, or a process does not see it.
+    """
+    if is_first():
+        workdir.mkdir(parents=True, exist_ok=True)
+    wait_for_all('workdir made')
+    _check_is_shared(workdir)
+    with locked(workdir) if is_first() else contextlib.nullcontext():
+        yield
+
+
+def check_config(experiment: Experiment) -> None:
+    """Checks that the workdir, if it is of a run already, is of one with this config.
+
+    Raises:
+        UserError: if a key differs that the result depends on; all such keys are named.
+    """
+    path = experiment.workdir / CONFIG
+    if agree(path.exists()):
+        check_resumable(read_json(path), experiment.config, experiment.workdir)
+
+
+def check_is_run(workdir: Path) -> None:
+    """Raises UserError if no run was ever begun in a workdir."""
+    if not (workdir / CONFIG).is_file():
+        raise UserError(f'{workdir} holds no run (no {CONFIG} in it): train first (--mode=train).')
+
+
+def write_record(experiment: Experiment, name: str, overrides: Mapping[str, Any] | None) -> None:
+    """Writes what is run, and with what: `config.json` and `environment.json`.
+
+    Args:
+        experiment: what is run.
+        name: of the config.
+        overrides: what the command line changed.
+    """
+    write_once(experiment.workdir / CONFIG, experiment.config)
+    environment = {
+        'config': name,
+        'overrides': to_plain(overrides or {}),
+        'versions': {
+            'bqat_jax': bqat_jax.__version__,
+            **{package: importlib.metadata.version(package) for package in PACKAGES},
+        },
+        'python': sys.version.split()[0],
+        'plugins': {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in experiment.plugins},
+        'platform': platform.platform(),
+        'devices': [device.device_kind for device in experiment.placement.mesh.devices.flat],
+    }
+    write_once(experiment.workdir / ENVIRONMENT, environment)
+
+
+def _check_is_shared(workdir: Path) -> None:
+    """Raises UserError if a process does not see what the first one writes into the workdir."""
+    if jax.process_count() == 1:
+        return
+    path = workdir / ROLL_CALL
+    if is_first():
+        write_bytes(path, b'')
+    wait_for_all('roll call')
+    seen = gather_bools(path.exists())
+    wait_for_all('roll called')
+    if is_first():
+        path.unlink()
+    if not all(seen):
+        raise UserError(
+            f'--workdir={workdir}: {seen.count(False)} of {len(seen)} processes do not see what the first '
+            'one writes there. It must be a folder on a file system that all of them share.'
+        )

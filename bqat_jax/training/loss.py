@@ -1,0 +1,54 @@
+"""The loss: training, diagnosis, the measurement of strengths and re-estimation all call `total_loss`."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from bqat_jax.networks.batch_norm import batch_norm_in_groups
+from bqat_jax.quantizers.rounding import Context
+from bqat_jax.replacement.block_replacement import Batch
+from bqat_jax.replacement.objective import Objective
+from bqat_jax.replacement.paths import Variables
+from bqat_jax.replacement.plans import Plan
+from bqat_jax.training.spec import NO_REGULARIZERS, TrainSpec
+
+
+def total_loss(
+    spec: TrainSpec,
+    variables: Variables,
+    partner: Any,
+    batch: Batch,
+    context: Context,
+    draw: tuple[jax.Array, jax.Array] | None = None,
+) -> tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]:
+    """Returns the loss of block replacement with what the regularizers add to it.
+
+    Args:
+        spec: what is trained.
+        variables: of the network and its quantizers.
+        partner: the FP partner's variables; None if neither plan nor objective reads them.
+        batch: prepared inputs and labels.
+        context: progress, random key and strengths; see `BlockReplacement.loss`.
+        draw: mask and weights of the MP models; drawn from the context's key if None.
+
+    Returns:
+        The loss, a scalar, and (new batch statistics, metrics).
+    """
+    with batch_norm_in_groups(spec.batch_norm_groups):
+        loss, (batch_stats, metrics) = spec.replacement.loss(variables, partner, batch, context, draw)
+    if spec.regularizers.dampens:
+        dampening = spec.regularizers.loss(spec.replacement.quantization, variables, context.progress)
+        metrics['loss/dampening'] = dampening
+        loss = metrics['loss'] = loss + dampening
+    return loss, (batch_stats, metrics)
+
+
+def task_loss_alone(spec: TrainSpec) -> TrainSpec:
+    """Returns the same training with the labels' cross entropy of the LP network as its only loss.
+
+    Neither the partner nor a plan's draw is read.
+    """
+    plan = Plan('none', spec.replacement.plan.num_blocks)
+    replacement = dataclasses.replace(spec.replacement, plan=plan, objective=Objective(distillation=0.0))
+    return dataclasses.replace(spec, replacement=replacement, regularizers=NO_REGULARIZERS)

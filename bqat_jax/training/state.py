@@ -1,0 +1,68 @@
+"""The state of training: everything that a training step changes."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from bqat_jax.replacement.paths import Variables
+from bqat_jax.training.spec import NETWORK, QUANTIZERS, TrainSpec
+
+
+@struct.dataclass
+class TrainState:
+    """Everything a training step changes.
+
+    Attributes:
+        step: int32, steps done.
+        key: random key of the phase; step t uses `fold_in(key, t)`.
+        params: {'network': the network's parameters, 'quantizers': the quantizers'}.
+        batch_stats: the network's batch statistics.
+        opt_state: the optimizer's.
+        strengths: {layer path: {role: strength}} for quantizers whose estimator measures one; see `strengths`.
+        trackers: {layer path: tracker} of weights that may be frozen; see `regularizers`.
+        first_bad_step: int32, the first step whose loss was not finite; -1 for none. Kept on the device, so that the
+            loop need not wait for every loss and can still name the step.
+    """
+
+    step: jax.Array
+    key: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+    strengths: Any
+    trackers: Any
+    first_bad_step: jax.Array
+
+    @property
+    def variables(self) -> Variables:
+        """The arrays of the network and its quantizers."""
+        return variables_of(self.params, self.batch_stats)
+
+
+def variables_of(params: Any, batch_stats: Any) -> Variables:
+    """Returns {'network': ..., 'quantizers': ...} and batch statistics as variables."""
+    return Variables(params[NETWORK], params[QUANTIZERS], batch_stats)
+
+
+def init_state(
+    spec: TrainSpec, key: jax.Array, variables: Variables, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """Returns the state before the first step, which starts from the given variables."""
+    strengths: dict[str, dict[str, jax.Array]] = {}
+    for path, role, quantizer in spec.replacement.quantization.quantizers():
+        if quantizer.estimator.needs_strength:
+            strengths.setdefault(path, {})[role] = jnp.float32(0)
+    params = {NETWORK: variables.params, QUANTIZERS: variables.quantizers}
+    return TrainState(
+        step=jnp.int32(0),
+        key=key,
+        params=params,
+        batch_stats=variables.batch_stats,
+        opt_state=optimizer.init(params),
+        strengths=strengths,
+        trackers=spec.regularizers.init_trackers(spec.replacement.quantization, variables),
+        first_bad_step=jnp.int32(-1),
+    )

@@ -1,0 +1,75 @@
+"""From a full-precision network to a quantized one with initial scales, in one call."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from bqat_jax.transform.calibration import calibrate, find_signed_inputs
+from bqat_jax.transform.layers import Layer, find_layers
+from bqat_jax.transform.quantization import Quantization, build_quantization
+from bqat_jax.transform.rules import LayerSettings, assign_quantizers
+
+
+class Prepared(NamedTuple):
+    """A network's quantizers.
+
+    Attributes:
+        quantization: the static half.
+        quantizers: their initial parameters, {layer path: {role: {name: array}}}.
+    """
+
+    quantization: Quantization
+    quantizers: dict[str, Any]
+
+
+def prepare(
+    run: Callable[[Any, Any], Any],
+    params: Any,
+    batches: Sequence[Any],
+    *,
+    weights: Mapping[str, Any],
+    activations: Mapping[str, Any],
+    rules: Sequence[Mapping[str, Any]] = (),
+) -> Prepared:
+    """Finds a network's layers, assigns quantizers to them, looks at the signs of their inputs, builds and calibrates.
+
+    Args:
+        run: `run(params, batch)` runs the full-precision network, as in training.
+        params: its 'params' collection.
+        batches: what to calibrate on, as the network takes it; at least one batch, with examples along the first axis.
+        weights: settings of the weights' quantizers, the fields of `QuantizerSettings`, such as {'name': 'lsq',
+            'bits': 2}.
+        activations: settings of the quantizers of the layers' inputs.
+        rules: which layers differ; see `bqat_jax.transform.rules`.
+
+    Raises:
+        ValueError: for settings or rules that do not exist or do not fit the network, without a batch, or if weights or
+            inputs are not finite.
+    """
+    if not batches:
+        raise ValueError('Calibration needs at least one batch.')
+    layers = find_layers(run, params, batches[0]).quantizable
+    return prepare_layers(run, params, batches, layers, assign_quantizers(tuple(layers), weights, activations, rules))
+
+
+def prepare_layers(
+    run: Callable[[Any, Any], Any],
+    params: Any,
+    batches: Sequence[Any],
+    layers: Mapping[str, Layer],
+    settings: Mapping[str, LayerSettings],
+) -> Prepared:
+    """The second half of `prepare`, for layers that were found and settings that were assigned before.
+
+    Args:
+        run: see `prepare`.
+        params: see `prepare`.
+        batches: see `prepare`.
+        layers: what `find_layers` found.
+        settings: what `assign_quantizers` said of them.
+
+    Raises:
+        ValueError: as `prepare`.
+    """
+    signed = find_signed_inputs(run, params, batches, layers, settings)
+    quantization = build_quantization(layers, settings, signed)
+    return Prepared(quantization, calibrate(quantization, params, run, batches))
