@@ -23,9 +23,11 @@ from pathlib import Path
 import jax
 import pytest
 
-from bqat_jax.networks import registry as registry_of_networks
-from bqat_jax.quantizers import QUANTIZERS
-from bqat_jax.quantizers.estimators import ESTIMATORS
+from bqat_jax.data.sources import DATASETS
+from bqat_jax.networks import NETWORKS
+from bqat_jax.quantizers import ESTIMATORS, QUANTIZERS
+from bqat_jax.replacement.plans import PLANS
+from bqat_jax.replacement.schedules import SCHEDULES
 
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
 jax.config.update('jax_numpy_rank_promotion', 'raise')
@@ -47,9 +49,8 @@ def shared_data() -> Path:
 @pytest.fixture
 def registries(monkeypatch):
     """What a test registers is forgotten after it."""
-    monkeypatch.setattr(registry_of_networks, 'NETWORKS', dict(registry_of_networks.NETWORKS))
-    for registry in (ESTIMATORS, QUANTIZERS):
-        monkeypatch.setattr(registry, '_classes', dict(registry._classes))
+    for registry in (DATASETS, ESTIMATORS, NETWORKS, PLANS, QUANTIZERS, SCHEDULES):
+        monkeypatch.setattr(registry, 'entries', dict(registry.entries))
 
 
 @pytest.fixture(scope='session')

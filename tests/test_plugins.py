@@ -3,8 +3,8 @@ import os
 import pytest
 
 from bqat_jax.errors import UserError
-from bqat_jax.plugins import load_plugins
-from bqat_jax.quantizers.estimators import ESTIMATORS, get_estimator
+from bqat_jax.quantizers import ESTIMATORS, get_estimator
+from bqat_jax.registry import load_plugins
 
 PLUGIN = """
 from bqat_jax.quantizers.estimators import register_estimator

@@ -11,22 +11,24 @@ from bqat_jax.analysis.measurement import (
     measure_quantizers,
 )
 from bqat_jax.analysis.measures import decibels, linear_cka, products, relative_error
-from bqat_jax.experiment.configuration import optimizer_config
-from bqat_jax.experiment.experiment import blocks_of_layers
-from bqat_jax.training.optimizer import make_optimizer
-from bqat_jax.training.step import init_state
+from bqat_jax.quantizers.rounding import Context
+from bqat_jax.replacement.block_replacement import Batch
+from bqat_jax.replacement.network_layers import blocks_of_layers
+from bqat_jax.replacement.paths import Variables
+from bqat_jax.training.optimizer import OptimizerSpec, make_optimizer
+from bqat_jax.training.state import init_state
 from tests.training.test_step import NETWORK, VARIABLES, in_full_precision, make_spec
 
 X, Y = (jax.random.normal(jax.random.key(i), (40, 4, 3)) for i in range(2))
 BLOCKS = blocks_of_layers(NETWORK, VARIABLES, (8, 8, 1))
 KEYS = jax.random.split(jax.random.key(2), 3)
-BATCHES = [(jax.random.normal(key, (32, 8, 8, 1)), jax.random.randint(key, (32,), 0, 10)) for key in KEYS]
+BATCHES = [Batch(jax.random.normal(key, (32, 8, 8, 1)), jax.random.randint(key, (32,), 0, 10)) for key in KEYS]
 
 
 def state_of(spec, quantizers):
-    optimizer, _ = make_optimizer(optimizer_config(), 5, 0)
-    params = {'network': VARIABLES['params'], 'quantizers': quantizers}
-    return init_state(spec, jax.random.key(0), params, VARIABLES['batch_stats'], optimizer)
+    optimizer, _ = make_optimizer(OptimizerSpec(), 5)
+    variables = Variables(VARIABLES['params'], quantizers, VARIABLES['batch_stats'])
+    return init_state(spec, jax.random.key(0), variables, optimizer)
 
 
 def test_vectors_are_compared_as_in_numpy():
@@ -67,13 +69,15 @@ def test_the_variance_over_batches_is_that_of_numpy():
     spec = in_full_precision(make_spec('none', distillation=0.0)[0])
     state = state_of(spec, {})
     found = measure_gradients(spec, state, VARIABLES, BATCHES, BLOCKS, samples=1)
-    loss = spec.replacement.loss
 
-    def gradient(images, labels):
-        key = jax.random.key(0)
-        return jax.grad(lambda p: loss(p, {}, state.batch_stats, None, images, labels, key)[0])(VARIABLES['params'])
+    def gradient(batch):
+        def loss(params):
+            variables = Variables(params, {}, state.batch_stats)
+            return spec.replacement.loss(variables, None, batch, Context(key=jax.random.key(0)))[0]
 
-    kernels = [np.asarray(jax.jit(gradient)(*batch)['stage2_block1']['conv1']['kernel']) for batch in BATCHES]
+        return jax.grad(loss)(VARIABLES['params'])
+
+    kernels = [np.asarray(jax.jit(gradient)(batch)['stage2_block1']['conv1']['kernel']) for batch in BATCHES]
     mean = np.mean(kernels, axis=0)
     expected = sum(np.sum((kernel - mean) ** 2) for kernel in kernels) / 2 / np.sum(mean**2)
     np.testing.assert_allclose(found['lp']['layers']['stage2_block1/conv1']['variance'], expected, rtol=1e-3)
@@ -126,17 +130,16 @@ def test_weights_that_go_back_are_counted_and_others_are_not():
     name, step = 'stage1_block1', quantizers['stage1_block1/conv1']['weights']['step_size']
     moves = [0.0, 1.0, 0.0, 0.0, 0.0]  # of the first ten weights, in steps; the next ten only go up
 
-    def move(state, partner, arrays, number):
+    def move(state, number):
         params = jax.tree.map(jnp.copy, state.params)
         kernel = jnp.zeros_like(params['network'][name]['conv1']['kernel']).reshape(-1)
         kernel = kernel.at[:10].set(moves[number] * step).at[10:20].set(min(number, 1) * step)
         shape = params['network'][name]['conv1']['kernel'].shape
         params['network'][name]['conv1']['kernel'] = kernel.reshape(shape)
-        return state.replace(params=params), {}
+        return state.replace(params=params)
 
     state = state_of(spec, quantizers)
-    state, _ = move(state, None, None, 0)
-    found = measure_oscillations(spec, move, state, VARIABLES, None, range(1, 5))
+    found = measure_oscillations(spec, move, move(state, 0), range(1, 5))
     size = VARIABLES['params'][name]['conv1']['kernel'].size
     assert found['stage1_block1/conv1'] == pytest.approx(10 / size)
     assert found['stage1_block1/conv2'] == 0

@@ -6,7 +6,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from bqat_jax.data.crops import AREA, RATIO, Crop, random_box
-from bqat_jax.data.pipeline import Damage, Split
+from bqat_jax.data.pipeline import Split
 from bqat_jax.data.sources import load_images
 from bqat_jax.errors import UserError
 
@@ -168,11 +168,10 @@ def test_a_damaged_record_is_named_or_skipped_and_counted(damaged, workers):
     images, path = damaged
     with pytest.raises(Exception, match=f'ecord 1 of {path} cannot be read: RuntimeError: Corrupted'):
         list(Split(images.train, None, workers, images.crop).evaluation_batches(8))
-    damage = Damage()
-    split = Split(images.train, None, workers, images.crop, damage=damage)
+    split = Split(images.train, None, workers, images.crop, skips_damaged=True)
     batches = list(split.evaluation_batches(8))
     assert sum(int(np.asarray(batch['mask']).sum()) for batch in batches) == 29
-    assert damage.examples == {f'record 1 of {path}'}
+    assert split.damaged == {f'record 1 of {path}'}
     for batch in split.training_batches(0, 10, 0, 3):  # an epoch
         assert batch['image'].shape == (10, 16, 16, 3) and np.asarray(batch['mask']).all() and 'damaged' not in batch
 
@@ -184,7 +183,7 @@ def test_a_file_that_is_cut_short_is_named(damaged):
     with pytest.raises(UserError, match=f'of {path} cannot be read'):
         list(Split(images.train, None, 0, images.crop).evaluation_batches(8))
     with pytest.raises(UserError, match='10 examples one after another cannot be read'):
-        list(Split(images.train, None, 0, images.crop, damage=Damage()).evaluation_batches(8))
+        list(Split(images.train, None, 0, images.crop, skips_damaged=True).evaluation_batches(8))
 
 
 def test_many_sizes_need_a_size_and_splits_a_name(photos):

@@ -2,7 +2,8 @@ import jax
 import numpy as np
 import pytest
 
-from bqat_jax.data.pipeline import Share, Split, get_examples, read_whole
+from bqat_jax.data.pipeline import Share, Split, read_whole
+from bqat_jax.data.preprocessing import get_examples
 from bqat_jax.data.sources import load_images
 from bqat_jax.errors import UserError
 

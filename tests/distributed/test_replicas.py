@@ -6,9 +6,10 @@ import pytest
 
 from bqat_jax.distributed.replicas import Replicas
 from bqat_jax.distributed.sharding import Placement, make_mesh, replicated
-from bqat_jax.experiment.configuration import optimizer_config
-from bqat_jax.training.optimizer import make_optimizer
-from bqat_jax.training.step import init_state, make_train_step
+from bqat_jax.replacement.paths import Variables
+from bqat_jax.training.optimizer import OptimizerSpec, Rates, make_optimizer
+from bqat_jax.training.state import init_state
+from bqat_jax.training.step import make_train_step
 from tests.training.test_step import ARRAYS, VARIABLES, in_full_precision, make_spec
 
 STEPS = 20
@@ -17,23 +18,21 @@ STEPS = 20
 def run_seeds(spec, quantizers, seeds, devices, program=None):
     """Trains seeds in one program; returns the losses, (steps, seeds), and the last state."""
     replicas = Replicas(len(seeds), Placement(make_mesh(devices)))
-    config = optimizer_config()
-    config.learning_rate = config.quantizers.learning_rate = 0.01
-    optimizer, learning_rate = make_optimizer(config, STEPS, 0)
+    optimizer, learning_rate = make_optimizer(OptimizerSpec(learning_rate=0.01, quantizers=Rates(0.01)), STEPS)
 
-    def make(params, batch_stats, key):
-        return init_state(spec, key, params, batch_stats, optimizer)
+    def make(variables, key):
+        return init_state(spec, key, variables, optimizer)
 
     def begin(seed):
         # Quantizers of their own, keys of their own.
         own = jax.tree.map(lambda x: x * (1 + 0.01 * seed), quantizers)
-        return {'network': VARIABLES['params'], 'quantizers': own}, VARIABLES['batch_stats'], jax.random.key(seed)
+        return Variables(VARIABLES['params'], own, VARIABLES['batch_stats']), jax.random.key(seed)
 
     def read(seed):
         rng = np.random.default_rng(seed)
         return iter([{'index': rng.integers(0, 256, 32).astype(np.int32)} for _ in range(STEPS)])
 
-    axes = (0, 0, 0)
+    axes = (0, 0)
     state = replicas.jit(replicas.over(make, axes), axes)(*replicas.stack([begin(seed) for seed in seeds]))
     step = make_train_step(spec, optimizer, learning_rate, replicas)
     partner, arrays = jax.device_put((VARIABLES, ARRAYS), replicated(replicas.mesh))

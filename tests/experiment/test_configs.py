@@ -1,19 +1,21 @@
 import json
-from typing import Any
 
 import jax
 import pytest
+import rich.console
 
+from benchmarks.bench import described_images
 from bqat_jax.experiment.configuration import to_plain
+from bqat_jax.experiment.setup import make_experiment
 from bqat_jax.networks.registry import make_network
+from bqat_jax.replacement.network_layers import find_network_layers
 from bqat_jax.training.optimizer import make_optimizer
 from bqat_jax.training.regularizers import Regularizers
-from bqat_jax.transform import find_layers
 from bqat_jax.transform.rules import assign_quantizers
 from tests.conftest import ROOT
 from tests.experiment.test_configuration import load_recipe
 
-RECIPES = sorted((ROOT / 'configs').glob('*.py'))
+RECIPES = sorted(path for path in (ROOT / 'configs').glob('*.py') if path.stem != 'common')
 IMAGE_SHAPES = {'imagenet2012': (224, 224, 3), 'digits': (8, 8, 1)}
 
 
@@ -27,13 +29,8 @@ def find_quantizable(config):
     options = {key: value for key, value in config.network.items() if key != 'name'}
     network = make_network(config.network.name, 10, config.replacement.cut, options)
     shape = IMAGE_SHAPES.get(config.data.name, (32, 32, 3))
-    variables: Any = jax.eval_shape(lambda: network.init(jax.random.key(0), shape))
-
-    def run(params, batch, batch_stats):
-        return network.apply({'params': params, 'batch_stats': batch_stats}, batch, network.names, train=False)
-
-    batch = jax.ShapeDtypeStruct((1, *shape), 'float32')
-    return find_layers(run, variables['params'], batch, variables['batch_stats']).quantizable
+    variables = jax.eval_shape(lambda: network.init(jax.random.key(0), shape))
+    return find_network_layers(network, variables, shape).quantizable
 
 
 def assign(config, layers):
@@ -57,9 +54,13 @@ def test_every_rule_is_of_a_layer_of_the_network(config):
     assert set(others) == {config.quant.weights.bits}
 
 
-def test_the_optimizers_exist(config):
-    for section in (config.optimizer, config.partner.optimizer):
-        make_optimizer(section, 1000, 1)
+def test_the_recipe_is_an_experiment(config, tmp_path):
+    """On one device, its dataset described and not read."""
+    images, console = described_images(config.data.name), rich.console.Console(quiet=True)
+    experiment = make_experiment(config, tmp_path, console, images=images, devices=jax.devices()[:1])
+    assert experiment.training.steps > 0 and experiment.partner.steps > 0
+    for phase in (experiment.training, experiment.partner):
+        make_optimizer(phase.optimizer, phase.steps)
 
 
 @pytest.mark.parametrize('path', RECIPES, ids=lambda path: path.stem)

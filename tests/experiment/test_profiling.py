@@ -8,9 +8,9 @@ import rich.console
 
 from bqat_jax.errors import UserError
 from bqat_jax.experiment.configuration import base_config
-from bqat_jax.experiment.experiment import make_experiment
 from bqat_jax.experiment.profiling import FOLDER
 from bqat_jax.experiment.run import train
+from bqat_jax.experiment.setup import make_experiment
 from tests.experiment.test_run import shortened
 
 

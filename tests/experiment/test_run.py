@@ -11,8 +11,8 @@ import pytest
 
 from bqat_jax.distributed.preemption import Stopped
 from bqat_jax.errors import UserError
+from bqat_jax.experiment import phases
 from bqat_jax.experiment.checkpoints import Checkpoints
-from bqat_jax.experiment.loop import Phase
 from bqat_jax.experiment.run import diagnose_run, evaluate_run, import_partner, summarize_network, train
 from bqat_jax.storage import read_json
 from tests.conftest import ROOT
@@ -363,17 +363,17 @@ def test_replicas_that_devices_cannot_share_are_refused(config, tmp_path):
 
 def test_a_run_goes_on_with_fewer_devices_at_the_next_example(config, finished, tmp_path, monkeypatch):
     config.partner.workdir = str(finished[1])
-    read = Phase.batches
+    read = phases.training_batches
     seen = []
 
-    def watched(phase, experiment, start, stop):
-        for number, batch in enumerate(read(phase, experiment, start, stop), start):
+    def watched(experiment, split, stream, replicas, start, stop):
+        for number, batch in enumerate(read(experiment, split, stream, replicas, start, stop), start):
             seen.append(np.asarray(batch['index']))
             if number == 4 and config.mesh.data == 8:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 
-    monkeypatch.setattr(Phase, 'batches', watched)
+    monkeypatch.setattr(phases, 'training_batches', watched)
     config.mesh.data = 8
     with pytest.raises(Stopped, match='after step 5 of 12'):
         train(config, tmp_path / 'run', name='digits')

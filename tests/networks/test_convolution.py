@@ -8,13 +8,6 @@ import pytest
 from bqat_jax.networks import convolution
 from bqat_jax.networks.convolution import LAYOUT, conv_general_dilated, kernel_gradient
 
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    """Among the tests' eight devices the kernel's gradient is XLA's."""
-    monkeypatch.setattr(jax, 'device_count', lambda: 1)
-
-
 SIMPLE = [
     pytest.param((2, 7, 5, 3), (3, 3), 'SAME', id='same'),
     pytest.param((2, 7, 5, 3), (3, 3), 'VALID', id='valid'),
@@ -101,13 +94,6 @@ def test_it_can_be_differentiated_twice_and_batched():
         for a, k in zip(xs, kernels, strict=True)
     ]
     np.testing.assert_allclose(batched(xs, kernels), jnp.stack(expected), rtol=1e-4, atol=1e-4)
-
-
-def test_several_devices_keep_xlas_gradient(monkeypatch):
-    x, kernel = draw((2, 8, 8, 3), (3, 3))
-    monkeypatch.setattr(jax, 'device_count', lambda: 8)
-    jaxpr = jax.make_jaxpr(lambda x, k: conv_general_dilated(x, k, (1, 1), 'SAME', dimension_numbers=LAYOUT))(x, kernel)
-    assert 'custom_vjp' not in str(jaxpr)
 
 
 def test_other_platforms_keep_xlas_gradient():

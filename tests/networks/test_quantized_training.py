@@ -5,28 +5,30 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bqat_jax.replacement.block_replacement import replace_blocks
+from bqat_jax.quantizers.rounding import Context
+from bqat_jax.replacement.block_replacement import Batch, replace_blocks
+from bqat_jax.replacement.paths import Variables
 from tests.networks.test_networks import X, all_but_slow, drawn, quick_jit, small
 
-LABELS = jnp.arange(len(X)) % 10
+BATCH = Batch(X, jnp.arange(len(X)) % 10)
+CONTEXT = Context(key=jax.random.key(0))
 
 
 @pytest.mark.parametrize('case', all_but_slow('resnet18', 'resnet50', 'mobilenet_v2', 'vit'))
 def test_a_step_of_two_and_four_bits(case):
     network, partner = small(case), drawn(case)
     for bits in (2, 4):
-        settings = {'name': 'lsq', 'bits': bits, 'estimator': 'identity'}
-        replacement, quantizers = replace_blocks(network, partner, [X], weights=settings, activations=settings)
+        settings = {'name': 'lsq', 'bits': bits}
+        replacement, start = replace_blocks(network, partner, [X], {'weights': settings, 'activations': settings})
         signed = {path: layer.activations.signed for path, layer in replacement.quantization.layers.items()}
         assert signed[next(iter(signed))], 'normalised images have negative numbers'
 
         def loss(params, quantizers, partner, replacement=replacement):
-            return replacement.loss(params, quantizers, partner['batch_stats'], partner, X, LABELS, jax.random.key(0))[
-                0
-            ]
+            variables = Variables(params, quantizers, partner['batch_stats'])
+            return replacement.loss(variables, partner, BATCH, CONTEXT)[0]
 
         run = quick_jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
-        value, (of_network, of_quantizers, of_partner) = run(partner['params'], quantizers, partner)
+        value, (of_network, of_quantizers, of_partner) = run(start.params, start.quantizers, partner)
         assert jnp.isfinite(value)
         for leaf in jax.tree.leaves((of_network, of_quantizers)):
             assert jnp.isfinite(leaf).all()
@@ -38,16 +40,13 @@ def test_a_step_of_two_and_four_bits(case):
 def test_blocks_that_recompute_are_calibrated_and_trained_as_others(case):
     """What is measured inside `nn.remat`, and what quantizes there, is as outside."""
     partner, settings = drawn(case), {'name': 'lsq', 'bits': 4, 'estimator': 'ewgs'}
-    found = []
+    outcomes = []
     for remat in (False, True):
-        replacement, quantizers = replace_blocks(
-            small(case, remat=remat), partner, [X], weights=settings, activations=settings
-        )
+        network, quantizers = small(case, remat=remat), {'weights': settings, 'activations': settings}
+        replacement, start = replace_blocks(network, partner, [X], quantizers)
 
-        def loss(quantizers, replacement=replacement):
-            return replacement.loss(
-                partner['params'], quantizers, partner['batch_stats'], partner, X, LABELS, jax.random.key(0)
-            )[0]
+        def loss(quantizers, replacement=replacement, start=start):
+            return replacement.loss(start._replace(quantizers=quantizers), partner, BATCH, CONTEXT)[0]
 
-        found.append((quantizers, *quick_jit(jax.value_and_grad(loss))(quantizers)))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), *found)
+        outcomes.append((start.quantizers, *quick_jit(jax.value_and_grad(loss))(start.quantizers)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), *outcomes)

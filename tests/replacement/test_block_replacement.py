@@ -7,71 +7,74 @@ import optax
 import pytest
 
 from bqat_jax.blocks.splitting import split_after
-from bqat_jax.replacement.block_replacement import replace_blocks
+from bqat_jax.quantizers.rounding import Context
+from bqat_jax.replacement.block_replacement import Batch, replace_blocks
 from bqat_jax.replacement.objective import Objective
+from bqat_jax.replacement.paths import Variables
 from bqat_jax.replacement.plans import PLANS
 from tests.blocks import outside
 
 SHAPE = (8, 8, 3)
-LSQ = {'name': 'lsq', 'bits': 4, 'estimator': 'identity'}
+LSQ = {'name': 'lsq', 'bits': 4}
+QUANTIZERS = {'weights': LSQ, 'activations': LSQ}
 IMAGES = jax.random.normal(jax.random.key(0), (32, *SHAPE))
 LABELS = (IMAGES[..., 0].mean((1, 2)) > 0).astype(jnp.int32)
+BATCH = Batch(IMAGES, LABELS)
 PARTNER = outside.Network().init(jax.random.key(1), IMAGES)
 NETWORK = split_after(outside.Network(), ['layer0', 'layer1', 'layer2'], SHAPE)
 
 
 @pytest.mark.parametrize('plan', PLANS)
 def test_a_network_from_outside_is_trained(plan):
-    replacement, quantizers = replace_blocks(NETWORK, PARTNER, [IMAGES], weights=LSQ, activations=LSQ, plan=plan)
+    replacement, variables = replace_blocks(NETWORK, PARTNER, [IMAGES], QUANTIZERS, plan)
     optimizer = optax.sgd(0.03, 0.9)
 
     @jax.jit
     def step(trained, batch_stats, state, key):
         (_, (batch_stats, metrics)), gradients = jax.value_and_grad(
-            lambda trained: replacement.loss(*trained, batch_stats, PARTNER, IMAGES, LABELS, key), has_aux=True
+            lambda trained: replacement.loss(Variables(*trained, batch_stats), PARTNER, BATCH, Context(key=key)),
+            has_aux=True,
         )(trained)
         updates, state = optimizer.update(gradients, state)
         params, new = optax.apply_updates(trained, updates)
         trained = (params, replacement.quantization.constrain(new, trained[1]))
         return trained, batch_stats, state, metrics['loss/cross_entropy'], gradients
 
-    trained, batch_stats = (PARTNER['params'], quantizers), PARTNER['batch_stats']
+    trained, batch_stats = (variables.params, variables.quantizers), variables.batch_stats
     state, losses = optimizer.init(trained), []
     for number in range(30):
         trained, batch_stats, state, loss, gradients = step(trained, batch_stats, state, jax.random.key(number))
         losses.append(float(loss))
         assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
     assert np.mean(losses[-5:]) < 0.5 * losses[0], losses
-    assert replacement.logits(*trained, batch_stats, IMAGES).shape == (32, 5)
+    assert replacement.logits(Variables(*trained, batch_stats), IMAGES).shape == (32, 5)
 
 
 def test_the_partner_gets_no_gradient_and_stays():
-    replacement, quantizers = replace_blocks(NETWORK, PARTNER, [IMAGES], weights=LSQ, activations=LSQ)
+    replacement, variables = replace_blocks(NETWORK, PARTNER, [IMAGES], QUANTIZERS)
 
     def loss(partner):
-        return replacement.loss(
-            PARTNER['params'], quantizers, PARTNER['batch_stats'], partner, IMAGES, LABELS, jax.random.key(0)
-        )[0]
+        return replacement.loss(variables, partner, BATCH, Context(key=jax.random.key(0)))[0]
 
     assert all(not leaf.any() for leaf in jax.tree.leaves(jax.jit(jax.grad(loss))(PARTNER)))
 
 
 def test_in_full_precision_every_path_is_the_network():
-    none = {'name': 'none', 'bits': 8, 'estimator': 'identity'}
-    replacement, quantizers = replace_blocks(
-        NETWORK, PARTNER, [IMAGES], weights=none, activations=none, objective=Objective(temperature=2.0)
+    none = {'name': 'none', 'bits': 8}
+    replacement, variables = replace_blocks(
+        NETWORK, PARTNER, [IMAGES], {'weights': none, 'activations': none}, objective=Objective(temperature=2.0)
     )
-    assert quantizers == {}
-    logits = replacement.logits(PARTNER['params'], {}, PARTNER['batch_stats'], IMAGES)
+    assert variables.quantizers == {}
+    logits = replacement.logits(variables, IMAGES)
     np.testing.assert_array_equal(logits, outside.Network().apply(PARTNER, IMAGES, train=False))
 
 
 def test_without_images_there_is_no_calibration():
     with pytest.raises(ValueError, match='at least one batch'):
-        replace_blocks(NETWORK, PARTNER, [], weights=LSQ, activations=LSQ)
+        replace_blocks(NETWORK, PARTNER, [], QUANTIZERS)
 
 
 def test_a_loss_without_a_term_of_the_network_is_refused():
     silent = Objective(cross_entropy=0.0, distillation=0.0)
     with pytest.raises(ValueError, match='weight'):
-        replace_blocks(NETWORK, PARTNER, [IMAGES], weights=LSQ, activations=LSQ, objective=silent)
+        replace_blocks(NETWORK, PARTNER, [IMAGES], QUANTIZERS, objective=silent)

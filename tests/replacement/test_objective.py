@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 
 from bqat_jax.replacement.objective import WEIGHTS, Objective, cross_entropy, distillation_loss
+from bqat_jax.replacement.paths import Outputs
 from bqat_jax.replacement.schedules import get_schedule
 
 LABELS = jnp.array([0, 2, 1])
+NO_TEACHER = Outputs(None)
 Z_Q, Z_F, Z_1, Z_2 = (jax.random.normal(jax.random.key(i), (3, 4)) * 3 for i in range(4))
 
 
@@ -29,7 +31,7 @@ def paper_kl(teacher, z, t):
 def test_the_whole_formula_in_float64(temperature):
     a, b, w = 0.7, 0.3, (0.25, 0.5)
     loss, terms = Objective(distillation=a, path_cross_entropy=b, path_distillation=a, temperature=temperature)(
-        LABELS, Z_Q, Z_F, jnp.stack([Z_1, Z_2]), jnp.array(w)
+        LABELS, Outputs(Z_Q), Outputs(Z_F), jnp.stack([Z_1, Z_2]), jnp.array(w)
     )
     expected = paper_ce(Z_Q) + a * paper_kl(Z_F, Z_Q, temperature)
     for weight, z in zip(w, (Z_1, Z_2), strict=True):
@@ -44,7 +46,7 @@ def test_the_whole_formula_in_float64(temperature):
 def test_without_paths_and_distillation_it_is_the_cross_entropy():
     objective = Objective(distillation=0.0)
     assert not objective.needs_teacher(0) and objective.needs_teacher(1)
-    loss, terms = objective(LABELS, Z_Q, None, None, jnp.zeros(0))
+    loss, terms = objective(LABELS, Outputs(Z_Q), NO_TEACHER, None, jnp.zeros(0))
     np.testing.assert_array_equal(loss, cross_entropy(Z_Q, LABELS))
     assert set(terms) == {'loss', 'loss/cross_entropy'}
 
@@ -59,9 +61,7 @@ def test_every_option_in_float64():
     e, a, b, c, d, f, t, w = 0.5, 0.7, 0.3, 0.9, 0.4, 2.0, 3.0, (0.25, 0.5)
     h, g = ([jax.random.normal(jax.random.key(i), (3, 5)) for i in numbers] for numbers in ((10, 11), (12, 13)))
     objective = Objective(e, a, b, c, d, f, t, get_schedule('linear:start=2,end=0'))
-    loss, _ = objective(
-        LABELS, Z_Q, Z_F, jnp.stack([Z_1, Z_2]), jnp.array(w), features=h, teacher_features=g, progress=0.25
-    )
+    loss, _ = objective(LABELS, Outputs(Z_Q, h), Outputs(Z_F, g), jnp.stack([Z_1, Z_2]), jnp.array(w), progress=0.25)
     expected = e * paper_ce(Z_Q) + 1.5 * a * paper_kl(Z_F, Z_Q, t)
     for weight, z in zip(w, (Z_1, Z_2), strict=True):
         expected += weight * (b * paper_ce(z) + c * paper_kl(Z_F, z, t) + d * paper_kl(z, Z_Q, t))
@@ -72,7 +72,7 @@ def test_every_option_in_float64():
 
 def test_soft_labels_alone_do_not_read_the_labels():
     objective = Objective(cross_entropy=0.0, path_cross_entropy=0.0)
-    arguments = (Z_Q, Z_F, jnp.stack([Z_1]), jnp.ones(1))
+    arguments = (Outputs(Z_Q), Outputs(Z_F), jnp.stack([Z_1]), jnp.ones(1))
     losses = [objective(labels, *arguments)[0] for labels in (LABELS, (LABELS + 1) % 4)]
     assert losses[0] == losses[1] > 0
 
@@ -81,7 +81,7 @@ def test_paths_teach_and_do_not_learn_from_it():
     objective = Objective(0.0, 0.0, 0.0, 0.0, path_teaching=1.0)
 
     def loss(logits, paths):
-        return objective(LABELS, logits, None, paths, jnp.ones(1))[0]
+        return objective(LABELS, Outputs(logits), NO_TEACHER, paths, jnp.ones(1))[0]
 
     of_network, of_paths = jax.grad(loss, argnums=(0, 1))(Z_Q, jnp.stack([Z_1]))
     assert float(jnp.abs(of_network).max()) > 0 and float(jnp.abs(of_paths).max()) == 0
@@ -89,9 +89,11 @@ def test_paths_teach_and_do_not_learn_from_it():
 
 def test_a_loss_that_trains_no_head_is_told():
     silent = Objective(cross_entropy=0.0, distillation=0.0)
-    assert not silent.trains_network(3)
     teaching = Objective(cross_entropy=0.0, distillation=0.0, path_teaching=1.0)
-    assert teaching.trains_network(1) and not teaching.trains_network(0)
+    teaching.check_trains_network(1)
+    for objective, num_paths in ((silent, 3), (teaching, 0)):
+        with pytest.raises(ValueError, match='no term of the low-precision network'):
+            objective.check_trains_network(num_paths)
 
 
 BAD = [{'temperature': 0.0}, {'distillation_schedule': get_schedule('constant:value=-1')}]

@@ -8,23 +8,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bqat_jax.networks.cifar_resnet import cifar_resnet
 from bqat_jax.replacement.objective import Objective
-from bqat_jax.replacement.paths import run_backbone, run_paths, run_teacher
+from bqat_jax.replacement.paths import Features, Variables, run_backbone, run_paths, run_teacher
 from bqat_jax.replacement.plans import Plan
 from bqat_jax.replacement.schedules import Constant
-from bqat_jax.transform import (
-    FULL_PRECISION,
-    build_quantization,
-    calibrate,
-    find_layers,
-    find_signed_inputs,
-)
-from bqat_jax.transform.rules import assign_quantizers
+from bqat_jax.transform import FULL_PRECISION, prepare
+from tests.programs import count_operations
 
 NETWORK = cifar_resnet(10, depth=8, width=4, shortcut='B', cut='block')  # three blocks
 BLOCKS = len(NETWORK.blocks)
 X = jax.random.normal(jax.random.key(0), (8, 8, 8, 3))
 LABELS = jnp.arange(8)
-SETTINGS = {'name': 'lsq', 'bits': 2, 'estimator': 'identity'}
+SETTINGS = {'name': 'lsq', 'bits': 2}
 
 
 def make_variables(seed):
@@ -50,25 +44,23 @@ PLANS = {
 
 @functools.cache
 def low_precision():
-    def run(params, x):
-        return NETWORK.apply({**PARTNER, 'params': params}, x, NETWORK.names, train=True)
-
-    layers = find_layers(run, PARTNER['params'], X).quantizable
-    settings = assign_quantizers(tuple(layers), SETTINGS, SETTINGS, ())
-    signed = find_signed_inputs(run, PARTNER['params'], [X], layers, settings)
-    quantization = build_quantization(layers, settings, signed)
-    return quantization, calibrate(quantization, PARTNER['params'], run, [X])
+    run = NETWORK.as_function(PARTNER, train=True)
+    return prepare(run, PARTNER['params'], [X], weights=SETTINGS, activations=SETTINGS)
 
 
 def backbone(params, quantizer_params, x=X, train=True):
-    return run_backbone(NETWORK, low_precision()[0], params, quantizer_params, PARTNER['batch_stats'], x, train=train)
+    variables = Variables(params, quantizer_params, PARTNER['batch_stats'])
+    return run_backbone(NETWORK, low_precision().quantization, variables, x, train=train)
+
+
+def full_precision(train):
+    variables = Variables(PARTNER['params'], {}, PARTNER['batch_stats'])
+    return run_backbone(NETWORK, FULL_PRECISION, variables, X, train=train)
 
 
 def our_paths(plan, lp, partner, mask):
     partner_features = run_teacher(NETWORK, partner, X).features
-    return run_paths(
-        NETWORK, plan, partner, lp.features, mask, partner_features=partner_features, run_block=lp.run_block
-    )
+    return run_paths(NETWORK, plan, partner, mask, Features(lp.features, partner_features, lp.run_block))
 
 
 def paths_by_hand(plan, lp, partner, mask):
@@ -85,8 +77,7 @@ def paths_by_hand(plan, lp, partner, mask):
 
 def loss_with(paths, plan, trainable, partner, mask, weights):
     lp = backbone(*trainable)
-    teacher = run_teacher(NETWORK, partner, X).logits
-    return Objective()(LABELS, lp.logits, teacher, paths(plan, lp, partner, mask), weights)[0]
+    return Objective()(LABELS, lp, run_teacher(NETWORK, partner, X), paths(plan, lp, partner, mask), weights)[0]
 
 
 @pytest.mark.parametrize('name', PLANS)
@@ -160,7 +151,7 @@ def test_a_path_gives_gradients_to_its_lp_blocks_and_to_no_other(name):
 @pytest.mark.parametrize('name', PLANS)
 def test_with_identity_quantizers_and_equal_weights_every_path_is_the_partner(name):
     plan = PLANS[name]
-    lp = run_backbone(NETWORK, FULL_PRECISION, PARTNER['params'], {}, PARTNER['batch_stats'], X, train=False)
+    lp = full_precision(train=False)
     teacher = run_teacher(NETWORK, PARTNER, X).logits
     np.testing.assert_array_equal(lp.logits, teacher)
     mask, _ = plan.draw(jax.random.key(5))
@@ -183,11 +174,10 @@ def test_the_backbone_updates_its_statistics_once():
 
 def test_lp_blocks_on_other_features_leave_the_statistics_alone():
     """They normalise by their own batch: the same features twice as large give the same outputs, as batch norm does."""
-    variables = {**PARTNER, 'params': PARTNER['params']}
-    lp = run_backbone(NETWORK, FULL_PRECISION, variables['params'], {}, variables['batch_stats'], X, train=True)
+    lp = full_precision(train=True)
     again = lp.run_block(1, lp.features[0])
     np.testing.assert_array_equal(again, lp.features[1])
-    conv_first = NETWORK.apply(variables, 2 * X, NETWORK.segments[0], train=True)[0]
+    conv_first = NETWORK.apply(PARTNER, 2 * X, NETWORK.segments[0], train=True)[0]
     np.testing.assert_allclose(lp.run_block(0, 2 * X), conv_first, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(lp.run_block(0, 2 * X), lp.features[0], rtol=1e-2, atol=1e-2)
 
@@ -195,7 +185,7 @@ def test_lp_blocks_on_other_features_leave_the_statistics_alone():
 def test_a_plan_that_lacks_what_it_needs_is_refused():
     lp = backbone(PARTNER['params'], low_precision()[1])
     with pytest.raises(ValueError, match='run_block'):
-        run_paths(NETWORK, PLANS['single'], PARTNER, lp.features, PLANS['single'].draw(jax.random.key(0))[0])
+        run_paths(NETWORK, PLANS['single'], PARTNER, PLANS['single'].draw(jax.random.key(0))[0], Features(lp.features))
 
 
 def test_the_teacher_gives_no_gradient():
@@ -226,16 +216,10 @@ def test_what_is_drawn_stays_a_conditional(name, devices):
     partner, mask = jax.device_put((PARTNER, plan.draw(jax.random.key(0))[0]), everywhere)
 
     def forward(features, partner_features, partner, mask):
-        logits = run_paths(
-            NETWORK,
-            plan,
-            partner,
-            features,
-            mask,
-            partner_features=partner_features,
-            run_block=lambda number, x: NETWORK.apply(partner, x, NETWORK.segments[number], train=True)[0],
-        )
-        return jnp.sum(logits**2)
+        def run_block(number, x):
+            return NETWORK.apply(partner, x, NETWORK.segments[number], train=True)[0]
+
+        return jnp.sum(run_paths(NETWORK, plan, partner, mask, Features(features, partner_features, run_block)) ** 2)
 
     for function, passes in ((forward, 1), (jax.grad(forward), 2)):
         text = jax.jit(function).lower(features, partner_features, partner, mask).compile().as_text()
@@ -246,7 +230,7 @@ def test_each_partner_block_runs_once_for_all_prefixes():
     """Counted in the traced program: the convolutions of blocks 2 .. n, each once."""
     lp = backbone(PARTNER['params'], low_precision()[1])
     mask, _ = PLANS['prefix'].draw(jax.random.key(0))
-    program = jax.make_jaxpr(lambda f: run_paths(NETWORK, PLANS['prefix'], PARTNER, f, mask))(lp.features)
-    convolutions = str(program).count('conv_general_dilated[')
+    program = jax.make_jaxpr(lambda f: run_paths(NETWORK, PLANS['prefix'], PARTNER, mask, Features(f)))(lp.features)
+    convolutions = count_operations(program.jaxpr, 'conv_general_dilated')
     expected = sum(1 for names in NETWORK.segments[1:] for n in names for key in PARTNER['params'][n] if 'conv' in key)
     assert convolutions == expected

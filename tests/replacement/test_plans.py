@@ -5,11 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bqat_jax.replacement.plans import DRAWN_PLANS, KNOWN_PLANS, PATH_WEIGHTS, PLANS, Plan, parse_path_weights
+from bqat_jax.replacement.plans import PATH_WEIGHTS, PLANS, Plan, parse_path_weights
 from bqat_jax.replacement.schedules import Constant, Linear
 
 # A drawn plan, and the known one with the same expected loss.
 SAMPLED = {'prefix_sampled': 'prefix', 'single_sampled': 'single'}
+KNOWN_PLANS = ('none', 'prefix', 'single', 'suffix')
+DRAWN_PLANS = ('prefix_sampled', 'single_sampled', 'bernoulli')
 
 
 def masks_of(plan):

@@ -12,8 +12,9 @@ IMAGES = np.random.default_rng(0).normal(size=(24, 5)).astype(np.float32)
 LABELS = np.random.default_rng(1).normal(size=24).astype(np.float32)
 
 
-def loss(params, batch_stats, images, labels, key):
+def loss(params, batch_stats, batch, key):
     del key
+    images, labels = batch
     errors = (jnp.tanh(images @ params['w']) - labels) ** 2
     value = jnp.mean(errors)
     return value, ({'calls': batch_stats['calls'] + 1}, {'worst': jnp.mean(jnp.abs(errors)), 'seen': labels.shape[0]})
@@ -23,7 +24,7 @@ def loss(params, batch_stats, images, labels, key):
 def test_parts_give_what_the_whole_gives(count):
     params, stats = {'w': jnp.linspace(-1.0, 1.0, 5)}, {'calls': jnp.int32(0)}
     gradient = jax.value_and_grad(loss, has_aux=True)
-    arguments = (params, stats, IMAGES, LABELS, jax.random.key(0))
+    arguments = (params, stats, (IMAGES, LABELS), jax.random.key(0))
     (value, (_, metrics)), gradients = gradient(*arguments)
     (found, (new_stats, found_metrics)), found_gradients = jax.jit(accumulate(gradient, count))(*arguments)
     np.testing.assert_allclose(found, value, rtol=1e-6)
@@ -34,12 +35,12 @@ def test_parts_give_what_the_whole_gives(count):
 
 
 def test_parts_draw_apart():
-    def draw(params, batch_stats, images, labels, key):
+    def draw(params, batch_stats, batch, key):
         return jnp.sum(params['w']), (batch_stats, {'drawn': jax.random.uniform(key)})
 
     gradient = accumulate(jax.value_and_grad(draw, has_aux=True), 2)
     key = jax.random.key(0)
-    (_, (_, metrics)), _ = gradient({'w': jnp.ones(1)}, {}, IMAGES, LABELS, key)
+    (_, (_, metrics)), _ = gradient({'w': jnp.ones(1)}, {}, (IMAGES, LABELS), key)
     drawn = [jax.random.uniform(jax.random.fold_in(key, number)) for number in range(2)]
     np.testing.assert_allclose(metrics['drawn'], np.mean(drawn), rtol=1e-6)
 

@@ -5,8 +5,7 @@ import optax
 import pytest
 
 from bqat_jax.errors import UserError
-from bqat_jax.experiment.configuration import optimizer_config
-from bqat_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from bqat_jax.training.optimizer import OptimizerSpec, Rates, learning_rate_schedule, make_optimizer
 
 PARAMS = {
     'network': {
@@ -17,15 +16,12 @@ PARAMS = {
 }
 
 
-def config(**changes):
-    result = optimizer_config()
-    result.quantizers.learning_rate = 0.02
-    result.update(changes)
-    return result
+def make_spec(quantizers=0.02, decay=0.0, **fields):
+    return OptimizerSpec(quantizers=Rates(quantizers, decay), **fields)
 
 
-def run(settings, gradients, steps=4):
-    optimizer, _ = make_optimizer(settings, steps, 0)
+def run(spec, gradients, steps=4):
+    optimizer, _ = make_optimizer(spec, steps)
     params, state = PARAMS, optimizer.init(PARAMS)
     for _ in range(steps):
         updates, state = optimizer.update(gradients, state, params)
@@ -45,9 +41,7 @@ def by_hand(value, gradient, rate, decay, momentum=0.9, steps=4):
 
 def test_each_group_follows_its_own_rule():
     gradients = jax.tree.map(lambda x: jnp.full_like(x, 0.3), PARAMS)
-    settings = config(weight_decay=0.05)
-    settings.quantizers.weight_decay = 0.01
-    params = run(settings, gradients)
+    params = run(make_spec(weight_decay=0.05, decay=0.01), gradients)
     expected = {
         ('conv', 'kernel'): by_hand([1.0, -2.0], 0.3, 0.1, 0.05),
         ('norm', 'scale'): by_hand([1.0], 0.3, 0.1, 0.0),
@@ -60,9 +54,7 @@ def test_each_group_follows_its_own_rule():
 
 
 def test_a_network_without_quantizers_needs_no_learning_rate_for_them():
-    settings = optimizer_config()
-    del settings.quantizers
-    optimizer, _ = make_optimizer(settings, 10, 0)
+    optimizer, _ = make_optimizer(OptimizerSpec(quantizers=None), 10)
     params = {'network': PARAMS['network'], 'quantizers': {}}
     optimizer.update(params, optimizer.init(params), params)
 
@@ -70,9 +62,7 @@ def test_a_network_without_quantizers_needs_no_learning_rate_for_them():
 @pytest.mark.parametrize('name', ['sgd', 'adamw'])
 def test_one_program_serves_all_learning_rates(name):
     def lower(rate):
-        settings = config(name=name, learning_rate=rate)
-        settings.quantizers.learning_rate = rate / 2
-        optimizer, learning_rate = make_optimizer(settings, 4, 0)
+        optimizer, learning_rate = make_optimizer(make_spec(rate / 2, name=name, learning_rate=rate), 4)
         state = optimizer.init(PARAMS)
         np.testing.assert_allclose(learning_rate(state, jnp.int32(2)), rate / 2, rtol=1e-6)
         return jax.jit(optimizer.update).lower(PARAMS, state, PARAMS).as_text()
@@ -83,8 +73,8 @@ def test_one_program_serves_all_learning_rates(name):
 def test_the_whole_gradient_is_clipped():
     gradients = jax.tree.map(lambda x: jnp.full_like(x, 100.0), PARAMS)
     norm = float(optax.tree.norm(gradients))
-    clipped = run(config(clip_norm=1.0, weight_decay=0.0), gradients)
-    scaled = run(config(weight_decay=0.0), jax.tree.map(lambda g: g / norm, gradients))
+    clipped = run(make_spec(clip_norm=1.0, weight_decay=0.0), gradients)
+    scaled = run(make_spec(weight_decay=0.0), jax.tree.map(lambda g: g / norm, gradients))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), clipped, scaled)
 
 
@@ -102,10 +92,9 @@ def test_a_warm_up_that_does_not_fit_is_refused():
 def test_a_step_of_adamw_is_the_formula():
     """Loshchilov and Hutter, arXiv 1711.05101, algorithm 2, in float64; norms do not decay."""
     steps, beta1, beta2, epsilon = 4, 0.8, 0.95, 1e-8
-    settings = config(name='adamw', learning_rate=0.1, momentum=beta1, beta2=beta2, weight_decay=0.05)
-    settings.quantizers.weight_decay = 0.01
+    spec = make_spec(decay=0.01, name='adamw', momentum=beta1, beta2=beta2, weight_decay=0.05)
     gradients = jax.tree.map(lambda x: 0.3 * x, PARAMS)
-    params = run(settings, gradients, steps)
+    params = run(spec, gradients, steps)
 
     def by_hand(value, rate, decay):
         value = np.asarray(value, np.float64)
@@ -137,12 +126,12 @@ def test_weight_decay_is_on_kernels_only(name):
         'norm': {'scale': jnp.ones(2), 'bias': jnp.ones(2)},
     }
     params = {'network': params, 'quantizers': {'step_size': jnp.float32(1.0)}}
-    optimizer, _ = make_optimizer(config(name=name, weight_decay=0.5), 4, 0)
+    optimizer, _ = make_optimizer(make_spec(name=name, weight_decay=0.5), 4)
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
     moved = {jax.tree_util.keystr(path): bool(jnp.any(x != 0)) for path, x in jax.tree.leaves_with_path(updates)}
     assert [path for path, has in moved.items() if has] == ["['network']['stem']['patch_embed']['kernel']"]
 
 
 def test_an_unknown_name_is_refused():
-    with pytest.raises(UserError, match=r"optimizer.name='adam': it must be one of sgd, adamw"):
-        make_optimizer(config(name='adam'), 10, 0)
+    with pytest.raises(ValueError, match=r"optimizer.name='adam': it must be one of sgd, adamw"):
+        OptimizerSpec(name='adam')

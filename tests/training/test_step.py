@@ -6,32 +6,22 @@ import numpy as np
 import optax
 import pytest
 
+from bqat_jax.data.preprocessing import Augmentation, Preprocessing
 from bqat_jax.distributed.replicas import Replicas
 from bqat_jax.distributed.sharding import Placement, make_mesh, over_batch, replicated
-from bqat_jax.experiment.configuration import optimizer_config
 from bqat_jax.networks.cifar_resnet import cifar_resnet
 from bqat_jax.replacement.block_replacement import BlockReplacement
 from bqat_jax.replacement.objective import Objective
+from bqat_jax.replacement.paths import Variables
 from bqat_jax.replacement.plans import Plan
-from bqat_jax.training.optimizer import make_optimizer
-from bqat_jax.training.step import (
-    Preprocessing,
-    TrainSpec,
-    init_state,
-    make_evaluation_step,
-    make_train_step,
-)
-from bqat_jax.transform import (
-    FULL_PRECISION,
-    build_quantization,
-    calibrate,
-    find_layers,
-    find_signed_inputs,
-)
-from bqat_jax.transform.rules import assign_quantizers
+from bqat_jax.training.optimizer import OptimizerSpec, Rates, make_optimizer
+from bqat_jax.training.spec import TrainSpec
+from bqat_jax.training.state import init_state
+from bqat_jax.training.step import make_evaluation_step, make_train_step
+from bqat_jax.transform import FULL_PRECISION, prepare
 
 NETWORK = cifar_resnet(10, depth=8, width=8)
-HOW = Preprocessing((0.5,), (0.5,), crop_padding=1, flip=True)
+PREPROCESSING = Preprocessing((0.5,), (0.5,), Augmentation(crop_padding=1, flip=True))
 VARIABLES = NETWORK.init(jax.random.key(1), (8, 8, 1))
 ARRAYS = {
     'image': np.random.default_rng(0).integers(0, 256, (256, 8, 8, 1)).astype(np.uint8),
@@ -40,18 +30,11 @@ ARRAYS = {
 
 
 def make_spec(plan, distillation=1.0, bits=4):
-    def run(params, x):
-        return NETWORK.apply({**VARIABLES, 'params': params}, x, NETWORK.names, train=True)
-
     x = jnp.asarray(ARRAYS['image'][:32], jnp.float32) / 127.5 - 1
-    given = {'name': 'lsq', 'bits': bits, 'estimator': 'identity'}
-    layers = find_layers(run, VARIABLES['params'], x).quantizable
-    settings = assign_quantizers(tuple(layers), given, given, ())
-    signed = find_signed_inputs(run, VARIABLES['params'], [x], layers, settings)
-    quantization = build_quantization(layers, settings, signed)
-    parameters = calibrate(quantization, VARIABLES['params'], run, [x])
+    run, given = NETWORK.as_function(VARIABLES, train=True), {'name': 'lsq', 'bits': bits}
+    quantization, parameters = prepare(run, VARIABLES['params'], [x], weights=given, activations=given)
     objective = Objective(distillation=distillation, path_distillation=distillation)
-    return TrainSpec(BlockReplacement(NETWORK, quantization, Plan(plan, 3), objective), HOW, 20), parameters
+    return TrainSpec(BlockReplacement(NETWORK, quantization, Plan(plan, 3), objective), PREPROCESSING, 20), parameters
 
 
 def in_full_precision(spec):
@@ -63,12 +46,9 @@ def run_steps(spec, quantizers, devices, steps, learning_rate=0.01, states=None,
     """Runs steps, each from the one before or from the given states; returns the last state, metrics and states."""
     mesh = make_mesh(devices, fsdp)
     replicas = Replicas(1, Placement(mesh))
-    config = optimizer_config()
-    config.learning_rate, config.quantizers.learning_rate = learning_rate, 0.01
-    optimizer, rate = make_optimizer(config, steps, 0)
-    params = {'network': VARIABLES['params'], 'quantizers': quantizers}
-    make = replicas.jit(lambda p, s: init_state(spec, jax.random.key(3), p, s, optimizer), (0, 0))
-    state = make(params, VARIABLES['batch_stats'])
+    optimizer, rate = make_optimizer(OptimizerSpec(learning_rate=learning_rate, quantizers=Rates(0.01)), steps)
+    make = replicas.jit(lambda variables: init_state(spec, jax.random.key(3), variables, optimizer), (0,))
+    state = make(Variables(VARIABLES['params'], quantizers, VARIABLES['batch_stats']))
     step = make_train_step(spec, optimizer, rate, replicas)
     partner, arrays = replicas.placement.put(VARIABLES), jax.device_put(ARRAYS, replicated(mesh))
     history, before = [], []
@@ -83,7 +63,7 @@ def run_steps(spec, quantizers, devices, steps, learning_rate=0.01, states=None,
 
 
 FULL_PRECISION_SPEC = TrainSpec(
-    BlockReplacement(NETWORK, FULL_PRECISION, Plan('none', 3), Objective(distillation=0.0)), HOW, 30
+    BlockReplacement(NETWORK, FULL_PRECISION, Plan('none', 3), Objective(distillation=0.0)), PREPROCESSING, 30
 )
 
 
@@ -199,10 +179,9 @@ def test_evaluation_counts_only_what_the_mask_shows():
 def test_the_state_is_donated():
     spec, quantizers = make_spec('none', distillation=0.0)
     mesh = make_mesh(1)
-    optimizer, rate = make_optimizer(optimizer_config(), 5, 0)
-    params = {'network': VARIABLES['params'], 'quantizers': quantizers}
-    make = jax.jit(lambda p, s: init_state(spec, jax.random.key(3), p, s, optimizer), out_shardings=replicated(mesh))
-    state = make(params, VARIABLES['batch_stats'])
+    optimizer, rate = make_optimizer(OptimizerSpec(), 5)
+    make = jax.jit(lambda v: init_state(spec, jax.random.key(3), v, optimizer), out_shardings=replicated(mesh))
+    state = make(Variables(VARIABLES['params'], quantizers, VARIABLES['batch_stats']))
     step = make_train_step(spec, optimizer, rate, Replicas(1, Placement(mesh)))
     batch = jax.device_put({'index': np.arange(64, dtype=np.int32)}, over_batch(mesh))
     step(state, None, jax.device_put(ARRAYS, replicated(mesh)), batch)
