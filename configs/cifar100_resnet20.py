@@ -17,25 +17,16 @@ with cosine decay, weight decay 5e-4), but for the batch of 256. Its shortcuts (
 Command: python main.py --config=configs/cifar100_resnet20.py:bits=2,plan=prefix --config.data.dir=DIR
 """
 
-from bqat_jax.experiment.configuration import Config, base_config, parse_argument
+from bqat_jax.experiment.configuration import Config
+from configs.common import begin, use_small_images
 
 
 def get_config(argument: str | None = None) -> Config:
     """Returns the recipe; arguments: bits (of weights and activations), plan, distillation, depth, cut."""
-    given = parse_argument(argument, bits=2, plan='prefix', distillation=1.0, depth=20, cut='stage')
-    config = base_config()
-    config.data.name = 'cifar100'
-    config.data.mean = (0.507, 0.4865, 0.4409)
-    config.data.std = (0.2673, 0.2564, 0.2761)
-    config.data.crop_padding = 4
-    config.data.flip = True
+    config, given = begin(argument, bits=2, depth=20)
+    use_small_images(config, 'cifar100', (0.507, 0.4865, 0.4409), (0.2673, 0.2564, 0.2761))
     config.network.depth = given.depth
     config.network.shortcut = 'B'
-    config.quant.weights.bits = given.bits
-    config.quant.activations.bits = given.bits
-    config.replacement.plan = given.plan
-    config.replacement.cut = given.cut
-    config.replacement.distillation = config.replacement.path_distillation = given.distillation
     config.partner.epochs = 200.0
     config.partner.optimizer.learning_rate = 0.1
     config.partner.optimizer.weight_decay = 5e-4

@@ -6,25 +6,16 @@ trained weights; without partner.torch_file or partner.workdir the partner is tr
 Command: python main.py --config=configs/cifar10_resnet20.py:bits=2,plan=prefix --config.data.dir=DIR
 """
 
-from bqat_jax.experiment.configuration import Config, base_config, parse_argument
+from bqat_jax.experiment.configuration import Config
+from configs.common import begin, use_small_images
 
 
 def get_config(argument: str | None = None) -> Config:
     """Returns the recipe; arguments: bits (of weights and activations), plan, distillation, depth, cut."""
-    given = parse_argument(argument, bits=2, plan='prefix', distillation=1.0, depth=20, cut='stage')
-    config = base_config()
-    config.data.name = 'cifar10'
+    config, given = begin(argument, bits=2, depth=20)
     # The constants of the public ResNet-20 weights (akamaster/pytorch_resnet_cifar10), which are ImageNet's.
-    config.data.mean = (0.485, 0.456, 0.406)
-    config.data.std = (0.229, 0.224, 0.225)
-    config.data.crop_padding = 4
-    config.data.flip = True
+    use_small_images(config, 'cifar10', (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     config.network.depth = given.depth
-    config.quant.weights.bits = given.bits
-    config.quant.activations.bits = given.bits
-    config.replacement.plan = given.plan
-    config.replacement.cut = given.cut
-    config.replacement.distillation = config.replacement.path_distillation = given.distillation
     config.partner.epochs = 240.0
     config.partner.optimizer.learning_rate = 0.1
     config.partner.optimizer.warmup_epochs = 1.0

@@ -18,24 +18,15 @@ Command: python main.py --config=configs/cifar10_vgg_small.py:bits=2,plan=prefix
 
 import ml_collections
 
-from bqat_jax.experiment.configuration import Config, base_config, parse_argument
+from bqat_jax.experiment.configuration import Config
+from configs.common import begin, use_small_images
 
 
 def get_config(argument: str | None = None) -> Config:
     """Returns the recipe; arguments: bits (of weights and activations), plan, distillation, cut."""
-    given = parse_argument(argument, bits=2, plan='prefix', distillation=1.0, cut='stage')
-    config = base_config()
-    config.data.name = 'cifar10'
-    config.data.mean = (0.4914, 0.4822, 0.4465)
-    config.data.std = (0.2023, 0.1994, 0.2010)
-    config.data.crop_padding = 4
-    config.data.flip = True
+    config, _ = begin(argument, bits=2)
+    use_small_images(config, 'cifar10', (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
     config.network = ml_collections.ConfigDict({'name': 'vgg_small', 'width': 128, 'dtype': 'float32', 'remat': False})
-    config.quant.weights.bits = given.bits
-    config.quant.activations.bits = given.bits
-    config.replacement.plan = given.plan
-    config.replacement.cut = given.cut
-    config.replacement.distillation = config.replacement.path_distillation = given.distillation
     config.partner.epochs = 400.0
     config.train.epochs = 400.0
     config.train.batch_size = 100

@@ -6,23 +6,19 @@ precision 0.997, 0.997, 1.000, 0.989; W2A2 0.989, 0.997, 0.989, 0.994. One test 
 Command: python main.py
 """
 
-from bqat_jax.experiment.configuration import Config, base_config, parse_argument
+from bqat_jax.experiment.configuration import Config
+from configs.common import begin
 
 
 def get_config(argument: str | None = None) -> Config:
-    """Returns the recipe; arguments: bits (of weights and activations), plan, distillation."""
-    given = parse_argument(argument, bits=2, plan='prefix', distillation=1.0)
-    config = base_config()
+    """Returns the recipe; arguments: bits (of weights and activations), plan, distillation, cut."""
+    config, _ = begin(argument, bits=2)
     config.data.name = 'digits'
     config.data.mean = (0.3054,)  # of the training split's pixels
     config.data.std = (0.3760,)
     config.data.crop_padding = 1
     config.data.validation_fraction = 0.1
     config.network.depth = 8
-    config.quant.weights.bits = given.bits
-    config.quant.activations.bits = given.bits
-    config.replacement.plan = given.plan
-    config.replacement.distillation = config.replacement.path_distillation = given.distillation
     config.partner.epochs = 40.0
     config.partner.optimizer.learning_rate = 0.1
     config.partner.optimizer.warmup_epochs = 2.0

@@ -20,35 +20,22 @@ Command: python main.py --config=configs/imagenet_deit_tiny.py:bits=4,plan=prefi
 
 import ml_collections
 
-from bqat_jax.experiment.configuration import Config, base_config, parse_argument
+from bqat_jax.experiment.configuration import Config
+from configs.common import LSQ8, begin, use_imagenet
 
 
 def get_config(argument: str | None = None) -> Config:
     """Returns the recipe; arguments: bits (of weights and activations), plan, distillation, cut."""
-    given = parse_argument(argument, bits=4, plan='prefix', distillation=1.0, cut='stage')
-    config = base_config()
-    config.data.name = 'imagenet2012'
-    config.data.mean = (0.485, 0.456, 0.406)
-    config.data.std = (0.229, 0.224, 0.225)
-    config.data.test_split = 'validation'
-    config.data.image_size = 224
-    config.data.on_device = False
-    config.data.workers = 8
-    config.data.flip = True
+    config, _ = begin(argument, bits=4)
+    use_imagenet(config)
     config.network = ml_collections.ConfigDict(
         {'name': 'vit', 'size': 'tiny', 'patch_size': 16, 'norm_epsilon': 1e-6, 'dtype': 'float32', 'remat': False}
     )
-    config.quant.weights.bits = given.bits
     config.quant.weights.granularity = 'channel'
-    config.quant.activations.bits = given.bits
-    lsq8 = {'name': 'lsq', 'bits': 8, 'estimator': 'identity'}
     config.quant.rules = (
-        {'layers': 'stem/patch_embed', 'weights': dict(lsq8), 'activations': dict(lsq8)},
-        {'layers': 'head/dense', 'weights': dict(lsq8), 'activations': dict(lsq8)},
+        {'layers': 'stem/patch_embed', 'weights': dict(LSQ8), 'activations': dict(LSQ8)},
+        {'layers': 'head/dense', 'weights': dict(LSQ8), 'activations': dict(LSQ8)},
     )
-    config.replacement.plan = given.plan
-    config.replacement.cut = given.cut
-    config.replacement.distillation = config.replacement.path_distillation = given.distillation
     config.partner.epochs = 300.0
     config.train.epochs = 300.0
     config.train.batch_size = 512

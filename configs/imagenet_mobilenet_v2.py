@@ -21,21 +21,14 @@ Command: python main.py --config=configs/imagenet_mobilenet_v2.py:bits=4,plan=pr
 
 import ml_collections
 
-from bqat_jax.experiment.configuration import Config, base_config, parse_argument
+from bqat_jax.experiment.configuration import Config
+from configs.common import begin, use_imagenet
 
 
 def get_config(argument: str | None = None) -> Config:
     """Returns the recipe; arguments: bits (of weights and activations), depthwise, plan, distillation, cut."""
-    given = parse_argument(argument, bits=4, depthwise=0, plan='prefix', distillation=1.0, cut='stage')
-    config = base_config()
-    config.data.name = 'imagenet2012'
-    config.data.mean = (0.485, 0.456, 0.406)
-    config.data.std = (0.229, 0.224, 0.225)
-    config.data.test_split = 'validation'
-    config.data.image_size = 224
-    config.data.on_device = False
-    config.data.workers = 8
-    config.data.flip = True
+    config, given = begin(argument, bits=4, depthwise=0)
+    use_imagenet(config)
     config.network = ml_collections.ConfigDict(
         {
             'name': 'mobilenet_v2',
@@ -47,8 +40,6 @@ def get_config(argument: str | None = None) -> Config:
             'remat': False,
         }
     )
-    config.quant.weights.bits = given.bits
-    config.quant.activations.bits = given.bits
     if given.depthwise:
         bits = {'bits': given.depthwise}
         rule = {'layers': '.*/depthwise/conv', 'weights': dict(bits), 'activations': dict(bits)}
@@ -56,9 +47,6 @@ def get_config(argument: str | None = None) -> Config:
     config.quant.oscillations.freezing = True
     config.quant.oscillations.freezing_threshold = 0.01 if given.bits >= 4 else 0.011
     config.quant.reestimation_batches = 50
-    config.replacement.plan = given.plan
-    config.replacement.cut = given.cut
-    config.replacement.distillation = config.replacement.path_distillation = given.distillation
     config.partner.epochs = 150.0
     config.partner.optimizer.learning_rate = 0.025
     config.partner.optimizer.weight_decay = 4e-5

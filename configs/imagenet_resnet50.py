@@ -17,31 +17,19 @@ Command: python main.py --config=configs/imagenet_resnet50.py:bits=2,plan=prefix
 
 import ml_collections
 
-from bqat_jax.experiment.configuration import Config, base_config, parse_argument
+from bqat_jax.experiment.configuration import Config
+from configs.common import begin, use_imagenet
 
 WEIGHT_DECAY = {2: 0.25e-4, 3: 0.5e-4}  # by bits; 1e-4 from 4 bits on
 
 
 def get_config(argument: str | None = None) -> Config:
     """Returns the recipe; arguments: bits (of weights and activations), plan, distillation, cut."""
-    given = parse_argument(argument, bits=2, plan='prefix', distillation=1.0, cut='stage')
-    config = base_config()
-    config.data.name = 'imagenet2012'
-    config.data.mean = (0.485, 0.456, 0.406)
-    config.data.std = (0.229, 0.224, 0.225)
-    config.data.test_split = 'validation'
-    config.data.image_size = 224
-    config.data.on_device = False
-    config.data.workers = 8
-    config.data.flip = True
+    config, given = begin(argument, bits=2)
+    use_imagenet(config)
     config.network = ml_collections.ConfigDict(
         {'name': 'resnet', 'depth': 50, 'width': 64, 'dtype': 'float32', 'remat': False}
     )
-    config.quant.weights.bits = given.bits
-    config.quant.activations.bits = given.bits
-    config.replacement.plan = given.plan
-    config.replacement.cut = given.cut
-    config.replacement.distillation = config.replacement.path_distillation = given.distillation
     config.partner.epochs = 90.0
     config.partner.optimizer.learning_rate = 0.1
     config.partner.optimizer.nesterov = False

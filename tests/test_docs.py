@@ -1,6 +1,7 @@
 """What README and docs show works as written."""
 
 import itertools
+import json
 import os
 import re
 import shlex
@@ -49,6 +50,20 @@ def test_the_first_two_commands_set_everything_up():
     assert second.endswith('-r requirements-dev.txt && .venv/bin/python -m pytest -n 2')
 
 
+def run_main(flags, environment):
+    """Runs main.py on one device."""
+    run = subprocess.run(
+        [sys.executable, 'main.py', *flags],
+        cwd=ROOT,
+        env={**os.environ, 'XLA_FLAGS': ONE_DEVICE, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
 @pytest.mark.parametrize('line', [*commands()])
 def test_commands_run(line, tmp_path, request, digits_dir):
     words = shlex.split(line)
@@ -56,9 +71,6 @@ def test_commands_run(line, tmp_path, request, digits_dir):
     words = words[len(environment) :]
     assert words[:2] == ['python', 'main.py'], f'not a command that this test knows how to run: {line}'
     flags = words[2:]
-    if '--mode=evaluate' in flags:
-        assert flags == ['--mode=evaluate']  # test_run.py evaluates a finished run
-        return
     sweeps = [flag.removeprefix('--config.sweep=') for flag in flags if flag.startswith('--config.sweep=')]
     if any('smoke' not in sweep for sweep in sweeps):
         # They take hours; that every run of theirs has a config, tests/sweeps checks.
@@ -79,19 +91,20 @@ def test_commands_run(line, tmp_path, request, digits_dir):
     flags = [flag for flag in flags if not flag.startswith('--workdir')]
     flags += [f'--workdir={tmp_path}', f'--config.data.dir={directory}', '--config.train.steps=2']
     flags += ['--config.partner.steps=2', '--config.partner.optimizer.warmup_steps=0']
-    run = subprocess.run(
-        [sys.executable, 'main.py', *flags],
-        cwd=ROOT,
-        env={**os.environ, 'XLA_FLAGS': ONE_DEVICE, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    left = {'--mode=summary': 'summary.json', '--mode=import': 'import.json', '--mode=sweep': 'sweep.json'}
+    left = {
+        '--mode=summary': 'summary.json',
+        '--mode=import': 'import.json',
+        '--mode=sweep': 'sweep.json',
+        '--mode=evaluate': 'evaluation.json',
+    }
+    if '--mode=evaluate' in flags:  # what it evaluates must be there
+        run_main([flag for flag in flags if flag != '--mode=evaluate'], environment)
+    run_main(flags, environment)
     (expected,) = {left[flag] for flag in flags if flag in left} or {'result.json'}
     assert (tmp_path / expected).is_file()
+    if '--mode=evaluate' in flags:
+        evaluation, result = (json.loads((tmp_path / f'{name}.json').read_text()) for name in ('evaluation', 'result'))
+        assert evaluation == result
     if '--config.quant.rules' in line:
         described = (tmp_path / 'quantizers.json').read_text()
         assert 'stem/conv' not in described and 'head/dense' in described

@@ -24,6 +24,7 @@ from bqat_jax.quantizers.measured import (
 )
 from bqat_jax.quantizers.nonuniform import LCQ, N2UQ, APoT, NuLSQ
 from bqat_jax.quantizers.rounding import EVALUATION, Context, Estimator
+from bqat_jax.quantizers.sign_estimators import Piecewise, Polynomial, ReSTE, SignEstimator
 
 __all__ = [
     'ESTIMATORS',
@@ -47,7 +48,11 @@ __all__ = [
     'NuLSQ',
     'Octav',
     'PACTPlus',
+    'Piecewise',
+    'Polynomial',
     'Quantizer',
+    'ReSTE',
+    'SignEstimator',
     'StatsQ',
     'UniformQuantizer',
     'describe_quantizer',

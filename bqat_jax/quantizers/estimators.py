@@ -1,11 +1,10 @@
-"""Gradient estimators: every backward rule for rounding, by name.
+"""Gradient estimators: backward rules for rounding, by name; those for two levels are in `sign_estimators`.
 
 Notation: g is the gradient with respect to the rounded value, x the value in the integer domain (codes are 1 apart),
 r = x - floor(x) - 1/2 its distance from the threshold between the two nearest codes. The forward pass is rounding to
 the nearest, ties to even, unless a rule says otherwise. `docs/estimators.md` compares them.
 """
 
-import abc
 import math
 
 import jax
@@ -36,7 +35,8 @@ def _from_threshold(value: jax.Array) -> jax.Array:
     return value - jnp.floor(value) - 0.5
 
 
-def _check(holds: bool, estimator: Estimator, message: str) -> None:
+def check(holds: bool, estimator: Estimator, message: str) -> None:
+    """Raises ValueError with the estimator's name unless something holds of its options."""
     if not holds:
         raise ValueError(f'{ESTIMATORS.describe(estimator)}: {message}.')
 
@@ -73,8 +73,8 @@ class EWGS(Estimator):
     domain: str = 'integer'
 
     def __post_init__(self):
-        _check(self.delta >= 0, self, 'delta must not be negative')
-        _check(self.domain in ('integer', 'normalized'), self, "domain must be 'integer' or 'normalized'")
+        check(self.delta >= 0, self, 'delta must not be negative')
+        check(self.domain in ('integer', 'normalized'), self, "domain must be 'integer' or 'normalized'")
 
     def backward(self, cotangent, value, rounded, context):
         """See `Estimator.backward`."""
@@ -119,7 +119,7 @@ class DSQ(Estimator):
     alpha: float = 0.2
 
     def __post_init__(self):
-        _check(0 < self.alpha < 1, self, 'alpha must lie between 0 and 1')
+        check(0 < self.alpha < 1, self, 'alpha must lie between 0 and 1')
 
     def backward(self, cotangent, value, rounded, context):
         """See `Estimator.backward`."""
@@ -148,7 +148,7 @@ class SoftRound(Estimator):
     final_sharpness: float = 2.0
 
     def __post_init__(self):
-        _check(min(self.sharpness, self.final_sharpness) > 0, self, 'sharpness and final_sharpness must be positive')
+        check(min(self.sharpness, self.final_sharpness) > 0, self, 'sharpness and final_sharpness must be positive')
 
     def backward(self, cotangent, value, rounded, context):
         """See `Estimator.backward`."""
@@ -172,7 +172,7 @@ class StackedSigmoid(Estimator):
     sharpness: float = 4.0
 
     def __post_init__(self):
-        _check(self.sharpness > 0, self, 'sharpness must be positive')
+        check(self.sharpness > 0, self, 'sharpness must be positive')
 
     def backward(self, cotangent, value, rounded, context):
         """See `Estimator.backward`."""
@@ -206,11 +206,11 @@ class RDFS(Estimator):
     terms: int = 1
 
     def __post_init__(self):
-        _check(self.terms >= 1 and self.amplitude >= 0, self, 'terms must be at least 1, amplitude not negative')
+        check(self.terms >= 1 and self.amplitude >= 0, self, 'terms must be at least 1, amplitude not negative')
         phase = np.linspace(0, 2 * np.pi, CHECKED_POINTS)
         series = sum((-1) ** m / (2 * m + 1) * np.cos((2 * m + 1) * phase) for m in range(self.terms))
         largest = 1 / (math.sqrt(2) * math.pi * np.abs(series).max())
-        _check(
+        check(
             self.amplitude < largest,
             self,
             f'the gradient would be negative for some inputs; with {self.terms} terms take amplitude < {largest:.4f}',
@@ -273,8 +273,8 @@ class PSGD(Estimator):
     weights_only = True
 
     def __post_init__(self):
-        _check(self.scale > 0 and self.epsilon > 0, self, 'scale and epsilon must be positive')
-        _check(self.forward in ('round', 'full_precision'), self, "forward must be 'round' or 'full_precision'")
+        check(self.scale > 0 and self.epsilon > 0, self, 'scale and epsilon must be positive')
+        check(self.forward in ('round', 'full_precision'), self, "forward must be 'round' or 'full_precision'")
 
     @property
     def rounds_in_training(self) -> bool:
@@ -332,96 +332,6 @@ class Noise(Estimator):
         """See `Estimator.backward`."""
         del value, rounded, context
         return cotangent
-
-
-class SignEstimator(Estimator):
-    """A rule that approximates the sign function, for two levels.
-
-    With u = -1 at the lower and 1 at the upper code, F'(u) is the derivative of an approximation F of sign(u). As
-    2 · (round(x) - lower) - 1 = sign(u), the derivative of rounding is F'(u). It holds beyond the codes too.
-    """
-
-    sign_only = True
-
-    @abc.abstractmethod
-    def derivative(self, u: jax.Array, progress: jax.Array) -> jax.Array:
-        """Returns F'(u) when the fraction `progress` of training is done."""
-
-    def backward(self, cotangent, value, rounded, context):
-        """See `Estimator.backward`."""
-        del rounded
-        return cotangent * self.derivative(2.0 * (value - context.lower) - 1.0, context.progress)
-
-    def backward_clipped(self, cotangent, value, bound, context, *, passes):
-        """See `Estimator.backward_clipped`."""
-        del bound, passes
-        return cotangent * self.derivative(2.0 * (value - context.lower) - 1.0, context.progress)
-
-
-@register_estimator('reste')
-class ReSTE(SignEstimator):
-    """Rectified straight-through estimator (Wu et al., ICCV 2023): the sign as a limit of powers.
-
-    F(u) = sign(u) · |u|^(1/o);  F'(u) = (1/o) · |u|^((1-o)/o) for m < |u| <= t,  F(m) / m for |u| <= m,  0 beyond t
-
-    o grows with training: o = 1 + (1 - cos(π/2 · progress)) · (o_end - 1), so that the rule goes from the
-    straight-through estimator towards the sign.
-
-    Attributes:
-        o_end: o at the end of training, >= 1.
-        threshold: t, in units of the scale.
-        floor: m, in units of the scale.
-    """
-
-    o_end: float = 3.0
-    threshold: float = 1.5
-    floor: float = 0.1
-
-    def __post_init__(self):
-        _check(self.o_end >= 1, self, 'o_end must be at least 1')
-        _check(0 < self.floor < self.threshold, self, 'floor must lie between 0 and threshold')
-
-    def derivative(self, u, progress):
-        """See `SignEstimator.derivative`."""
-        o = 1.0 + (1.0 - jnp.cos(jnp.float32(math.pi / 2 * progress))) * (self.o_end - 1.0)
-        size = jnp.abs(u)
-        power = jnp.maximum(size, self.floor) ** ((1.0 - o) / o) / o
-        slope = jnp.where(size > self.floor, power, self.floor ** (1.0 / o) / self.floor)
-        return jnp.where(size <= self.threshold, slope, 0.0)
-
-
-@register_estimator('piecewise')
-class Piecewise(SignEstimator):
-    """The piecewise polynomial of Bi-Real Net (Liu et al., ECCV 2018, arXiv 1808.00278).
-
-    F(u) = 2u + u² for -1 <= u < 0, 2u - u² for 0 <= u < 1;  F'(u) = 2 - 2|u|, 0 beyond
-    """
-
-    def derivative(self, u, progress):
-        """See `SignEstimator.derivative`."""
-        del progress
-        return jnp.maximum(2.0 - 2.0 * jnp.abs(u), 0.0)
-
-
-@register_estimator('polynomial')
-class Polynomial(SignEstimator):
-    """Polynomial approximations of the sign, of any degree (ours; degree 1 is `piecewise`).
-
-    F(u) = (1 + 1/p) · (u - sign(u) · |u|^(p+1) / (p+1));  F'(u) = (1 + 1/p) · (1 - |u|^p) for |u| <= 1, 0 beyond
-
-    Attributes:
-        degree: p >= 1, of F'; the larger, the nearer to the straight-through estimator.
-    """
-
-    degree: int = 2
-
-    def __post_init__(self):
-        _check(self.degree >= 1, self, 'degree must be at least 1')
-
-    def derivative(self, u, progress):
-        """See `SignEstimator.derivative`."""
-        del progress
-        return (1.0 + 1.0 / self.degree) * jnp.maximum(1.0 - jnp.abs(u) ** self.degree, 0.0)
 
 
 IDENTITY = Identity()

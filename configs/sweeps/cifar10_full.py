@@ -6,8 +6,7 @@ Command: python main.py --mode=sweep --config=configs/cifar10_resnet20.py \
 """
 
 from bqat_jax.sweeps import Sweep
-from configs.sweeps.cifar10_short import COMPARED, bits
-from configs.sweeps.digits import METHODS, learning_rates, replacement
+from configs.sweeps.common import COMPARED, METHODS, bits, learning_rates, replacement
 
 
 def get_sweep() -> Sweep:

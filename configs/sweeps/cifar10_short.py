@@ -8,9 +8,8 @@ Command: python main.py --mode=sweep --config=configs/cifar10_resnet20.py \
 """
 
 from bqat_jax.sweeps import Sweep
-from configs.sweeps.digits import METHODS, learning_rates, replacement
+from configs.sweeps.common import COMPARED, METHODS, bits, learning_rates, replacement
 
-COMPARED = ('LSQ', 'distillation', 'prefix', 'prefix_sampled')
 COMMON = {
     'train.batch_size': 64,
     'data.train_examples': 16_000,
@@ -18,11 +17,6 @@ COMMON = {
     'checkpoint.every_epochs': 1.0,
 }
 STEPS = {'W2A2': 200, 'W4A4': 80}
-
-
-def bits(*numbers):
-    """Returns settings with so many bits."""
-    return {f'W{n}A{n}': {'quant.weights.bits': n, 'quant.activations.bits': n} for n in numbers}
 
 
 def get_sweep() -> Sweep:

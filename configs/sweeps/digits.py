@@ -5,41 +5,7 @@ Command: python main.py --mode=sweep \
 """
 
 from bqat_jax.sweeps import Sweep
-
-STEPS = 160
-
-# What each adds to plain QAT.
-METHODS = {
-    'LSQ': {'plan': 'none', 'distillation': 0.0},
-    'distillation': {'plan': 'none'},
-    'prefix': {'plan': 'prefix'},
-    'prefix_sampled': {'plan': 'prefix_sampled'},
-    'single_sampled': {'plan': 'single_sampled'},
-    'bernoulli': {'plan': 'bernoulli'},
-}
-
-# A tenth of the images is too few to choose on; 40 steps lie between two checkpoints.
-COMMON = {'data.validation_fraction': 0.3, 'checkpoint.every_steps': 40, 'train.log_every_steps': 40}
-
-# The network has three blocks of 16, 32 and 64 channels at width 16.
-HARDER = {
-    'narrow W2A2': {**COMMON, 'network.width': 4},
-    'few images W2A2': {**COMMON, 'data.train_examples': 300, 'data.validation_fraction': 0.5, 'partner.steps': 800},
-}
-SETTINGS = {
-    **HARDER,
-    **{f'W{bits}A{bits}': {**COMMON, 'quant.weights.bits': bits, 'quant.activations.bits': bits} for bits in (2, 3, 4)},
-}
-
-
-def replacement(**keys):
-    """Returns overrides of `config.replacement`."""
-    return {f'replacement.{key}': value for key, value in keys.items()}
-
-
-def learning_rates(*rates):
-    """Returns the choices between learning rates, which network and quantizers share."""
-    return [{'optimizer.learning_rate': rate, 'optimizer.quantizers.learning_rate': rate} for rate in rates]
+from configs.sweeps.common import METHODS, SETTINGS, STEPS, learning_rates, replacement
 
 
 def get_sweep() -> Sweep:

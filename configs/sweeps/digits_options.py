@@ -7,7 +7,7 @@ Command: python main.py --mode=sweep \
 """
 
 from bqat_jax.sweeps import Sweep
-from configs.sweeps.digits import HARDER, METHODS, STEPS, learning_rates, replacement
+from configs.sweeps.common import HARDER, METHODS, STEPS, learning_rates, replacement
 
 OPTIONS = {
     'LSQ': METHODS['LSQ'],

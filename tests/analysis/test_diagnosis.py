@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,9 @@ from bqat_jax.quantizers.rounding import Context
 from bqat_jax.replacement.block_replacement import Batch
 from bqat_jax.replacement.network_layers import blocks_of_layers
 from bqat_jax.replacement.paths import Variables
+from bqat_jax.training.loss import total_loss
 from bqat_jax.training.optimizer import OptimizerSpec, make_optimizer
+from bqat_jax.training.regularizers import Regularizers
 from bqat_jax.training.state import init_state
 from tests.training.test_step import NETWORK, VARIABLES, in_full_precision, make_spec
 
@@ -81,6 +85,32 @@ def test_the_variance_over_batches_is_that_of_numpy():
     mean = np.mean(kernels, axis=0)
     expected = sum(np.sum((kernel - mean) ** 2) for kernel in kernels) / 2 / np.sum(mean**2)
     np.testing.assert_allclose(found['lp']['layers']['stage2_block1/conv1']['variance'], expected, rtol=1e-3)
+
+
+def test_the_whole_loss_is_that_of_training():
+    """With dampening and batch-norm groups: the gradients' norm is that of `total_loss`."""
+    spec, quantizers = make_spec('prefix', bits=2)
+    regularizers = Regularizers(dampening=50.0, dampening_start=0.0)
+    spec = dataclasses.replace(spec, regularizers=regularizers, batch_norm_groups=4)
+    state = dataclasses.replace(state_of(spec, quantizers), step=jnp.int32(10))
+    path = 'stage2_block1/conv1'
+    measured = measure_gradients(spec, state, VARIABLES, BATCHES[:2], BLOCKS, samples=1)['full']['layers'][path]
+
+    def kernel_gradient(spec, number):
+        context = Context(spec.progress(state.step), jax.random.fold_in(state.key, number))
+
+        def loss(params):
+            variables = state.variables._replace(params=params)
+            return total_loss(spec, variables, VARIABLES, BATCHES[number], context)[0]
+
+        return np.asarray(jax.grad(loss)(VARIABLES['params'])['stage2_block1']['conv1']['kernel'], np.float64)
+
+    gradients = [kernel_gradient(spec, number) for number in range(2)]
+    mean = np.mean(gradients, axis=0)
+    expected = sum(np.sum((g - mean) ** 2) for g in gradients) / np.sum(mean**2)
+    np.testing.assert_allclose(measured['variance'], expected, rtol=1e-3)
+    for other in ({'regularizers': Regularizers()}, {'batch_norm_groups': 1}):
+        assert not np.allclose(kernel_gradient(dataclasses.replace(spec, **other), 0), gradients[0], rtol=1e-2)
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ PARTNER = outside.Network().init(jax.random.key(1), IMAGES)
 NETWORK = split_after(outside.Network(), ['layer0', 'layer1', 'layer2'], SHAPE)
 
 
-@pytest.mark.parametrize('plan', PLANS)
+@pytest.mark.parametrize('plan', list(PLANS))
 def test_a_network_from_outside_is_trained(plan):
     replacement, variables = replace_blocks(NETWORK, PARTNER, [IMAGES], QUANTIZERS, plan)
     optimizer = optax.sgd(0.03, 0.9)

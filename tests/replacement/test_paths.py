@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from bqat_jax.networks.cifar_resnet import cifar_resnet
 from bqat_jax.replacement.objective import Objective
 from bqat_jax.replacement.paths import Features, Variables, run_backbone, run_paths, run_teacher
-from bqat_jax.replacement.plans import Plan
+from bqat_jax.replacement.plans import Plan, register_plan
 from bqat_jax.replacement.schedules import Constant
 from bqat_jax.transform import FULL_PRECISION, prepare
 from tests.programs import count_operations
@@ -180,6 +180,22 @@ def test_lp_blocks_on_other_features_leave_the_statistics_alone():
     conv_first = NETWORK.apply(PARTNER, 2 * X, NETWORK.segments[0], train=True)[0]
     np.testing.assert_allclose(lp.run_block(0, 2 * X), conv_first, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(lp.run_block(0, 2 * X), lp.features[0], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize('is_drawn', [False, True])
+def test_models_of_a_users_plan_may_go_back_and_forth(is_drawn, registries):
+    """LP, FP and LP again: a path leaves those that run together, and may come back to them."""
+    zigzag = ((True, False, True), (False, True, False), (True, False, False))
+    register_plan('zigzag', is_drawn=is_drawn)(lambda num_blocks: zigzag)
+    plan = Plan('zigzag', BLOCKS, num_sampled=3)
+    mask, _ = plan.draw(jax.random.key(0))
+    assert sorted(map(tuple, np.asarray(mask).tolist())) == sorted(zigzag)
+    lp = backbone(PARTNER['params'], low_precision().quantizers)
+    expected = paths_by_hand(plan, lp, PARTNER, mask)
+    np.testing.assert_allclose(our_paths(plan, lp, PARTNER, mask), expected, rtol=1e-4, atol=1e-4)
+    register_plan('short')(lambda num_blocks: ((True,),))
+    with pytest.raises(ValueError, match='of each of 3 blocks'):
+        Plan('short', BLOCKS)
 
 
 def test_a_plan_that_lacks_what_it_needs_is_refused():

@@ -10,15 +10,18 @@ from bqat_jax.data.preprocessing import Augmentation, Preprocessing
 from bqat_jax.distributed.replicas import Replicas
 from bqat_jax.distributed.sharding import Placement, make_mesh, over_batch, replicated
 from bqat_jax.networks.cifar_resnet import cifar_resnet
-from bqat_jax.replacement.block_replacement import BlockReplacement
+from bqat_jax.quantizers.rounding import Context
+from bqat_jax.replacement.block_replacement import Batch, BlockReplacement
 from bqat_jax.replacement.objective import Objective
 from bqat_jax.replacement.paths import Variables
 from bqat_jax.replacement.plans import Plan
+from bqat_jax.training.loss import total_loss
 from bqat_jax.training.optimizer import OptimizerSpec, Rates, make_optimizer
 from bqat_jax.training.spec import TrainSpec
 from bqat_jax.training.state import init_state
 from bqat_jax.training.step import make_evaluation_step, make_train_step
 from bqat_jax.transform import FULL_PRECISION, prepare
+from tests.programs import operations, without_dead_code
 
 NETWORK = cifar_resnet(10, depth=8, width=8)
 PREPROCESSING = Preprocessing((0.5,), (0.5,), Augmentation(crop_padding=1, flip=True))
@@ -135,7 +138,24 @@ def test_metrics_tell_every_loss_apart():
     assert sampled['path1_lp_blocks'] in (1, 2)
 
 
-def test_a_full_precision_step_is_the_same_program_without_quantizers():
+def test_the_loss_without_quantizers_is_the_program_of_the_plain_network():
+    """Operation by operation, gradients included; so a full-precision network costs what it costs without us."""
+    inputs, targets = jnp.zeros((4, 8, 8, 1)), jnp.zeros(4, jnp.int32)
+
+    def ours(params):
+        variables, context = Variables(params, {}, VARIABLES['batch_stats']), Context(key=jax.random.key(0))
+        return total_loss(FULL_PRECISION_SPEC, variables, None, Batch(inputs, targets), context)[0]
+
+    def plain(params):
+        logits, _ = NETWORK.apply({**VARIABLES, 'params': params}, inputs, NETWORK.names, train=True)
+        return 1.0 * jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, targets))
+
+    programs = [jax.make_jaxpr(jax.grad(loss))(VARIABLES['params']).jaxpr for loss in (ours, plain)]
+    left, right = ([*operations(without_dead_code(program))] for program in programs)
+    assert left == right and len(left) > 100
+
+
+def test_a_full_precision_network_learns_and_has_no_quantizers():
     state, history, _ = run_steps(FULL_PRECISION_SPEC, {}, 1, 30, learning_rate=0.1)
     assert history[-1]['loss'] < history[0]['loss']
     assert state.params['quantizers'] == {}

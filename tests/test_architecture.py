@@ -1,0 +1,99 @@
+"""Imports go one way: what each room of the house may import."""
+
+import ast
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+PACKAGE = ROOT / 'bqat_jax'
+# The rooms of the library, then those of the program: what each may import of the others. Modules beside the rooms are
+# rooms of their own; `errors` may be imported by all.
+LIBRARY = {
+    'registry': set(),
+    'quantizers': {'registry'},
+    'transform': {'quantizers', 'registry'},
+    'blocks': set(),
+    'networks': {'blocks', 'registry'},
+    'replacement': {'transform', 'blocks', 'quantizers', 'registry'},
+    'distributed': set(),
+    'training': {'replacement', 'distributed', 'transform', 'blocks', 'networks', 'quantizers'},
+}
+BELOW = set(LIBRARY)
+PROGRAM = {
+    'storage': {'distributed'},
+    'data': {'replacement', 'registry'},
+    'analysis': BELOW | {'storage'},
+    'experiment': BELOW | {'analysis', 'data', 'storage', '__init__'},
+    'sweeps': {'experiment', 'distributed', 'registry', 'storage'},
+}
+FACE = {'__init__': BELOW - {'training', 'distributed', 'registry'}}
+ARROWS = {**LIBRARY, **PROGRAM, **FACE}
+# What the library needs to be installed, and what it reads files with if that is there.
+LIBRARY_PACKAGES = {'jax', 'flax', 'optax', 'numpy'}
+OPTIONAL = {'networks/torch_weights.py': {'torch', 'safetensors'}}
+
+
+def modules():
+    return [pytest.param(path, id=str(path.relative_to(PACKAGE))) for path in sorted(PACKAGE.rglob('*.py'))]
+
+
+def room(path):
+    first, *rest = path.relative_to(PACKAGE).parts
+    return first if rest else first.removesuffix('.py')
+
+
+def imports(path):
+    """The modules that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f'{path}: imports are absolute'
+            yield node.module or ''
+
+
+def rooms_of(path):
+    """The other rooms that a file imports."""
+    for name in imports(path):
+        first, *rest = name.split('.')
+        if first == 'bqat_jax':
+            other = rest[0] if rest else '__init__'
+            if other not in (room(path), 'errors'):
+                yield other
+
+
+@pytest.mark.parametrize('path', modules())
+def test_imports_go_one_way(path):
+    if room(path) != 'errors':
+        assert set(rooms_of(path)) <= ARROWS[room(path)]
+
+
+def test_the_arrows_make_no_circle():
+    left = {name: others - {'__init__'} for name, others in ARROWS.items() if name != '__init__'}
+    while left:
+        free = {name for name, others in left.items() if not others & set(left)}
+        assert free, f'a circle: {left}'
+        left = {name: others for name, others in left.items() if name not in free}
+
+
+def test_nothing_in_the_library_imports_the_program():
+    for name, others in {**LIBRARY, **FACE}.items():
+        assert not others & set(PROGRAM), name
+
+
+@pytest.mark.parametrize('path', modules())
+def test_the_library_needs_few_packages(path):
+    """The quantizers only jax and numpy, so that anyone can lift them out."""
+    outside = {name.split('.')[0] for name in imports(path)} - sys.stdlib_module_names - {'bqat_jax'}
+    if room(path) == 'quantizers':
+        assert outside <= {'jax', 'numpy'}
+    elif room(path) not in PROGRAM:
+        assert outside <= LIBRARY_PACKAGES | OPTIONAL.get(str(path.relative_to(PACKAGE)), set())
+
+
+def test_the_architecture_page_names_every_room():
+    page = (ROOT / 'docs' / 'architecture.md').read_text(encoding='utf-8')
+    for name in {*LIBRARY, *PROGRAM} - {'registry', 'storage'}:
+        assert f'  {name}/' in page, name
