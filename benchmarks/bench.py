@@ -18,7 +18,7 @@ from bqat_jax.experiment.experiment import Experiment
 from bqat_jax.experiment.low_precision import low_precision_phase
 from bqat_jax.experiment.partner import Partner
 from bqat_jax.experiment.phase import Phase
-from bqat_jax.experiment.phases import initial_state
+from bqat_jax.experiment.run_phase import initial_state
 from bqat_jax.experiment.setup import make_experiment
 from bqat_jax.replacement.paths import Variables
 from bqat_jax.training.optimizer import make_optimizer

@@ -12,8 +12,8 @@ from bqat_jax.experiment.checkpoints import Restored
 from bqat_jax.experiment.experiment import Experiment
 from bqat_jax.experiment.partner import Partner, make_preprocessing
 from bqat_jax.experiment.phase import Phase
-from bqat_jax.experiment.phases import run_phase
 from bqat_jax.experiment.reading import Data, plain_batches
+from bqat_jax.experiment.run_phase import run_phase
 from bqat_jax.experiment.streams import Stream, random_key
 from bqat_jax.quantizers import describe_quantizer
 from bqat_jax.replacement.block_replacement import BlockReplacement

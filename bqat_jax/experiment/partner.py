@@ -13,8 +13,8 @@ from bqat_jax.experiment.checkpoints import Checkpoints
 from bqat_jax.experiment.configuration import changed_keys
 from bqat_jax.experiment.experiment import Experiment
 from bqat_jax.experiment.phase import Phase
-from bqat_jax.experiment.phases import run_phase
 from bqat_jax.experiment.reading import Data
+from bqat_jax.experiment.run_phase import run_phase
 from bqat_jax.experiment.streams import Stream, random_key
 from bqat_jax.networks.torch_weights import NAME_RULES, import_state_dict, read_state_dict
 from bqat_jax.replacement.block_replacement import BlockReplacement

@@ -19,8 +19,8 @@ from bqat_jax.experiment.experiment import Experiment
 from bqat_jax.experiment.low_precision import low_precision_phase, read_quantization, train_low_precision
 from bqat_jax.experiment.partner import Partner, find_partner, load_partner, partner_spec, pretrain_partner
 from bqat_jax.experiment.phase import Phase
-from bqat_jax.experiment.phases import open_checkpoints
 from bqat_jax.experiment.reading import Data, load_data, load_split, make_evaluation, training_batches
+from bqat_jax.experiment.run_phase import open_checkpoints
 from bqat_jax.experiment.setup import make_experiment
 from bqat_jax.experiment.streams import Stream
 from bqat_jax.experiment.workdir import check_config, check_is_run, opened, write_record

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from bqat_jax.quantizers.estimators import ESTIMATORS, IDENTITY
-from bqat_jax.quantizers.grids import IntegerGrid, code_dtype
+from bqat_jax.quantizers.grids import IntegerGrid, check_bits, code_dtype
 from bqat_jax.quantizers.rounding import (
     EVALUATION,
     Context,
@@ -83,7 +83,7 @@ class Quantizer(abc.ABC):
     is_learned: ClassVar[bool] = True
 
     def __post_init__(self):
-        IntegerGrid(self.bits, self.signed)  # refuses what is no number of bits at all
+        check_bits(self.bits)
         allowed = self.bits_signed if self.signed else self.bits_unsigned
         reason = ''
         if self.bits not in allowed:

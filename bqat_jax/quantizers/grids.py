@@ -1,6 +1,7 @@
 """Integer grids: which whole numbers a code of b bits can take."""
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -29,11 +30,7 @@ class IntegerGrid:
     narrow: bool = False
 
     def __post_init__(self):
-        if not isinstance(self.bits, int) or not MIN_BITS <= self.bits <= MAX_BITS:
-            raise ValueError(
-                f'bits={self.bits!r} is not a whole number from {MIN_BITS} to {MAX_BITS}: an integer grid needs '
-                "one. To leave a layer in full precision give its quantizer the name 'none'."
-            )
+        check_bits(self.bits)
 
     @property
     def lower(self) -> int:
@@ -44,6 +41,15 @@ class IntegerGrid:
     def upper(self) -> int:
         """The largest integer of the grid, the Q_P of the LSQ paper."""
         return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+
+
+def check_bits(bits: Any) -> None:
+    """Raises ValueError if `bits` is not a whole number from 1 to 8."""
+    if not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
+        raise ValueError(
+            f'bits={bits!r} is not a whole number from {MIN_BITS} to {MAX_BITS}: an integer grid needs one. To leave a '
+            "layer in full precision give its quantizer the name 'none'."
+        )
 
 
 def code_dtype(lower: int):

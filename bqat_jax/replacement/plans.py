@@ -8,7 +8,7 @@ precision (FP) partner's. The head of every MP model is the partner's (ours).
     single          all n models with one LP block, every step: the other reading of "replacement on the FP model"
     suffix          all n-1 models whose last blocks are LP, every step: an ablation (ours)
     prefix_sampled  k of `prefix`'s models, drawn per step, weighted so that the expected loss is the same (ours)
-    single_sampled  k of `single`'s, likewise (ours)
+    single_sampled  k of `single`'s models, drawn and weighted in the same way (ours)
     bernoulli       k models; each block is LP with a probability that may change over training, as in the module
                     replacing of BERT-of-Theseus (arXiv 2002.02925)
 

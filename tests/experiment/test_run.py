@@ -11,7 +11,7 @@ import pytest
 
 from bqat_jax.distributed.preemption import Stopped
 from bqat_jax.errors import UserError
-from bqat_jax.experiment import phases
+from bqat_jax.experiment import run_phase
 from bqat_jax.experiment.checkpoints import Checkpoints
 from bqat_jax.experiment.run import diagnose_run, evaluate_run, import_partner, summarize_network, train
 from bqat_jax.storage import read_json
@@ -363,7 +363,7 @@ def test_replicas_that_devices_cannot_share_are_refused(config, tmp_path):
 
 def test_a_run_goes_on_with_fewer_devices_at_the_next_example(config, finished, tmp_path, monkeypatch):
     config.partner.workdir = str(finished[1])
-    read = phases.training_batches
+    read = run_phase.training_batches
     seen = []
 
     def watched(experiment, split, stream, replicas, start, stop):
@@ -373,7 +373,7 @@ def test_a_run_goes_on_with_fewer_devices_at_the_next_example(config, finished, 
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 
-    monkeypatch.setattr(phases, 'training_batches', watched)
+    monkeypatch.setattr(run_phase, 'training_batches', watched)
     config.mesh.data = 8
     with pytest.raises(Stopped, match='after step 5 of 12'):
         train(config, tmp_path / 'run', name='digits')
