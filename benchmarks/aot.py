@@ -70,7 +70,7 @@ def collectives_of(text: str) -> dict[str, dict[str, int]]:
     and an all-reduce of which every device keeps a part is the reduce-scatter that it is. What stands in a branch or a
     loop counts once.
     """
-    found: dict[str, dict[str, int]] = collections.defaultdict(lambda: {'count': 0, 'bytes': 0})
+    collectives: dict[str, dict[str, int]] = collections.defaultdict(lambda: {'count': 0, 'bytes': 0})
     seen, computation = set(), ''
     pattern = re.compile(rf' = (.*?) ({"|".join(COLLECTIVES)})(-start)?\((.*)')
     for line in text.splitlines():
@@ -92,9 +92,9 @@ def collectives_of(text: str) -> dict[str, dict[str, int]]:
             sizes = [size * _group_size(rest) for size in sizes]
         if 'all-reduce-scatter' in computation:
             kind = 'reduce-scatter'
-        found[kind]['count'] += 1
-        found[kind]['bytes'] += sum(sizes)
-    return dict(found)
+        collectives[kind]['count'] += 1
+        collectives[kind]['bytes'] += sum(sizes)
+    return dict(collectives)
 
 
 def _sizes(shapes: str) -> list[int]:
@@ -201,13 +201,13 @@ def main(argv: list[str]) -> None:
         print(table([json.loads(line) for line in Path(flags.FLAGS.table).read_text(encoding='utf-8').splitlines()]))
         return
     try:
-        found = report(flags.FLAGS.config, flags.FLAGS.topology, flags.FLAGS.batch_per_device)
+        facts = report(flags.FLAGS.config, flags.FLAGS.topology, flags.FLAGS.batch_per_device)
     except UserError as error:
         sys.exit(f'Error: {error}')
-    print(json.dumps(found, indent=2))
+    print(json.dumps(facts, indent=2))
     if flags.FLAGS.append:
         with Path(flags.FLAGS.append).open('a', encoding='utf-8') as file:
-            file.write(json.dumps(found) + '\n')
+            file.write(json.dumps(facts) + '\n')
 
 
 if __name__ == '__main__':

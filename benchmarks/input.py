@@ -36,10 +36,10 @@ def bare_loop(images: ImageData, count: int) -> float:
 
 def pipeline(split: Split, batch_size: int, batches: int) -> float:
     """Reads training batches as a run does; returns images per second behind the first batch."""
-    found = iter(split.training_batches(0, batch_size, 0, batches + 1))
-    next(found)  # by now processes have started
+    reading = iter(split.training_batches(0, batch_size, 0, batches + 1))
+    next(reading)  # by now processes have started
     began = time.perf_counter()
-    for _ in found:
+    for _ in reading:
         pass
     return batches * batch_size / (time.perf_counter() - began)
 
@@ -58,16 +58,16 @@ def main(argv: list[str]) -> None:
             cores = min(workers, os.cpu_count() or 1) if workers else os.cpu_count() or 1
             name = f'{workers} workers' if workers else 'threads of the process'
             variants[name] = (cores, functools.partial(pipeline, split, batch_size, count // batch_size))
-        found: dict[str, list[float]] = {name: [] for name in variants}
+        speeds: dict[str, list[float]] = {name: [] for name in variants}
         for _ in range(flags.FLAGS.rounds):
             for name, (_, read) in variants.items():
-                found[name].append(read())
+                speeds[name].append(read())
     finally:
         shutil.rmtree(directory)
-    bare = statistics.median(found['bare loop'])
+    bare = statistics.median(speeds['bare loop'])
     print('| | cores | images/s | images/s and core | against the bare loop |\n|---|---|---|---|---|')
     for name, (cores, _) in variants.items():
-        speed = statistics.median(found[name])
+        speed = statistics.median(speeds[name])
         print(f'| {name} | {cores} | {speed:.0f} | {speed / cores:.0f} | {speed / cores / bare:.2f} |')
 
 

@@ -78,8 +78,8 @@ def main(argv: list[str]) -> None:
     text = report(bare, runs)
     print(text)
     if given.output:
-        found: dict[str, Any] = {'bare': bare, 'runs': runs}
-        Path(given.output).write_text(json.dumps(found, indent=2) + '\n', encoding='utf-8')
+        measured: dict[str, Any] = {'bare': bare, 'runs': runs}
+        Path(given.output).write_text(json.dumps(measured, indent=2) + '\n', encoding='utf-8')
         Path(given.output).with_suffix('.md').write_text(text, encoding='utf-8')
 
 

@@ -68,14 +68,14 @@ def growth(values: Sequence[float], seconds: Sequence[float]) -> float:
     return float(np.polyfit(np.log(values), np.log(seconds), 1)[0])
 
 
-def table(axis: str, found: Mapping[str, Mapping[int, dict[str, Any]]]) -> str:
+def table(axis: str, growths: Mapping[str, Mapping[int, dict[str, Any]]]) -> str:
     """Returns a Markdown table: a line for each variant, with milliseconds at each value and the growth."""
-    values = list(next(iter(found.values())))
+    values = list(next(iter(growths.values())))
     lines = [
         f'| {axis} | {" | ".join(map(str, values))} | last / first | growth |',
         '|' + '---|' * (len(values) + 3),
     ]
-    for variant, measured in found.items():
+    for variant, measured in growths.items():
         seconds = [statistics.median(measured[value]['seconds']) for value in values]
         power = growth(values, seconds) if len(values) > 1 else math.nan
         cells = [f'{1e3 * one:.0f}' for one in seconds]
@@ -98,11 +98,11 @@ def main(argv: list[str]) -> None:
     except ValueError as error:
         sys.exit(f'Error: {error}')
     measured = measure(cases, given.turns, given.steps)
-    found = {variant: {value: measured[f'{variant} {value}'] for value in values} for variant in variants}
-    text = table(given.axis, found)
+    growths = {variant: {value: measured[f'{variant} {value}'] for value in values} for variant in variants}
+    text = table(given.axis, growths)
     print(text)
     if given.output:
-        Path(given.output).write_text(json.dumps(found, indent=2) + '\n', encoding='utf-8')
+        Path(given.output).write_text(json.dumps(growths, indent=2) + '\n', encoding='utf-8')
         Path(given.output).with_suffix('.md').write_text(text, encoding='utf-8')
 
 

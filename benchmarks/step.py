@@ -212,21 +212,21 @@ class Worker:
 
 def measure(cases: Mapping[str, Case], turns: int, steps: int) -> dict[str, dict[str, Any]]:
     """Returns what was measured of every case: its facts, and 'seconds' per step of every turn."""
-    found: dict[str, dict[str, Any]] = {}
+    measured: dict[str, dict[str, Any]] = {}
     workers: dict[str, Worker] = {}
     try:
         for name, case in cases.items():
             workers[name] = Worker(name, case)
-            found[name] = {**workers[name].facts, 'seconds': []}
+            measured[name] = {**workers[name].facts, 'seconds': []}
         for _ in range(turns):
             for name, worker in workers.items():
                 answer = worker.ask(steps)
-                found[name]['seconds'].append(answer['seconds'] / steps)
-                found[name]['resident'] = answer['resident']
+                measured[name]['seconds'].append(answer['seconds'] / steps)
+                measured[name]['resident'] = answer['resident']
     finally:
         for worker in workers.values():
             worker.end()
-    return found
+    return measured
 
 
 def config_arguments() -> list[str]:
@@ -234,16 +234,16 @@ def config_arguments() -> list[str]:
     return [argument for argument in sys.argv[1:] if argument.startswith('--config')]
 
 
-def table(found: dict[str, dict[str, Any]]) -> str:
+def table(measured: dict[str, dict[str, Any]]) -> str:
     """Returns what was measured as a Markdown table; the first variant is what others are compared with."""
     lines = [
         '| variant | ms | quartiles | images/s | time / first | by units | measured / units | compile s | peak MiB '
         '| resident MiB | Gflop/s | of the ceiling |',
         '|' + '---|' * 12,
     ]
-    first, blocks = next(iter(found)), max(one.get('blocks', 1) for one in found.values())
-    base, base_units = statistics.median(found[first]['seconds']), expected_units(first, blocks)
-    for variant, one in found.items():
+    first, blocks = next(iter(measured)), max(one.get('blocks', 1) for one in measured.values())
+    base, base_units = statistics.median(measured[first]['seconds']), expected_units(first, blocks)
+    for variant, one in measured.items():
         median = statistics.median(one['seconds'])
         quartiles = statistics.quantiles(one['seconds'], n=4) if len(one['seconds']) > 1 else [median] * 3
         units = expected_units(variant, blocks)
@@ -274,11 +274,11 @@ def main(argv: list[str]) -> None:
         work(given.config, given.work)
         return
     cases = {variant: Case(variant, config_arguments()) for variant in given.variants.split(',')}
-    found = measure(cases, given.turns, given.steps)
-    text = table(found)
+    measured = measure(cases, given.turns, given.steps)
+    text = table(measured)
     print(text)
     if given.output:
-        Path(given.output).write_text(json.dumps(found, indent=2) + '\n', encoding='utf-8')
+        Path(given.output).write_text(json.dumps(measured, indent=2) + '\n', encoding='utf-8')
         Path(given.output).with_suffix('.md').write_text(text, encoding='utf-8')
     del argv
 

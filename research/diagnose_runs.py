@@ -49,17 +49,18 @@ def find_or_make(workdir: Path) -> dict[str, Any]:
     return read_json(made[-1])
 
 
-def measures_of(found: dict[str, Any]) -> list[float]:
+def measures_of(diagnosis: dict[str, Any]) -> list[float]:
     """Returns the numbers of a diagnosis for the columns of the table: means over blocks, and over layers."""
 
     def mean(loss, measure):
-        return statistics.mean(block[measure] for block in found['gradients'][loss]['blocks'].values())
+        return statistics.mean(block[measure] for block in diagnosis['gradients'][loss]['blocks'].values())
 
     cosines = [
         mean(loss, f'cosine_to_{reference}') for loss in ('lp', 'full') for reference in ('full_precision', 'smoothed')
     ]
-    *_, last = found['features'].values()
-    oscillating = 100 * statistics.mean(found['oscillating'].values()) if found.get('oscillating') else float('nan')
+    *_, last = diagnosis['features'].values()
+    watched = diagnosis.get('oscillating')
+    oscillating = 100 * statistics.mean(watched.values()) if watched else float('nan')
     variances = [mean(loss, 'variance') for loss in ('lp', 'full')]
     return [*cosines, *variances, last['cka'], last['relative_error'], oscillating]
 
@@ -67,9 +68,9 @@ def measures_of(found: dict[str, Any]) -> list[float]:
 def write_table(path: Path, rows: dict[str, list[list[float]]]) -> None:
     """Writes the table: a row for each name, the mean over its runs."""
     lines = [f'| runs | seeds | {" | ".join(COLUMNS)} |', '|' + '---|' * (len(COLUMNS) + 2)]
-    for name, found in rows.items():
-        means = [statistics.mean(values) for values in zip(*found, strict=True)]
-        lines.append(f'| {name} | {len(found)} | {" | ".join(f"{value:.3f}" for value in means)} |')
+    for name, measures in rows.items():
+        means = [statistics.mean(values) for values in zip(*measures, strict=True)]
+        lines.append(f'| {name} | {len(measures)} | {" | ".join(f"{value:.3f}" for value in means)} |')
     write_text(path, '\n'.join(lines) + '\n')
 
 

@@ -93,12 +93,12 @@ def _make_pieces(module: nn.Module, ends: tuple[str, ...], image_shape: tuple[in
     pieces = _Pieces(module, ends, image_shape, call, {})
 
     def find(batch, train):
-        found = []
+        outputs = []
 
         def run_unit(run, unit, piece, ends_piece):
             del unit, piece, ends_piece
             output = run()
-            found.append(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), output))
+            outputs.append(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), output))
             return output
 
         def run(module, images):
@@ -108,7 +108,7 @@ def _make_pieces(module: nn.Module, ends: tuple[str, ...], image_shape: tuple[in
         rngs = {'params': jax.random.key(0), 'dropout': jax.random.key(0)}
         images = jax.ShapeDtypeStruct((batch, *image_shape), jnp.float32)
         jax.eval_shape(lambda images: module.init(rngs, images, method=run), images)
-        return found
+        return outputs
 
     # How shapes grow with the batch is found here, once: `run` may stand inside somebody else's interception.
     units = {train: jax.tree.map(_Output, find(1, train), find(2, train)) for train in (False, True)}

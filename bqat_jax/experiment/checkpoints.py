@@ -209,8 +209,8 @@ class Checkpoints:
             'digest': jax.ShapeDtypeStruct((count,), jnp.uint32, sharding=sharding),
         }
         content = ocp.args.Composite(state=ocp.args.StandardRestore(sealed_target), facts=ocp.args.JsonRestore())
-        found: Any = self._manager.restore(step, args=content)
-        read, sealed = found.state, found.facts
+        items: Any = self._manager.restore(step, args=content)
+        read, sealed = items.state, items.facts
         if zlib.crc32(sealed['text'].encode()) != sealed['crc32']:
             raise ValueError('the checksum of the facts does not match')
         described = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(target)]

@@ -116,8 +116,8 @@ def _normalize_parts(norm: nn.BatchNorm, x: jax.Array, count: int) -> jax.Array:
     channels = x.shape[-1:]
     scale: Any = norm.get_variable('params', 'scale') if norm.use_scale else jnp.ones(channels)
     bias: Any = norm.get_variable('params', 'bias') if norm.use_bias else jnp.zeros(channels)
-    found: Any = normalize(parts, scale.astype(jnp.float32), bias.astype(jnp.float32), norm.epsilon)
-    y, mean, variance = found
+    normalized: Any = normalize(parts, scale.astype(jnp.float32), bias.astype(jnp.float32), norm.epsilon)
+    y, mean, variance = normalized
     if norm.is_mutable_collection('batch_stats'):
         for name, value in (('mean', mean), ('var', variance)):
             before: Any = norm.get_variable('batch_stats', name)

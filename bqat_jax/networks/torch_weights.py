@@ -91,7 +91,7 @@ def import_state_dict(arrays: Mapping[str, np.ndarray], rules: Sequence[Rule], t
     # Compiled once: a family has more patterns than `re` remembers.
     compiled = [(re.compile(pattern), (paths,) if isinstance(paths, str) else paths) for pattern, paths in rules]
     wanted: Any = traverse_util.flatten_dict(template, sep='/')
-    found: dict[str, np.ndarray] = {}
+    values: dict[str, np.ndarray] = {}
     problems = []
     for name, array in arrays.items():
         if name.endswith(COUNTER):
@@ -104,18 +104,18 @@ def import_state_dict(arrays: Mapping[str, np.ndarray], rules: Sequence[Rule], t
             problems.append(f'not finite: {name}')
         for path, part in zip(paths, _split(array, len(paths)), strict=True):
             value = _to_linen(path, part)
-            if path in found:
+            if path in values:
                 problems.append(f'twice: {name} gives {path}, and so does another')
             elif value.shape != wanted[path].shape:
                 problems.append(f'misshapen: {name} gives {path} {value.shape}, the network has {wanted[path].shape}')
-            found[path] = np.asarray(value, np.float32)
-    problems += [f'missing: {path} {wanted[path].shape}' for path in wanted if path not in found]
+            values[path] = np.asarray(value, np.float32)
+    problems += [f'missing: {path} {wanted[path].shape}' for path in wanted if path not in values]
     if problems:
         listed = '\n  '.join(problems)
         raise UserError(f'The PyTorch weights do not fit the network ({len(problems)} differences):\n  {listed}')
     # A collection without a leaf, as a transformer's batch_stats, has no path.
     empty = {collection: {} for collection in template}
-    return {**empty, **traverse_util.unflatten_dict({path: found[path] for path in wanted}, sep='/')}
+    return {**empty, **traverse_util.unflatten_dict({path: values[path] for path in wanted}, sep='/')}
 
 
 def _split(array: np.ndarray, number: int) -> list[np.ndarray]:

@@ -73,8 +73,8 @@ def optimal_clip(quantizer: Quantizer, v: jax.Array) -> jax.Array:
     def update(_, clip):
         above = x > quantizer.broadcast(clip, v.ndim)
         inside = total((x > 0) & ~above, jnp.ones_like(x))
-        found = total(above, x) / jnp.maximum(noise * inside + total(above, jnp.ones_like(x)), 1e-30)
-        return jnp.where(jnp.any(above, axis=axes), found, clip)
+        new = total(above, x) / jnp.maximum(noise * inside + total(above, jnp.ones_like(x)), 1e-30)
+        return jnp.where(jnp.any(above, axis=axes), new, clip)
 
     start = total(x > 0, x) / jnp.maximum(total(x > 0, jnp.ones_like(x)), 1.0)
     clip = jax.lax.fori_loop(0, OCTAV_ITERATIONS, update, start)

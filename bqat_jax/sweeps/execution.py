@@ -111,7 +111,7 @@ class _Execution:
     console: rich.console.Console
 
     def execute(self) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        entries: dict[str, Any] = {}
         runs = failed = 0
         for setting, overrides in self.sweep.settings.items():
             config = override(self.config, overrides)
@@ -119,12 +119,12 @@ class _Execution:
             folder = self.workdir / setting
             config.partner.workdir = str(self._prepare_partner(config, folder))
             config.partner.torch_file = None
-            found[setting] = {}
+            entries[setting] = {}
             for method, changes in self.sweep.methods.items():
                 entry = self._run_method(override(config, changes), folder / method)
-                found[setting][method] = entry
+                entries[setting][method] = entry
                 runs, failed = runs + entry['runs'], failed + len(entry['failed'])
-                write_tables(self.workdir, self.sweep, found)
+                write_tables(self.workdir, self.sweep, entries)
         files = ', '.join(str(self.workdir / f'sweep.{kind}') for kind in ('json', 'csv', 'md', 'png'))
         return {'runs': runs, 'failed': failed, 'tables': files}
 
@@ -202,16 +202,16 @@ class _Execution:
 
 def _by_seed(run: Run, result: dict[str, Any]) -> dict[str, Any]:
     """A result of several seeds as one for each."""
-    found = {}
+    scores = {}
     for seed in map(str, run.seeds):
-        found[seed] = {
+        scores[seed] = {
             name: result.get(f'{name}_by_seed', {seed: result[name]})[seed]
             for name in ('top1', 'validation_top1')
             if name in result
         }
-        found[seed] |= {key: result[key] for key in ('fp_top1', 'steps', 'checkpoint_step')}
-        found[seed]['seconds'] = result['seconds'] / len(run.seeds)
-    return found
+        scores[seed] |= {key: result[key] for key in ('fp_top1', 'steps', 'checkpoint_step')}
+        scores[seed]['seconds'] = result['seconds'] / len(run.seeds)
+    return scores
 
 
 @contextlib.contextmanager

@@ -39,17 +39,17 @@ def paired_difference(values: Mapping[str, float], baseline: Mapping[str, float]
     return {'mean': mean, 'low': mean - half, 'high': mean + half, 'seeds': len(differences)}
 
 
-def write_tables(workdir: Path, sweep: Sweep, found: Mapping[str, Mapping[str, Any]]) -> None:
+def write_tables(workdir: Path, sweep: Sweep, entries: Mapping[str, Mapping[str, Any]]) -> None:
     """Writes `sweep.json`, `sweep.csv`, `sweep.md` and `sweep.png`.
 
     Args:
         workdir: where to.
         sweep: what was run.
-        found: setting to method to what came of it, see `bqat_jax.sweeps.execution`.
+        entries: setting to method to what came of it, see `bqat_jax.sweeps.execution`.
     """
-    rows = {setting: _summarize(sweep, methods) for setting, methods in found.items()}
+    rows = {setting: _summarize(sweep, methods) for setting, methods in entries.items()}
     write_json(workdir / 'sweep.json', {'baseline': sweep.baseline, 'settings': rows})
-    write_text(workdir / 'sweep.csv', _csv(found))
+    write_text(workdir / 'sweep.csv', _csv(entries))
     write_text(workdir / 'sweep.md', _markdown(sweep, rows))
     write_bytes(workdir / 'sweep.png', _plot(rows))
 
@@ -71,11 +71,11 @@ def _summarize(sweep: Sweep, methods: Mapping[str, Any]) -> dict[str, Any]:
     return rows
 
 
-def _csv(found: Mapping[str, Mapping[str, Any]]) -> str:
+def _csv(entries: Mapping[str, Mapping[str, Any]]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, extrasaction='ignore', lineterminator='\n')
     writer.writeheader()
-    for setting, methods in found.items():
+    for setting, methods in entries.items():
         for method, entry in methods.items():
             for seed, score in entry['by_seed'].items():
                 choice = _describe_choice(entry['choice'])

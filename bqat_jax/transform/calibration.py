@@ -88,7 +88,7 @@ def observe_inputs(
             {'sum': value, 'calls': jax.ShapeDtypeStruct((), jnp.float32)},
         )
 
-    found = jax.grad(total)({path: make_probe(path) for path in statistics})
+    probes = jax.grad(total)({path: make_probe(path) for path in statistics})
     for path in statistics:
         if path not in seen:
             raise ValueError(f'The layer {path} has a quantizer for its input, but did not run.')
@@ -99,7 +99,7 @@ def observe_inputs(
 
         return jax.tree.map(divide, probe['sum'])
 
-    return {path: mean(probe) for path, probe in found.items()}
+    return {path: mean(probe) for path, probe in probes.items()}
 
 
 def _pass(x: jax.Array) -> jax.Array:
@@ -137,8 +137,8 @@ def find_signed_inputs(
 
     if unknown:
         for batch in batches:
-            for path, found in jax.device_get(look(params, batch)).items():
-                signed[path] = signed[path] or bool((found > 0).any())
+            for path, negative in jax.device_get(look(params, batch)).items():
+                signed[path] = signed[path] or bool((negative > 0).any())
     return signed
 
 
@@ -160,21 +160,21 @@ def init_quantizers(
         ValueError: if a layer that has a quantizer for its input does not run.
     """
     flat: Any = traverse_util.flatten_dict(params, sep='/')
-    found: dict[str, Any] = {path: {} for path in quantization.layers}
+    initial: dict[str, Any] = {path: {} for path in quantization.layers}
     statistics, transforms = {}, {}
     for path, layer in quantization.layers.items():
         if layer.weights is not None:
             kernel = flat[f'{path}/{WEIGHT_NAME}']
-            found[path]['weights'] = layer.init_weights(kernel)
-            flat[f'{path}/{WEIGHT_NAME}'] = layer.quantize_weights(found[path]['weights'], kernel)
+            initial[path]['weights'] = layer.init_weights(kernel)
+            flat[f'{path}/{WEIGHT_NAME}'] = layer.quantize_weights(initial[path]['weights'], kernel)
         if layer.activations is not None:
             statistics[path] = layer.activations.init
             transforms[path] = functools.partial(_init_and_quantize, layer.activations)
     quantized = traverse_util.unflatten_dict(flat, sep='/')
     layers = {path: layer.layer for path, layer in quantization.layers.items()}
     for path, parameters in observe_inputs(run, quantized, batch, layers, statistics, transforms).items():
-        found[path]['activations'] = parameters
-    return found
+        initial[path]['activations'] = parameters
+    return initial
 
 
 def _init_and_quantize(quantizer: Quantizer, x: jax.Array) -> jax.Array:
@@ -197,10 +197,10 @@ def calibrate(
     """
     init = jax.jit(lambda params, batch: init_quantizers(quantization, params, run, batch))
     # One after another: XLA's CPU devices can block each other for ever behind a long queue of programs.
-    found = [jax.block_until_ready(init(params, batch)) for batch in batches]
-    if not found:
+    of_batches = [jax.block_until_ready(init(params, batch)) for batch in batches]
+    if not of_batches:
         raise ValueError('Calibration needs at least one batch.')
-    mean = mean_of_trees(found)
+    mean = mean_of_trees(of_batches)
     for path, roles in jax.device_get(mean).items():
         for role, parameters in roles.items():
             if not all(jnp.all(jnp.isfinite(x)) for x in parameters.values()):

@@ -108,7 +108,7 @@ def find_layers(run: Callable[..., Any], params: Any, *arguments: Any) -> Layers
         *arguments: the same, the first of them with examples along its first axis.
     """
     flat: Any = traverse_util.flatten_dict(params, sep='/')
-    found: dict[str, Layer] = {}
+    quantizable: dict[str, Layer] = {}
     others: dict[str, str] = {}
     smallest = {path: leaf.ndim for path, leaf in flat.items()}  # axes inside stacks
 
@@ -118,9 +118,9 @@ def find_layers(run: Callable[..., Any], params: Any, *arguments: Any) -> Layers
         depth = len(outer) - kernel.ndim
         if depth < 0 or outer[depth:] != kernel.shape:
             others[name] = f'its shape is {outer} outside and {kernel.shape} inside: stacked, but not along the front'
-        elif path not in found:
+        elif path not in quantizable:
             layout, seen = kernel_layout(module, kernel.ndim, args, kwargs), jax.ShapeDtypeStruct(x.shape, x.dtype)
-            found[path] = Layer(type(module).__name__, kernel.shape, outer[:depth], layout, seen)
+            quantizable[path] = Layer(type(module).__name__, kernel.shape, outer[:depth], layout, seen)
         return call(x)
 
     def record(call, args, kwargs, context):
@@ -136,10 +136,10 @@ def find_layers(run: Callable[..., Any], params: Any, *arguments: Any) -> Layers
         # A function of our own: JAX does not trace one again that it has traced before, and then nothing is recorded.
         jax.eval_shape(lambda *arguments: run(*arguments), params, *arguments)
     for path, axes in smallest.items():
-        if axes >= 2 and path.removesuffix(f'/{WEIGHT_NAME}') not in found:
+        if axes >= 2 and path.removesuffix(f'/{WEIGHT_NAME}') not in quantizable:
             kinds = ', '.join(kind.__name__ for kind in LAYER_TYPES)
             others.setdefault(path, f'it is no kernel of a layer that ran ({kinds})')
-    return Layers(found, others)
+    return Layers(quantizable, others)
 
 
 def intercept_layers(function: Callable[..., Any]) -> contextlib.AbstractContextManager:

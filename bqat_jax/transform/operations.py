@@ -47,8 +47,8 @@ def _count(program: Any, layer: str) -> collections.Counter:
         if operation.primitive.name == 'cond':
             inner = [max(inner, key=lambda count: count.total())]
         times = operation.params['length'] if operation.primitive.name == 'scan' else 1
-        for found in inner:
-            for path, count in found.items():
+        for part in inner:
+            for path, count in part.items():
                 counts[path] += times * count
     return counts
 

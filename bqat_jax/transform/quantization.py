@@ -62,12 +62,12 @@ class LayerQuantizers:
 
     def slot(self, context: Context) -> dict[str, Any]:
         """Returns a context as arrays that have the stack's leading axes; randomness differs along them."""
-        found = {'progress': jnp.broadcast_to(jnp.asarray(context.progress, jnp.float32), self.layer.stack)}
+        slot = {'progress': jnp.broadcast_to(jnp.asarray(context.progress, jnp.float32), self.layer.stack)}
         if context.key is not None:
-            found['key'] = jax.random.split(context.key, self.layer.stack) if self.layer.stack else context.key
+            slot['key'] = jax.random.split(context.key, self.layer.stack) if self.layer.stack else context.key
         if context.strengths is not None:
-            found['strengths'] = jnp.broadcast_to(context.strengths, self.layer.stack)
-        return found
+            slot['strengths'] = jnp.broadcast_to(context.strengths, self.layer.stack)
+        return slot
 
     def over_stack(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Returns the function mapped over the stack's leading axes of all its arguments."""
@@ -209,7 +209,7 @@ def build_quantization(
     Raises:
         ValueError: if a layer's quantizer is not defined for it; the layer is named.
     """
-    found = {}
+    quantizers = {}
     for path, layer in settings.items():
         weights = activations = None
         try:
@@ -227,5 +227,5 @@ def build_quantization(
             raise ValueError(f'Layer {path}: {error} A rule in quant.rules can give this layer another one.') from error
         if weights is not None or activations is not None:
             scaling = layer.weights.rescale if layer.weights is not None else 'none'
-            found[path] = LayerQuantizers(weights, activations, layers[path], scaling)
-    return Quantization(found)
+            quantizers[path] = LayerQuantizers(weights, activations, layers[path], scaling)
+    return Quantization(quantizers)

@@ -13,9 +13,8 @@ from bqat_jax.training.optimizer import make_optimizer
 from bqat_jax.training.regularizers import Regularizers
 from bqat_jax.transform.rules import assign_quantizers
 from tests.conftest import ROOT
-from tests.experiment.test_configuration import load_recipe
+from tests.experiment.test_configuration import RECIPES, load_recipe
 
-RECIPES = sorted(path for path in (ROOT / 'configs').glob('*.py') if path.stem != 'common')
 IMAGE_SHAPES = {'imagenet2012': (224, 224, 3), 'digits': (8, 8, 1)}
 
 

@@ -15,7 +15,7 @@ from bqat_jax.experiment.configuration import (
 )
 from tests.conftest import ROOT
 
-RECIPES = sorted((ROOT / 'configs').glob('*.py'))
+RECIPES = sorted(path for path in (ROOT / 'configs').glob('*.py') if path.stem != 'common')
 
 
 def load_recipe(path):

@@ -22,6 +22,7 @@ from tests.conftest import ONE_DEVICE, ROOT
 from tests.experiment.test_configuration import load_recipe
 
 RATE = 'optimizer.learning_rate'
+SWEEPS = sorted(path for path in (ROOT / 'configs' / 'sweeps').glob('*.py') if path.stem != 'common')
 FILE = """
 from bqat_jax.sweeps import Sweep
 
@@ -213,7 +214,7 @@ def test_mistakes_in_a_sweep_are_told_before_anything_runs(config, training, tmp
     assert training.ran == []
 
 
-@pytest.mark.parametrize('path', sorted((ROOT / 'configs' / 'sweeps').glob('*.py')), ids=lambda path: path.stem)
+@pytest.mark.parametrize('path', SWEEPS, ids=lambda path: path.stem)
 def test_sweeps_that_are_shipped_fit_their_recipes(path):
     sweep = load_sweep(str(path))
     recipe = ROOT / 'configs' / ('digits.py' if path.stem.startswith('digits') else 'cifar10_resnet20.py')
