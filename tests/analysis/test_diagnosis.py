@@ -37,9 +37,9 @@ def state_of(spec, quantizers):
 
 def test_vectors_are_compared_as_in_numpy():
     x, y = np.asarray(X, np.float64).ravel(), np.asarray(Y, np.float64).ravel()
-    found = products(X, Y)
-    np.testing.assert_allclose(found.cosine, x @ y / np.linalg.norm(x) / np.linalg.norm(y), rtol=1e-4)
-    np.testing.assert_allclose(found.relative_norm, np.linalg.norm(x) / np.linalg.norm(y), rtol=1e-5)
+    compared = products(X, Y)
+    np.testing.assert_allclose(compared.cosine, x @ y / np.linalg.norm(x) / np.linalg.norm(y), rtol=1e-4)
+    np.testing.assert_allclose(compared.relative_norm, np.linalg.norm(x) / np.linalg.norm(y), rtol=1e-5)
     np.testing.assert_allclose(relative_error(X, Y), np.linalg.norm(x - y) / np.linalg.norm(y), rtol=1e-5)
     assert float(products(X, jnp.zeros_like(X)).cosine) == 0
     np.testing.assert_allclose(decibels(jnp.float32(1000), jnp.float32(1)), 30, rtol=1e-6)
@@ -57,22 +57,22 @@ def test_cka_is_that_of_the_features():
 
 def test_without_quantizers_all_gradients_are_the_same():
     spec = in_full_precision(make_spec('none', distillation=0.0)[0])
-    found = measure_gradients(spec, state_of(spec, {}), VARIABLES, BATCHES, BLOCKS, samples=2)
+    gradients = measure_gradients(spec, state_of(spec, {}), VARIABLES, BATCHES, BLOCKS, samples=2)
     for loss in ('lp', 'full'):
-        assert list(found[loss]['layers']) == list(BLOCKS)
-        assert list(found[loss]['blocks']) == ['stem', 'block 1', 'block 2', 'block 3', 'head']
-        for measures in (*found[loss]['layers'].values(), *found[loss]['blocks'].values()):
+        assert list(gradients[loss]['layers']) == list(BLOCKS)
+        assert list(gradients[loss]['blocks']) == ['stem', 'block 1', 'block 2', 'block 3', 'head']
+        for measures in (*gradients[loss]['layers'].values(), *gradients[loss]['blocks'].values()):
             for reference in ('full_precision', 'smoothed'):
                 np.testing.assert_allclose(measures[f'cosine_to_{reference}'], 1, rtol=1e-4)
                 np.testing.assert_allclose(measures[f'relative_norm_to_{reference}'], 1, rtol=1e-4)
             assert measures['variance'] > 0
-    assert found['lp']['layers']['head/dense'] == pytest.approx(found['lp']['blocks']['head'])
+    assert gradients['lp']['layers']['head/dense'] == pytest.approx(gradients['lp']['blocks']['head'])
 
 
 def test_the_variance_over_batches_is_that_of_numpy():
     spec = in_full_precision(make_spec('none', distillation=0.0)[0])
     state = state_of(spec, {})
-    found = measure_gradients(spec, state, VARIABLES, BATCHES, BLOCKS, samples=1)
+    measured = measure_gradients(spec, state, VARIABLES, BATCHES, BLOCKS, samples=1)
 
     def gradient(batch):
         def loss(params):
@@ -84,7 +84,7 @@ def test_the_variance_over_batches_is_that_of_numpy():
     kernels = [np.asarray(jax.jit(gradient)(batch)['stage2_block1']['conv1']['kernel']) for batch in BATCHES]
     mean = np.mean(kernels, axis=0)
     expected = sum(np.sum((kernel - mean) ** 2) for kernel in kernels) / 2 / np.sum(mean**2)
-    np.testing.assert_allclose(found['lp']['layers']['stage2_block1/conv1']['variance'], expected, rtol=1e-3)
+    np.testing.assert_allclose(measured['lp']['layers']['stage2_block1/conv1']['variance'], expected, rtol=1e-3)
 
 
 def test_the_whole_loss_is_that_of_training():
@@ -118,9 +118,9 @@ def test_two_bits_leave_less_of_the_gradient_than_eight():
     cosines = []
     for bits in (2, 8):
         spec, quantizers = make_spec('prefix', bits=bits)
-        found = measure_gradients(spec, state_of(spec, quantizers), VARIABLES, BATCHES[:2], BLOCKS, samples=2)
-        cosines.append(found['lp']['blocks']['block 2'])
-        assert found['full']['blocks']['block 2']['relative_norm_to_full_precision'] > 0
+        gradients = measure_gradients(spec, state_of(spec, quantizers), VARIABLES, BATCHES[:2], BLOCKS, samples=2)
+        cosines.append(gradients['lp']['blocks']['block 2'])
+        assert gradients['full']['blocks']['block 2']['relative_norm_to_full_precision'] > 0
     for reference in ('full_precision', 'smoothed'):
         low, high = (measures[f'cosine_to_{reference}'] for measures in cosines)
         assert low < high and high > 0.8
@@ -128,9 +128,9 @@ def test_two_bits_leave_less_of_the_gradient_than_eight():
 
 def test_features_of_the_same_network_are_the_same():
     spec = in_full_precision(make_spec('none')[0])
-    found = measure_features(spec, state_of(spec, {}), VARIABLES, BATCHES[:1])
-    assert list(found) == ['block 1', 'block 2', 'block 3']
-    for measures in found.values():
+    features = measure_features(spec, state_of(spec, {}), VARIABLES, BATCHES[:1])
+    assert list(features) == ['block 1', 'block 2', 'block 3']
+    for measures in features.values():
         assert measures == {'cka': pytest.approx(1, abs=1e-5), 'relative_error': 0}
     spec, quantizers = make_spec('none', bits=2)
     low = measure_features(spec, state_of(spec, quantizers), VARIABLES, BATCHES[:1])
@@ -139,18 +139,18 @@ def test_features_of_the_same_network_are_the_same():
 
 def test_noise_and_clipping_are_those_of_numpy():
     spec, quantizers = make_spec('none', bits=3)
-    found = measure_quantizers(spec, state_of(spec, quantizers), BATCHES)
-    assert list(found) == list(BLOCKS)
+    noises = measure_quantizers(spec, state_of(spec, quantizers), BATCHES)
+    assert list(noises) == list(BLOCKS)
     kernel = np.asarray(VARIABLES['params']['stage1_block1']['conv2']['kernel'], np.float64)
     step = float(quantizers['stage1_block1/conv2']['weights']['step_size'])
     noise = np.sum((kernel - step * np.clip(np.rint(kernel / step), -4, 3)) ** 2)
-    measures = found['stage1_block1/conv2']['weights']
+    measures = noises['stage1_block1/conv2']['weights']
     np.testing.assert_allclose(measures['snr'], 10 * np.log10(np.sum(kernel**2) / noise), rtol=1e-3)
     assert measures['clipped'] == pytest.approx(np.mean((kernel / step < -4) | (kernel / step > 3)), abs=1e-6)
     images = np.concatenate([np.asarray(images, np.float64) for images, _ in BATCHES])  # the first layer's input
     step = float(quantizers['stem/conv']['activations']['step_size'])
     noise = np.sum((images - step * np.clip(np.rint(images / step), -4, 3)) ** 2)
-    measures = found['stem/conv']['activations']
+    measures = noises['stem/conv']['activations']
     np.testing.assert_allclose(measures['snr'], 10 * np.log10(np.sum(images**2) / noise), rtol=1e-3)
     assert measures['clipped'] == pytest.approx(np.mean((images / step < -4) | (images / step > 3)), abs=1e-6)
 
@@ -169,10 +169,10 @@ def test_weights_that_go_back_are_counted_and_others_are_not():
         return state.replace(params=params)
 
     state = state_of(spec, quantizers)
-    found = measure_oscillations(spec, move, move(state, 0), range(1, 5))
+    shares = measure_oscillations(spec, move, move(state, 0), range(1, 5))
     size = VARIABLES['params'][name]['conv1']['kernel'].size
-    assert found['stage1_block1/conv1'] == pytest.approx(10 / size)
-    assert found['stage1_block1/conv2'] == 0
+    assert shares['stage1_block1/conv1'] == pytest.approx(10 / size)
+    assert shares['stage1_block1/conv2'] == 0
 
 
 @pytest.mark.parametrize(('name', 'value'), [('batches', 1), ('samples', 0), ('oscillation_steps', -1)])

@@ -14,11 +14,11 @@ from tests.experiment.test_configuration import load_recipe
 
 
 def config(plan, fsdp=1):
-    found = load_recipe(ROOT / 'configs' / 'digits.py').get_config()
-    found.network.width = 4
-    found.mesh.fsdp, found.mesh.min_shard_elements = fsdp, 0
-    found.replacement.plan = plan
-    return found
+    result = load_recipe(ROOT / 'configs' / 'digits.py').get_config()
+    result.network.width = 4
+    result.mesh.fsdp, result.mesh.min_shard_elements = fsdp, 0
+    result.replacement.plan = plan
+    return result
 
 
 def test_collectives_are_counted_with_their_bytes():
@@ -31,13 +31,13 @@ def test_collectives_are_counted_with_their_bytes():
       %f = f32[2] reduce-scatter(%x), channel_id=4, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
       %g = f32[2] reduce-scatter(%x), channel_id=5, replica_groups=[2,4]<=[8], dimensions={0}
     """
-    found = collectives_of(text)
-    assert found == {
+    collectives = collectives_of(text)
+    assert collectives == {
         'all-reduce': {'count': 2, 'bytes': 32 + 16 + 4},
         'all-gather': {'count': 1, 'bytes': 64},
         'reduce-scatter': {'count': 2, 'bytes': 2 * 4 * 8},
     }
-    assert sent_bytes(found) == 2 * 52 + 64 + 64
+    assert sent_bytes(collectives) == 2 * 52 + 64 + 64
 
 
 def test_what_a_tpu_program_repeats_counts_once():
@@ -60,13 +60,13 @@ def test_what_a_tpu_program_repeats_counts_once():
 
 @pytest.mark.parametrize(('plan', 'fsdp'), [('none', 1), ('prefix_sampled', 4)])
 def test_a_step_for_the_devices_of_this_machine(plan, fsdp):
-    found = report(config(plan, fsdp), 'local', 8)
-    assert (found['devices'], found['data'], found['fsdp']) == (8, 8 // fsdp, fsdp)
-    assert found['batch_per_device'] == 8 and found['flops'] > 0
-    assert found['collectives']['all-reduce']['count'] > 0
-    assert ('all-gather' in found['collectives']) == (fsdp > 1)
-    assert (found['conditionals'] > 0) == (plan == 'prefix_sampled')
-    rows = table([json.loads(json.dumps(found))]).splitlines()
+    facts = report(config(plan, fsdp), 'local', 8)
+    assert (facts['devices'], facts['data'], facts['fsdp']) == (8, 8 // fsdp, fsdp)
+    assert facts['batch_per_device'] == 8 and facts['flops'] > 0
+    assert facts['collectives']['all-reduce']['count'] > 0
+    assert ('all-gather' in facts['collectives']) == (fsdp > 1)
+    assert (facts['conditionals'] > 0) == (plan == 'prefix_sampled')
+    rows = table([json.loads(json.dumps(facts))]).splitlines()
     assert len({row.count('|') for row in rows}) == 1 and plan in rows[-1]
 
 
@@ -92,10 +92,10 @@ def test_a_step_for_a_tpu(tmp_path):
         '--batch_per_device=16',
     ]
     subprocess.run(
-        [sys.executable, '-m', 'benchmarks.aot', *command, f'--append={tmp_path}/found.json'],
+        [sys.executable, '-m', 'benchmarks.aot', *command, f'--append={tmp_path}/facts.json'],
         cwd=ROOT, check=True, timeout=900,
     )  # fmt: skip
-    found = json.loads((tmp_path / 'found.json').read_text())
-    assert found['devices'] == 4 and found['conditionals'] > 0 and found['peak_bytes'] > 0
-    assert found['collectives']['all-reduce']['count'] > 0
+    facts = json.loads((tmp_path / 'facts.json').read_text())
+    assert facts['devices'] == 4 and facts['conditionals'] > 0 and facts['peak_bytes'] > 0
+    assert facts['collectives']['all-reduce']['count'] > 0
     assert jax.default_backend() == 'cpu'

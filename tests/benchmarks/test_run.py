@@ -21,9 +21,9 @@ def test_a_short_measurement(digits_dir, tmp_path):
     flags += ['--config.partner.optimizer.warmup_steps=0', '--config.train.log_every_steps=2']
     command = [sys.executable, '-m', 'benchmarks.run', *flags, '--turns=2', '--steps=2']
     subprocess.run(
-        [*command, f'--output={tmp_path}/found.json'],
+        [*command, f'--output={tmp_path}/measured.json'],
         cwd=ROOT, env={'XLA_FLAGS': ONE_DEVICE, 'JAX_PLATFORMS': 'cpu'}, check=True, timeout=300,
     )  # fmt: skip
-    found = json.loads((tmp_path / 'found.json').read_text())
-    assert len(found['bare']) == len(found['runs']) == 2
-    assert found['runs'][1]['start'] < found['runs'][0]['start']
+    measured = json.loads((tmp_path / 'measured.json').read_text())
+    assert len(measured['bare']) == len(measured['runs']) == 2
+    assert measured['runs'][1]['start'] < measured['runs'][0]['start']

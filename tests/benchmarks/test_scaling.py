@@ -39,7 +39,7 @@ def test_a_short_measurement(axis, tmp_path):
     flags = ['--config=configs/digits.py', '--config.network.width=4', '--config.train.batch_size=16']
     options = [f'--axis={axis}', f'--values={values[axis]}', '--variants=lsq', '--turns=1', '--steps=1']
     subprocess.run(
-        [sys.executable, '-m', 'benchmarks.scaling', *flags, *options, f'--output={tmp_path}/found.json'],
+        [sys.executable, '-m', 'benchmarks.scaling', *flags, *options, f'--output={tmp_path}/measured.json'],
         cwd=ROOT, env={'XLA_FLAGS': ONE_DEVICE, 'JAX_PLATFORMS': 'cpu'}, check=True, timeout=300,
     )  # fmt: skip
-    assert len(json.loads((tmp_path / 'found.json').read_text())['lsq']) == 2
+    assert len(json.loads((tmp_path / 'measured.json').read_text())['lsq']) == 2

@@ -44,11 +44,11 @@ def test_units_are_those_of_the_docs():
 
 
 def test_the_table_compares_with_the_first():
-    found = {
+    measured = {
         'fp': {'seconds': [1.0, 2.0, 3.0], 'images': 10, 'resident': 2**20, 'flops': 4e9, 'ceiling': 8e9},
         'prefix': {'seconds': [8.0, 8.0, 8.0], 'images': 10, 'resident': 2**20, 'blocks': 3},
     }
-    first, second = table(found).splitlines()[2:]
+    first, second = table(measured).splitlines()[2:]
     assert first.startswith('| fp | 2000.0 | 1000.0-3000.0 | 5 | 1.00 | 1.00 | 1.00 |') and first.endswith(
         '| 2 | 25 % |'
     )
@@ -60,12 +60,12 @@ def test_a_short_measurement(tmp_path):
     flags = ['--config=configs/digits.py', '--config.network.width=4', '--config.train.batch_size=16']
     command = [sys.executable, '-m', 'benchmarks.step', *flags, '--variants=fp,lsq', '--turns=2', '--steps=1']
     subprocess.run(
-        [*command, f'--output={tmp_path}/found.json'],
+        [*command, f'--output={tmp_path}/measured.json'],
         cwd=ROOT, env={'XLA_FLAGS': ONE_DEVICE, 'JAX_PLATFORMS': 'cpu'}, check=True, timeout=300,
     )  # fmt: skip
-    found = json.loads((tmp_path / 'found.json').read_text())
-    assert list(found) == ['fp', 'lsq'] and all(len(one['seconds']) == 2 for one in found.values())
-    assert (tmp_path / 'found.md').read_text().count('\n') == 4
+    measured = json.loads((tmp_path / 'measured.json').read_text())
+    assert list(measured) == ['fp', 'lsq'] and all(len(one['seconds']) == 2 for one in measured.values())
+    assert (tmp_path / 'measured.md').read_text().count('\n') == 4
 
 
 def test_pytorchs_step_is_lsqs():

@@ -78,8 +78,8 @@ def finish(processes, workdir, patience=400):
 
 
 def losses(workdir, phase):
-    found = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-    return {entry['step']: entry['loss'] for entry in found if entry['phase'] == phase and 'loss' in entry}
+    entries = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+    return {entry['step']: entry['loss'] for entry in entries if entry['phase'] == phase and 'loss' in entry}
 
 
 def assert_same_run(workdir, expected):

@@ -89,9 +89,9 @@ def test_what_is_gathered_is_whole_and_its_gradient_is_split():
     def plain(weights, x):
         return jnp.sum(jnp.sin(x @ weights['kernel']))
 
-    found, expected = (jax.jit(jax.grad(f))(weights, x)['kernel'] for f in (loss, plain))
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
-    assert found.sharding.spec == PartitionSpec(None, 'fsdp')
+    gathered, expected = (jax.jit(jax.grad(f))(weights, x)['kernel'] for f in (loss, plain))
+    np.testing.assert_allclose(gathered, expected, rtol=1e-5, atol=1e-4)
+    assert gathered.sharding.spec == PartitionSpec(None, 'fsdp')
 
 
 def test_a_device_keeps_an_eighth_of_resnet18():

@@ -25,10 +25,10 @@ def test_a_second_process_adds_nothing(tmp_path):
 
     def run():
         command = [sys.executable, '-c', PROGRAM, str(folder)]
-        found = subprocess.run(
+        done = subprocess.run(
             command, cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(ROOT)}, capture_output=True, text=True, check=True
         )
-        assert float(found.stdout) == 41
+        assert float(done.stdout) == 41
         return {path.name for path in folder.iterdir() if path.name.endswith('-cache')}
 
     kept = run()

@@ -167,8 +167,8 @@ def test_sigterm_at_twenty_random_moments_loses_nothing(command, tmp_path):
         assert step == expected_step
         assert_bits_equal(state, expected)
         for key in ('top1', 'fp_top1', 'checkpoint_step'):
-            found, wanted = (json.loads((run / 'result.json').read_text())[key] for run in (workdir, whole))
-            assert found == wanted
+            got, wanted = (json.loads((run / 'result.json').read_text())[key] for run in (workdir, whole))
+            assert got == wanted
         if signals >= 20:
             return
 

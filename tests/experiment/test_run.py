@@ -88,10 +88,10 @@ def test_leaves_what_the_readme_says(finished):
 
 def test_evaluating_gives_the_same_numbers(finished):
     config, workdir, result = finished
-    found = evaluate_run(config, workdir)
+    evaluation = evaluate_run(config, workdir)
     for key in ('top1', 'fp_top1', 'examples_evaluated', 'checkpoint_step'):
-        assert found[key] == result[key]
-    assert json.loads((workdir / 'evaluation.json').read_text()) == found
+        assert evaluation[key] == result[key]
+    assert json.loads((workdir / 'evaluation.json').read_text()) == evaluation
 
 
 def test_running_a_finished_run_again_changes_nothing(finished):
@@ -114,8 +114,8 @@ def test_the_partner_of_another_run_is_taken_with_its_normalisation(finished, co
     _, workdir, result = finished
     config.partner.workdir = str(workdir)
     config.data.mean = (0.0,)
-    found = train(config, tmp_path / 'run', name='digits')
-    assert found['fp_top1'] == result['fp_top1'] and found['partner'] == f'workdir {workdir}'
+    taken = train(config, tmp_path / 'run', name='digits')
+    assert taken['fp_top1'] == result['fp_top1'] and taken['partner'] == f'workdir {workdir}'
     assert not any(entry['phase'] == 'pretrain' for entry in metrics_of(tmp_path / 'run'))
     config.network.width = 8
     with pytest.raises(UserError, match='width: 4 -> 8'):
@@ -399,10 +399,12 @@ def test_a_checkpoint_is_diagnosed_and_training_too(config, finished, tmp_path):
     folder = tmp_path / 'run' / 'diagnosis'
     assert sorted(path.name for path in folder.iterdir()) == ['step_8.json', 'step_8.png']
     files = diagnose_run(config, tmp_path / 'run')
-    found = json.loads((folder / f'step_{result["checkpoint_step"]}.json').read_text())
+    diagnosis = json.loads((folder / f'step_{result["checkpoint_step"]}.json').read_text())
     assert files['json'] == str(folder / f'step_{result["checkpoint_step"]}.json')
-    assert list(found['features']) == ['block 1', 'block 2', 'block 3']
-    assert set(found['gradients']['full']['layers']) == set(found['quantizers']) == set(found['oscillating'])
-    measures = found['gradients']['lp']['blocks']['block 2']
+    assert list(diagnosis['features']) == ['block 1', 'block 2', 'block 3']
+    assert (
+        set(diagnosis['gradients']['full']['layers']) == set(diagnosis['quantizers']) == set(diagnosis['oscillating'])
+    )
+    measures = diagnosis['gradients']['lp']['blocks']['block 2']
     assert -1 <= measures['cosine_to_smoothed'] <= 1 and measures['variance'] > 0
     assert (folder / 'step_8.png').read_bytes().startswith(b'\x89PNG')

@@ -66,8 +66,8 @@ def test_values_and_gradients_are_the_papers(x):
     of_x, of_scale, of_bias = pullback((gradient[None], jnp.zeros_like(mean), jnp.zeros_like(variance)))
     expected = formula(x, scale, bias, 1e-3, gradient)
     tolerance = tolerance_for(x, 1e-3)
-    for found, wanted in zip((y, mean, variance, of_x, of_scale, of_bias), expected, strict=True):
-        np.testing.assert_allclose(np.asarray(found).reshape(wanted.shape), wanted, **tolerance)
+    for got, wanted in zip((y, mean, variance, of_x, of_scale, of_bias), expected, strict=True):
+        np.testing.assert_allclose(np.asarray(got).reshape(wanted.shape), wanted, **tolerance)
 
 
 @cases

@@ -29,9 +29,9 @@ def gradients(convolve, x, kernel, **options):
 
 
 def check(x, kernel, tolerance=1e-4, **options):
-    found = gradients(conv_general_dilated, x, kernel, **options)
+    ours = gradients(conv_general_dilated, x, kernel, **options)
     expected = gradients(jax.lax.conv_general_dilated, x, kernel, **options)
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(ours, expected, strict=True):
         assert one.dtype == other.dtype
         one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
         np.testing.assert_allclose(one, other, rtol=tolerance, atol=tolerance * np.abs(other).max())

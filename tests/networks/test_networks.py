@@ -240,8 +240,8 @@ def test_counts_of_multiply_accumulates(name, options, num_classes, size, millio
         return network.apply({'params': params, 'batch_stats': batch_stats}, x, network.names, train=False)[0]
 
     image = jax.ShapeDtypeStruct((1, size, size, 3), 'float32')
-    found = count_macs(run, variables['params'], image, variables['batch_stats'])
-    np.testing.assert_allclose(sum(found.values()) / 1e6, millions, rtol=0.006)
+    macs = count_macs(run, variables['params'], image, variables['batch_stats'])
+    np.testing.assert_allclose(sum(macs.values()) / 1e6, millions, rtol=0.006)
 
 
 def test_channels_are_rounded_to_eights_and_lose_no_tenth():

@@ -730,8 +730,8 @@ def test_octav_clip_has_the_least_error_of_its_model(tensor):
         each = np.where(size > s, (s - size) ** 2, noise * s**2 * (size > 0))
         return each.sum((0, 1)) if case.per_channel else each.sum()
 
-    found = error(np.float64(steps) * (2 ** (case.bits - 1) if case.signed else case.top))
-    assert (found <= 1.005 * np.min([error(s) for s in np.linspace(0.5, 12, 400)], axis=0)).all()
+    reached = error(np.float64(steps) * (2 ** (case.bits - 1) if case.signed else case.top))
+    assert (reached <= 1.005 * np.min([error(s) for s in np.linspace(0.5, 12, 400)], axis=0)).all()
 
 
 def test_lsq_plus_starts_near_the_least_error():

@@ -46,12 +46,14 @@ def make(name, role, bits):
 
 def cases(choose):
     """Parameters of a test: of every quantizer in every role those that `choose` takes from what there is."""
-    found = []
+    parameters = []
     for name in QUANTIZERS:
         for role in ROLES:
             known = [quantizer for bits in BITS if (quantizer := make(name, role, bits)) is not None]
-            found += [pytest.param(x, id=f'{name}-{role}-{x.bits}') for x in (choose(role, known) if known else ())]
-    return found
+            parameters += [
+                pytest.param(x, id=f'{name}-{role}-{x.bits}') for x in (choose(role, known) if known else ())
+            ]
+    return parameters
 
 
 def every(role, known):
@@ -289,8 +291,8 @@ def test_transformations_agree(quantizer):
     shared = jax.jit(lambda on, p, v: jax.lax.cond(on, jax.vmap(step, (None, 0)), lambda p, v: zeros, p, v))
     got = shared(True, parameters, sharded)
     for index, one in enumerate(expected):
-        for wanted, found in zip(jax.tree.leaves(one), jax.tree.leaves(got), strict=True):
-            np.testing.assert_allclose(found[index], wanted, rtol=1e-4, atol=1e-5)
+        for wanted, result in zip(jax.tree.leaves(one), jax.tree.leaves(got), strict=True):
+            np.testing.assert_allclose(result[index], wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize('quantizer', cases(low_with_parameters))

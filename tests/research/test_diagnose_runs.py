@@ -19,10 +19,10 @@ def diagnosis(value):
     }
 
 
-def make_run(workdir, **found):
+def make_run(workdir, **diagnoses):
     (workdir / 'diagnosis').mkdir(parents=True)
     (workdir / 'config.json').write_text('{}')
-    for name, value in found.items():
+    for name, value in diagnoses.items():
         (workdir / 'diagnosis' / f'{name}.json').write_text(json.dumps(diagnosis(value)))
     return workdir
 

@@ -97,10 +97,10 @@ def run(config, workdir):
 def test_every_method_is_run_with_its_own_best_choice(config, training, tmp_path):
     result = run(config, tmp_path / 'sweep')
     assert result['runs'] == len(training.ran) == 2 * 2 * (2 * 2 + 3) and result['failed'] == 0
-    found = json.loads((tmp_path / 'sweep' / 'sweep.json').read_text())['settings']['W4A4']
-    assert found['plain']['choice'] == {RATE: 0.1} and found['prefix']['choice'] == {RATE: 0.2}
-    assert found['prefix']['mean'] == pytest.approx(0.851) and found['prefix']['std'] == pytest.approx(0.001)
-    assert found['prefix']['difference']['mean'] == pytest.approx(0.05) and found['plain']['difference'] is None
+    methods = json.loads((tmp_path / 'sweep' / 'sweep.json').read_text())['settings']['W4A4']
+    assert methods['plain']['choice'] == {RATE: 0.1} and methods['prefix']['choice'] == {RATE: 0.2}
+    assert methods['prefix']['mean'] == pytest.approx(0.851) and methods['prefix']['std'] == pytest.approx(0.001)
+    assert methods['prefix']['difference']['mean'] == pytest.approx(0.05) and methods['plain']['difference'] is None
     # What was compared was not chosen on.
     assert {seed for *_, seed in training.ran} == {0, 1, 2, 10, 11}
     rows = list(csv.DictReader((tmp_path / 'sweep' / 'sweep.csv').read_text().splitlines()))
@@ -131,9 +131,9 @@ def test_a_failed_run_is_recorded_and_stops_no_other(config, training, tmp_path)
     training.fails = lambda config: config.optimizer.learning_rate == 0.2 and config.seed == 10
     result = run(config, tmp_path / 'sweep')
     assert result['failed'] == 4
-    found = json.loads((tmp_path / 'sweep' / 'sweep.json').read_text())['settings']['W2A2']
+    methods = json.loads((tmp_path / 'sweep' / 'sweep.json').read_text())['settings']['W2A2']
     # A choice that failed with one seed is not taken, whatever the other gave.
-    assert found['prefix']['choice'] == {RATE: 0.1} and len(found['prefix']['by_seed']) == 3
+    assert methods['prefix']['choice'] == {RATE: 0.1} and len(methods['prefix']['by_seed']) == 3
     assert 'the loss became NaN' in (tmp_path / 'sweep' / 'sweep.md').read_text()
     count = len(training.ran)
     run(config, tmp_path / 'sweep')
@@ -154,9 +154,9 @@ def test_seeds_side_by_side(config, training, tmp_path):
         (0, 1),
         (2,),
     }
-    found = json.loads((tmp_path / 'sweep' / 'sweep.json').read_text())['settings']['W2A2']['prefix']
-    assert list(found['by_seed']) == ['0', '1', '2'] and found['by_seed']['1']['seconds'] == 1.0
-    assert found['std'] == pytest.approx(0.001)
+    method = json.loads((tmp_path / 'sweep' / 'sweep.json').read_text())['settings']['W2A2']['prefix']
+    assert list(method['by_seed']) == ['0', '1', '2'] and method['by_seed']['1']['seconds'] == 1.0
+    assert method['std'] == pytest.approx(0.001)
 
 
 def test_a_result_of_another_config_is_not_taken(config, training, tmp_path):
@@ -170,11 +170,13 @@ def test_differences_are_students():
     baseline = {str(seed): 0.7 + 0.01 * seed for seed in range(6)}
     shifts = (0.02, 0.0, 0.01, 0.03, -0.01, 0.02)
     values = {seed: baseline[seed] + shift for seed, shift in zip(baseline, shifts, strict=True)}
-    found = paired_difference(values | {'9': 1.0}, baseline)
+    difference = paired_difference(values | {'9': 1.0}, baseline)
     differences = [values[seed] - baseline[seed] for seed in baseline]
     low, high = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
-    assert found is not None and found['seeds'] == 6
-    assert [found['mean'], found['low'], found['high']] == pytest.approx([statistics.mean(differences), low, high])
+    assert difference is not None and difference['seeds'] == 6
+    assert [difference['mean'], difference['low'], difference['high']] == pytest.approx(
+        [statistics.mean(differences), low, high]
+    )
     assert paired_difference({'0': 1.0}, baseline) is None
 
 
@@ -247,5 +249,5 @@ def test_a_killed_sweep_goes_on(digits_dir, tmp_path):
     finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert results[0].stat().st_mtime_ns == before
-    found = json.loads((tmp_path / 'run' / 'sweep.json').read_text())['settings']['all']['plain']
-    assert list(found['by_seed']) == ['0', '1', '2'] and found['failed'] == []
+    method = json.loads((tmp_path / 'run' / 'sweep.json').read_text())['settings']['all']['plain']
+    assert list(method['by_seed']) == ['0', '1', '2'] and method['failed'] == []

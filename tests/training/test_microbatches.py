@@ -26,12 +26,12 @@ def test_parts_give_what_the_whole_gives(count):
     gradient = jax.value_and_grad(loss, has_aux=True)
     arguments = (params, stats, (IMAGES, LABELS), jax.random.key(0))
     (value, (_, metrics)), gradients = gradient(*arguments)
-    (found, (new_stats, found_metrics)), found_gradients = jax.jit(accumulate(gradient, count))(*arguments)
-    np.testing.assert_allclose(found, value, rtol=1e-6)
-    np.testing.assert_allclose(found_metrics['worst'], metrics['worst'], rtol=1e-6)
-    np.testing.assert_allclose(found_gradients['w'], gradients['w'], rtol=1e-5, atol=1e-7)
+    (mean, (new_stats, mean_metrics)), mean_gradients = jax.jit(accumulate(gradient, count))(*arguments)
+    np.testing.assert_allclose(mean, value, rtol=1e-6)
+    np.testing.assert_allclose(mean_metrics['worst'], metrics['worst'], rtol=1e-6)
+    np.testing.assert_allclose(mean_gradients['w'], gradients['w'], rtol=1e-5, atol=1e-7)
     assert new_stats['calls'] == count
-    assert found_metrics['seen'] == 24 // count
+    assert mean_metrics['seen'] == 24 // count
 
 
 def test_parts_draw_apart():

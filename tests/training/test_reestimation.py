@@ -27,7 +27,7 @@ def test_statistics_are_those_of_the_batches(groups):
     stored = jax.tree.map(lambda x: x + 7.0, VARIABLES['batch_stats'])
     state = init_state(spec, jax.random.key(0), Variables(VARIABLES['params'], quantizers, stored), optimizer)
     batches = [{'index': np.arange(start, start + 32, dtype=np.int32)} for start in (0, 64)]
-    found = reestimate_batch_stats(spec, state, ARRAYS, batches, Replicas(1, Placement(make_mesh(1))))
+    statistics = reestimate_batch_stats(spec, state, ARRAYS, batches, Replicas(1, Placement(make_mesh(1))))
 
     @jax.jit
     def updated(index, number):
@@ -41,4 +41,4 @@ def test_statistics_are_those_of_the_batches(groups):
     expected = jax.tree.map(
         lambda old, a, b: ((a - MOMENTUM * old) + (b - MOMENTUM * old)) / 2 / (1 - MOMENTUM), stored, *both
     )
-    jax.tree.map(lambda got, want: np.testing.assert_allclose(got, want, rtol=2e-3, atol=2e-3), found, expected)
+    jax.tree.map(lambda got, want: np.testing.assert_allclose(got, want, rtol=2e-3, atol=2e-3), statistics, expected)

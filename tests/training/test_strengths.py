@@ -60,7 +60,7 @@ def test_delta_follows_the_formula(sign):
         y = quantization.layers['layer'].weights.fake_quantize(parameters['layer']['weights'], weights)
         return sign * jnp.sum(curvature * y**2) / 2
 
-    found = measure_strengths(
+    strengths = measure_strengths(
         quantization, parameters, {'layer': {'weights': (6, 4)}}, loss, jax.random.key(1), TraceSettings()
     )
     lowest, highest = quantizer.limits(parameters['layer']['weights'], 2)
@@ -68,7 +68,7 @@ def test_delta_follows_the_formula(sign):
     y = np.asarray(quantizer.fake_quantize(parameters['layer']['weights'], weights), np.float64)
     h, g = np.asarray(curvature, np.float64) * span**2, np.asarray(curvature, np.float64) * span * y
     expected = max(0.0, sign * h.mean() / (3 * g.std()))
-    np.testing.assert_allclose(found['layer']['weights'], expected, rtol=1e-4)
+    np.testing.assert_allclose(strengths['layer']['weights'], expected, rtol=1e-4)
 
 
 def test_no_gradient_gives_no_delta():
@@ -76,7 +76,7 @@ def test_no_gradient_gives_no_delta():
     quantization = Quantization({'layer': LayerQuantizers(quantizer, None, LAYER)})
     weights = jnp.ones((3, 3))
     parameters = {'layer': {'weights': quantizer.init(weights)}}
-    found = measure_strengths(
+    strengths = measure_strengths(
         quantization,
         parameters,
         {'layer': {'weights': (3, 3)}},
@@ -84,7 +84,7 @@ def test_no_gradient_gives_no_delta():
         jax.random.key(0),
         TraceSettings(),
     )
-    assert float(found['layer']['weights']) == 0
+    assert float(strengths['layer']['weights']) == 0
 
 
 @pytest.mark.parametrize(('name', 'value'), [('batches', 0), ('iterations', 1), ('tolerance', -1.0)])

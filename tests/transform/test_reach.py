@@ -261,9 +261,9 @@ def test_what_is_not_reached_is_named():
     for module, others in ((Odd(), {'matrix'}), (StackedElsewhere(), {'blocks/dense/kernel'})):
         x = jnp.ones((2, 4))
         params = module.init(jax.random.key(0), x)['params']
-        found = find_layers(lambda params, x, module=module: module.apply({'params': params}, x), params, x)
-        assert set(found.others) == others
-    assert 'front' in found.others['blocks/dense/kernel']
+        layers = find_layers(lambda params, x, module=module: module.apply({'params': params}, x), params, x)
+        assert set(layers.others) == others
+    assert 'front' in layers.others['blocks/dense/kernel']
 
 
 def test_parameters_that_were_not_quantized_are_refused():

@@ -176,8 +176,8 @@ def test_every_tensor_draws_for_itself_in_training_and_none_in_evaluation():
 def test_every_quantizer_gets_its_own_strength():
     quantization, parameters = quantized(weights={**WEIGHTS, 'estimator': 'ewgs_trace'})
     strengths = {path: {'weights': jnp.float32(number)} for number, path in enumerate(('conv', 'middle', 'last'))}
-    found = context_of(Context(0.5, None, strengths), 'last', 'weights', quantization.layers['last'].weights)
-    assert float(found.strengths) == 2.0 and found.key is None
+    own = context_of(Context(0.5, None, strengths), 'last', 'weights', quantization.layers['last'].weights)
+    assert float(own.strengths) == 2.0 and own.key is None
     assert (
         context_of(
             Context(0.5, None, strengths), 'last', 'activations', quantization.layers['last'].activations
