@@ -84,14 +84,14 @@ class Intervals:
         save: saves a checkpoint.
         measure: measures the strengths of estimators that need one.
         diagnose: diagnoses the network.
-        traced: the first and the last step to trace, counted from 1; None for no trace.
+        traced: the first and the last step to trace, counted from 1.
     """
 
     log: int
     save: int
     measure: int
     diagnose: int
-    traced: tuple[int, int] | None
+    traced: tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)

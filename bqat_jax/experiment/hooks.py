@@ -127,7 +127,7 @@ class Save:
                 if self._saved != number:
                     self.save(number, state)
                 self.checkpoints.wait()
-                stop.check(where.format(number=number))
+                stop.check(f'{where.format(number=number)}; a checkpoint is saved')
 
         return after
 

@@ -14,7 +14,7 @@ class Trace:
     """Records what host and devices do during some steps; a context manager around them, and two hooks."""
 
     def __init__(self, directory: Path, first: int, last: int):
-        """Takes the folder for the trace, and the first and the last step, counted from 1."""
+        """Takes the folder for the trace, and the first and the last step, counted from 1; 0 for no trace."""
         self._directory, self._first, self._last = directory, first, last
         self._is_on = False
 

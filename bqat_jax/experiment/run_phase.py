@@ -1,6 +1,5 @@
 """Runs a phase: from its newest checkpoint, or from the beginning, to its end."""
 
-import contextlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ from bqat_jax.experiment.checkpoints import Checkpoints, Restored
 from bqat_jax.experiment.diagnosing import diagnose_phase
 from bqat_jax.experiment.experiment import Experiment
 from bqat_jax.experiment.hooks import Clock, Log, Save, diagnosis_hook, make_finite_check, strengths_hook
-from bqat_jax.experiment.loop import Hooks, run_steps
+from bqat_jax.experiment.loop import After, Before, Hooks, run_steps
 from bqat_jax.experiment.metrics import open_recorder
 from bqat_jax.experiment.phase import Phase
 from bqat_jax.experiment.profiling import FOLDER, Trace
@@ -96,51 +95,63 @@ def _train(
     optimizer, learning_rate = make_optimizer(phase.optimizer, steps)
     train_step = make_train_step(phase.spec, optimizer, learning_rate, phase.replicas)
     clock = Clock(seconds, experiment.data.batch_size * phase.replicas.count)
-    evaluation = None
+    intervals, evaluation = experiment.intervals, None
     if data.validation is not None:
         evaluation = make_evaluation(experiment, phase.spec, phase.replicas, data.validation)
-    with contextlib.ExitStack() as stack:
-        recorder = stack.enter_context(open_recorder(experiment.workdir, phase.name, start, steps, experiment.console))
+    with (
+        open_recorder(experiment.workdir, phase.name, start, steps, experiment.console) as recorder,
+        Trace(experiment.workdir / FOLDER / phase.name, *intervals.traced) as trace,
+    ):
         log = Log(recorder, clock, make_finite_check(phase.name, checkpoints))
         save = Save(checkpoints, log, evaluation)
-        if start == 0 and checkpoints.latest_step is None:
+        if checkpoints.latest_step is None:
             save.save(0, state)
-        before, after = [], []
-        intervals, quantization = experiment.intervals, phase.spec.replacement.quantization
-        if any(quantizer.estimator.needs_strength for _, _, quantizer in quantization.quantizers()):
-            before.append((intervals.measure, _measure_strengths(experiment, phase, data, log)))
-        if quantization.layers and intervals.diagnose:
-            hook = diagnosis_hook(lambda state: diagnose_phase(experiment, phase, data.train, state), clock)
-            after.append((intervals.diagnose, hook))
-        after.append((1, log.hook(intervals.log, steps)))
-        after.append((1, save.hook(intervals.save, steps)))
-        where = f'after step {{number}} of {steps} of phase {phase.name}; a checkpoint is saved'
-        after.append((1, save.stop_hook(stop, where)))
-        if intervals.traced is not None:
-            trace = stack.enter_context(Trace(experiment.workdir / FOLDER / phase.name, *intervals.traced))
-            before.append((1, trace.start))
-            after.insert(0, (1, trace.stop))
-        batches = training_batches(experiment, data.train, phase.stream, phase.replicas, start, steps)
+        hooks = Hooks(
+            before=[*_measure_strengths(experiment, phase, data, log), (1, trace.start)],
+            after=[
+                (1, trace.stop),
+                *_diagnose(experiment, phase, data, log),
+                (1, log.hook(intervals.log, steps)),
+                (1, save.hook(intervals.save, steps)),
+                (1, save.stop_hook(stop, f'after step {{number}} of {steps} of phase {phase.name}')),
+            ],
+        )
 
         def step(state, batch):
             return train_step(state, phase.partner, data.train.arrays, batch)
 
-        run_steps(step, state, batches, start, Hooks(before, after))
+        batches = training_batches(experiment, data.train, phase.stream, phase.replicas, start, steps)
+        run_steps(step, state, batches, start, hooks)
         checkpoints.wait()
     return save.seconds
 
 
-def _measure_strengths(experiment: Experiment, phase: Phase, data: Data, log: Log):
-    """The hook that measures the strengths of estimators."""
-    measure = make_measurement(phase.spec, experiment.trace, phase.replicas)
+def _measure_strengths(experiment: Experiment, phase: Phase, data: Data, log: Log) -> list[tuple[int, Before]]:
+    """The hook that measures the strengths of estimators, if one needs it."""
+    quantizers = phase.spec.replacement.quantization.quantizers()
+    if not any(quantizer.estimator.needs_strength for _, _, quantizer in quantizers):
+        return []
+    measurement = make_measurement(phase.spec, experiment.trace, phase.replicas)
+
+    def measure(state, batch, number):
+        return measurement(state, phase.partner, data.train.arrays, batch, number)
 
     def batches(done):
         stop = done + experiment.trace.batches
         return training_batches(experiment, data.train, phase.stream, phase.replicas, done, stop)
 
-    return strengths_hook(
-        lambda state, batch, number: measure(state, phase.partner, data.train.arrays, batch, number), batches, log
-    )
+    return [(experiment.intervals.measure, strengths_hook(measure, batches, log))]
+
+
+def _diagnose(experiment: Experiment, phase: Phase, data: Data, log: Log) -> list[tuple[int, After]]:
+    """The hook that diagnoses a quantized network, if that is asked for."""
+    if not phase.spec.replacement.quantization.layers or not experiment.intervals.diagnose:
+        return []
+
+    def diagnose(state):
+        diagnose_phase(experiment, phase, data.train, state)
+
+    return [(experiment.intervals.diagnose, diagnosis_hook(diagnose, log.clock))]
 
 
 def _report_sharding(experiment: Experiment, phase: Phase, target: TrainState) -> None:

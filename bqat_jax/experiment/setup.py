@@ -230,13 +230,12 @@ def _make_partner_source(config: Config) -> PartnerSource:
 
 
 def _make_intervals(config: Config, epoch: float) -> Intervals:
-    first, last = config.profile_steps
     return Intervals(
         log=config.train.log_every_steps,
         save=max(1, duration(config.checkpoint, 'every_', epoch)),
         measure=max(1, duration(config.quant.trace, 'every_', epoch)),
         diagnose=config.diagnosis.every_steps or 0,
-        traced=(first, last) if config.profile else None,
+        traced=tuple(config.profile_steps) if config.profile else (0, 0),
     )
 
 
