@@ -21,12 +21,24 @@ DEFAULT_CONFIG = Path(__file__).resolve().parent / 'configs' / 'digits.py'
 
 
 def define_flags() -> None:
-    """Defines the flags; the config's own are read from the command line at once."""
-    config_flags.DEFINE_config_file(
-        'config',
-        str(DEFAULT_CONFIG),
-        'Recipe, with arguments after a colon: configs/digits.py:bits=2,plan=prefix',
-    )
+    """Defines the flags; the config's own are read from the command line at once.
+
+    Raises:
+        UserError: for a key that the config does not have.
+    """
+    try:
+        config_flags.DEFINE_config_file(
+            'config',
+            str(DEFAULT_CONFIG),
+            'Recipe, with arguments after a colon: configs/digits.py:bits=2,plan=prefix',
+        )
+    except AttributeError as error:  # ml_collections names the key, and one that is like it if there is one
+        named = re.search(r"""instead of "(\w+)"|^"?'(\w+)'"?$""", str(error))
+        if named is None:
+            raise
+        near = re.search(r'Did you mean "(\w+)"', str(error))
+        hint = f'Did you mean "{near[1]}"?' if near else 'bqat_jax/experiment/configuration.py lists all keys.'
+        raise UserError(f'The config has no key {named[1] or named[2]!r}. {hint}') from error
     flags.DEFINE_string('workdir', None, 'Where the run goes; runs/<config name> if not given. Run again to continue.')
     flags.DEFINE_enum('mode', 'train', ['train', 'evaluate', 'import', 'summary', 'diagnose', 'sweep'], 'What to do.')
 
@@ -66,9 +78,6 @@ def explain(error: Exception) -> str | None:
         return text
     if 'UserError: ' in text:  # raised in a recipe; ml_collections hands on its whole traceback as text
         return text.rpartition('UserError: ')[2].strip()
-    typo = re.search(r'Did you mean "(.*?)" instead of "(.*?)"', text)
-    if typo:
-        return f'The config has no key {typo[2]!r}. Did you mean "{typo[1]}"?'
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return f'{text}. Make room or take another --workdir; run the same command again to go on.'
     if isinstance(error, flags.Error) or text.startswith('Configuration is not available'):

@@ -24,6 +24,7 @@ def run(*flags):
     ('flags', 'message'),
     [
         (['--config.train.stps=3'], 'Did you mean "steps"'),
+        (['--config.mesh.least_elements=3'], "The config has no key 'least_elements'."),
         (['--config.train.steps=many'], 'many'),
         (['--config=configs/digits.py:bit=2'], "Did you mean 'bits'"),
         (['--config=configs/absent.py'], 'absent.py'),

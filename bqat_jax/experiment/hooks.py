@@ -14,7 +14,7 @@ from bqat_jax.distributed.replicas import values_of
 from bqat_jax.errors import UserError
 from bqat_jax.experiment.checkpoints import Checkpoints
 from bqat_jax.experiment.loop import After, Before
-from bqat_jax.experiment.metrics import NoRecorder, Recorder
+from bqat_jax.experiment.metrics import STRENGTH, NoRecorder, Recorder
 from bqat_jax.training.evaluation import Evaluation
 from bqat_jax.training.state import TrainState
 
@@ -190,7 +190,7 @@ def strengths_hook(
             of_batches = [measure(state, batch, jnp.int32(number)) for number, batch in enumerate(batches(done))]
             strengths = jax.tree.map(lambda *values: sum(values[1:], values[0]) / len(values), *of_batches)
             values = [value for leaf in jax.tree.leaves(jax.device_get(strengths)) for value in values_of(leaf)]
-            log.recorder.record(done, {'mean_delta': sum(values) / len(values)})
+            log.recorder.record(done, {STRENGTH: sum(values) / len(values)})
         return dataclasses.replace(state, strengths=strengths)
 
     return before

@@ -13,6 +13,7 @@ from bqat_jax.distributed.processes import is_first
 from bqat_jax.storage import write_text
 
 METRICS_FILE = 'metrics.jsonl'
+STRENGTH = 'mean_delta'  # the mean strength of estimators that measure one, before the step that follows
 # The metrics shown on the terminal, and how; the files have all.
 SHOWN = {'loss': 'loss {:.3g}', 'images_per_second': '{:.0f} images/s', 'validation_top1': 'validation {:.3f}'}
 
@@ -114,5 +115,7 @@ def _belongs_before(line: str, phase: str, start: int) -> bool:
     try:
         entry: dict[str, Any] = json.loads(line)
     except json.JSONDecodeError:  # half a line, from a process that was killed
+        return False
+    if entry['phase'] == phase and entry['step'] == start and STRENGTH in entry:  # it is measured again
         return False
     return line.endswith('\n') and (entry['phase'] != phase or entry['step'] <= start)

@@ -35,8 +35,11 @@ def test_what_is_done_again_is_recorded_once(tmp_path):
     record(tmp_path, 'pretrain', 0, [5, 10])
     record(tmp_path, 'train', 0, [2, 4, 6])
     with (tmp_path / 'metrics.jsonl').open('a') as file:
+        file.write('{"phase": "train", "step": 4, "mean_delta": 0.5}\n')
+    with (tmp_path / 'metrics.jsonl').open('a') as file:
         file.write('{"phase": "train", "st')  # killed while writing
     record(tmp_path, 'train', 4, [6, 8])
+    assert not any('mean_delta' in entry for entry in read(tmp_path))  # measured again before step 5
     assert [(entry['phase'], entry['step']) for entry in read(tmp_path)] == [
         ('pretrain', 5), ('pretrain', 10), ('train', 2), ('train', 4), ('train', 6), ('train', 8),
     ]  # fmt: skip
