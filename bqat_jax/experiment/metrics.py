@@ -1,4 +1,7 @@
-"""What a run leaves to read: metrics.jsonl, TensorBoard events, and progress on the terminal."""
+"""What a run leaves to read: metrics.jsonl, TensorBoard events, and progress on the terminal.
+
+The metrics themselves are computed in the training step: `bqat_jax.training.metrics`.
+"""
 
 import json
 import time

@@ -9,6 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from bqat_jax.networks.cifar_resnet import cifar_resnet
 from bqat_jax.replacement.objective import Objective
 from bqat_jax.replacement.paths import Features, Variables, run_backbone, run_paths, run_teacher
+from bqat_jax.replacement.plans import PLANS as REGISTERED
 from bqat_jax.replacement.plans import Plan, register_plan
 from bqat_jax.replacement.schedules import Constant
 from bqat_jax.transform import FULL_PRECISION, prepare
@@ -40,6 +41,8 @@ PLANS = {
     'single_sampled': Plan('single_sampled', BLOCKS, num_sampled=2),
     'bernoulli': Plan('bernoulli', BLOCKS, num_sampled=2, probability=Constant(value=0.5)),
 }
+# What is registered besides, by somebody who need not know of this test.
+PLANS |= {name: Plan(name, BLOCKS) for name in set(REGISTERED) - {'none'} - {plan.name for plan in PLANS.values()}}
 
 
 @functools.cache

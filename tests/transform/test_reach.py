@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from bqat_jax.quantizers.rounding import Context
-from bqat_jax.transform import build_quantization, calibrate, count_macs, find_layers, find_signed_inputs
-from bqat_jax.transform.rules import assign_quantizers
+from bqat_jax.transform import calibrate, count_macs, find_layers, prepare
 
 LSQ = {'name': 'lsq', 'bits': 3, 'estimator': 'identity'}
 PER_CHANNEL = {**LSQ, 'granularity': 'channel'}
@@ -20,11 +19,7 @@ def quantize(module, x, weights=LSQ, activations=LSQ):
     def run(params, x):
         return module.apply({'params': params}, x)
 
-    layers = find_layers(run, params, x).quantizable
-    settings = assign_quantizers(tuple(layers), weights, activations, ())
-    signed = find_signed_inputs(run, params, [x], layers, settings)
-    quantization = build_quantization(layers, settings, signed)
-    return params, quantization, calibrate(quantization, params, run, [x])
+    return params, *prepare(run, params, [x], weights=weights, activations=activations)
 
 
 def run_quantized(module, quantization, parameters, params, x, context=None):

@@ -7,15 +7,15 @@ import pytest
 from bqat_jax.quantizers.rounding import Context
 from bqat_jax.transform import (
     FULL_PRECISION,
-    build_quantization,
     calibrate,
     context_of,
     find_layers,
     find_signed_inputs,
     init_quantizers,
+    prepare,
     rescale,
 )
-from bqat_jax.transform.rules import LayerSettings, QuantizerSettings, assign_quantizers
+from bqat_jax.transform.rules import LayerSettings, QuantizerSettings
 
 
 class Small(nn.Module):
@@ -40,11 +40,7 @@ def run(params, x):
 
 
 def quantized(*rules, weights=WEIGHTS):
-    layers = find_layers(run, PARAMS, X).quantizable
-    settings = assign_quantizers(tuple(layers), weights, ACTIVATIONS, rules)
-    signed = find_signed_inputs(run, PARAMS, [X], layers, settings)
-    quantization = build_quantization(layers, settings, signed)
-    return quantization, calibrate(quantization, PARAMS, run, [X])
+    return prepare(run, PARAMS, [X], weights=weights, activations=ACTIVATIONS, rules=rules)
 
 
 def apply(quantization, parameters, params=PARAMS, x=X):
