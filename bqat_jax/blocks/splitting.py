@@ -21,7 +21,7 @@ Call = Callable[[Any, Any, bool], Any]
 
 
 def split_into(module: nn.Module, stem: Call, blocks: Sequence[Call], head: Call) -> BlockNetwork:
-    """Returns a module cut into pieces that are given as functions `piece(module, x, train)` of the bound module.
+    """Returns a module divided into pieces that are given as functions `piece(module, x, train)` of the bound module.
 
     Args:
         module: the module; one that makes its submodules in `setup`, so that functions can call them.
@@ -47,7 +47,7 @@ def split_into(module: nn.Module, stem: Call, blocks: Sequence[Call], head: Call
 def split_after(
     module: nn.Module, ends: Sequence[str], image_shape: Sequence[int], call: Call | None = None
 ) -> BlockNetwork:
-    """Returns a module cut behind the submodules called `ends`.
+    """Returns a module divided after the submodules called `ends`.
 
     A block reaches from the end of the one before, or from the input, to the output of its submodule in `ends`; the
     head is what follows. It does not matter whether the submodules are made in `setup` or in a compact method, nor what

@@ -88,7 +88,7 @@ def observe_inputs(
             {'sum': value, 'calls': jax.ShapeDtypeStruct((), jnp.float32)},
         )
 
-    probes = jax.grad(total)({path: make_probe(path) for path in statistics})
+    observed = jax.grad(total)({path: make_probe(path) for path in statistics})
     for path in statistics:
         if path not in seen:
             raise ValueError(f'The layer {path} has a quantizer for its input, but did not run.')
@@ -99,7 +99,7 @@ def observe_inputs(
 
         return jax.tree.map(divide, probe['sum'])
 
-    return {path: mean(probe) for path, probe in probes.items()}
+    return {path: mean(probe) for path, probe in observed.items()}
 
 
 def _pass(x: jax.Array) -> jax.Array:
