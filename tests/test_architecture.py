@@ -1,4 +1,4 @@
-"""Imports go one way: what each room of the house may import."""
+"""Imports go one way: what each package of the project may import."""
 
 import ast
 import sys
@@ -8,8 +8,8 @@ import pytest
 from tests.conftest import ROOT
 
 PACKAGE = ROOT / 'bqat_jax'
-# The rooms of the library, then those of the program: what each may import of the others. Modules beside the rooms are
-# rooms of their own; `errors` may be imported by all.
+# The packages of the library, then those of the program, and what each may import of the others. Modules beside them
+# count as packages; all may import `errors`.
 LIBRARY = {
     'registry': set(),
     'quantizers': {'registry'},
@@ -39,7 +39,7 @@ def modules():
     return [pytest.param(path, id=str(path.relative_to(PACKAGE))) for path in sorted(PACKAGE.rglob('*.py'))]
 
 
-def room(path):
+def package_of(path):
     first, *rest = path.relative_to(PACKAGE).parts
     return first if rest else first.removesuffix('.py')
 
@@ -54,20 +54,20 @@ def imports(path):
             yield node.module or ''
 
 
-def rooms_of(path):
-    """The other rooms that a file imports."""
+def packages_of(path):
+    """The other packages that a file imports."""
     for name in imports(path):
         first, *rest = name.split('.')
         if first == 'bqat_jax':
             other = rest[0] if rest else '__init__'
-            if other not in (room(path), 'errors'):
+            if other not in (package_of(path), 'errors'):
                 yield other
 
 
 @pytest.mark.parametrize('path', modules())
 def test_imports_go_one_way(path):
-    if room(path) != 'errors':
-        assert set(rooms_of(path)) <= ARROWS[room(path)]
+    if package_of(path) != 'errors':
+        assert set(packages_of(path)) <= ARROWS[package_of(path)]
 
 
 def test_the_arrows_make_no_circle():
@@ -87,13 +87,13 @@ def test_nothing_in_the_library_imports_the_program():
 def test_the_library_needs_few_packages(path):
     """The quantizers only jax and numpy, so that anyone can lift them out."""
     outside = {name.split('.')[0] for name in imports(path)} - sys.stdlib_module_names - {'bqat_jax'}
-    if room(path) == 'quantizers':
+    if package_of(path) == 'quantizers':
         assert outside <= {'jax', 'numpy'}
-    elif room(path) not in PROGRAM:
+    elif package_of(path) not in PROGRAM:
         assert outside <= LIBRARY_PACKAGES | OPTIONAL.get(str(path.relative_to(PACKAGE)), set())
 
 
-def test_the_architecture_page_names_every_room():
+def test_the_architecture_page_names_every_package():
     page = (ROOT / 'docs' / 'architecture.md').read_text(encoding='utf-8')
     for name in {*LIBRARY, *PROGRAM} - {'registry', 'storage'}:
         assert f'  {name}/' in page, name

@@ -1,6 +1,6 @@
 """From a config to an `Experiment`; a config that cannot work is rejected before anything is computed.
 
-This is the one place where the program reads a config.
+This is the one place that turns a config into objects.
 """
 
 from collections.abc import Sequence

@@ -46,7 +46,10 @@ def make_network(
     for key in options:
         if key not in known:
             listed = ', '.join(known)
-            raise ValueError(f'The network {name!r} has no option {key!r}; there are: {listed}.{suggest(key, known)}')
+            raise ValueError(
+                f'The network {name!r} has no option {key!r}; there are: {listed}.{suggest(key, known)} A recipe for '
+                'another network sets config.network whole.'
+            )
     for key in known:
         if parameters[key].default is inspect.Parameter.empty and key not in options:
             raise ValueError(f'The network {name!r} needs network.{key}.')

@@ -144,7 +144,10 @@ def assign_quantizers(
                 if shadowed
                 else f'no layer has a path that it matches whole; the paths are: {", ".join(paths)}'
             )
-            raise ValueError(f'The quantization rule for layers {pattern.pattern!r} applies to nothing: {why}.')
+            raise ValueError(
+                f'The quantization rule for layers {pattern.pattern!r} applies to nothing: {why}. Set the rules '
+                '(config.quant.rules) for the layers of this network.'
+            )
     return settings
 
 
