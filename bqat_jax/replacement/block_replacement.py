@@ -40,7 +40,8 @@ class BlockReplacement:
         objective: what is minimised.
 
     Raises:
-        ValueError: if nothing in the objective trains the LP network as a whole.
+        ValueError: if the plan is for another number of blocks, or nothing in the objective trains the LP network as a
+            whole.
     """
 
     network: BlockNetwork
@@ -49,6 +50,11 @@ class BlockReplacement:
     objective: Objective
 
     def __post_init__(self):
+        if self.plan.num_blocks != len(self.network.blocks):
+            raise ValueError(
+                f'The plan is for {self.plan.num_blocks} blocks, and the network has {len(self.network.blocks)}: give '
+                f'Plan({self.plan.name!r}, {len(self.network.blocks)}).'
+            )
         self.objective.check_trains_network(self.plan.num_paths)
 
     @property

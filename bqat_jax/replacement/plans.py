@@ -29,6 +29,7 @@ from bqat_jax.replacement.schedules import ALWAYS, Linear, Schedule
 Model = tuple[bool, ...]
 
 PLANS = Names('replacement plan')
+DRAWN: set[str] = set()  # the names of those that draw
 PATH_WEIGHTS = ('halving', 'uniform', 'mean')
 # Plans to which a model of LP blocks alone, with the partner's head, can be added.
 WITH_LAST = ('prefix', 'prefix_sampled')
@@ -52,8 +53,9 @@ def register_plan(name: str, *, is_drawn: bool = False) -> Callable[[Callable], 
     """
 
     def decorate(models: Callable[[int], Sequence[Model]]) -> Callable[[int], Sequence[Model]]:
-        vars(models)['is_drawn'] = is_drawn
-        return PLANS.register(name)(models)
+        PLANS.register(name)(models)
+        (DRAWN.add if is_drawn else DRAWN.discard)(name)
+        return models
 
     return decorate
 
@@ -210,7 +212,7 @@ class Plan:
     @property
     def is_drawn(self) -> bool:
         """Whether the mask is drawn at run time, rather than known when the step is traced."""
-        return PLANS.get(self.name).is_drawn
+        return self.name in DRAWN
 
     @property
     def needs_partner_features(self) -> bool:
