@@ -2,7 +2,6 @@
 
 import errno
 import logging
-import re
 import sys
 from pathlib import Path
 
@@ -13,75 +12,73 @@ from ml_collections import config_flags
 from bqat_jax.distributed.preemption import Stopped
 from bqat_jax.distributed.processes import initialize
 from bqat_jax.errors import UserError
+from bqat_jax.experiment.command_line import CommandLine, read_command_line, unset
 from bqat_jax.experiment.compilation import keep_compiled
+from bqat_jax.experiment.environment import check_processes
 from bqat_jax.experiment.run import diagnose_run, evaluate_run, import_partner, summarize_network, train
+from bqat_jax.storage import place
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
-DEFAULT_CONFIG = Path(__file__).resolve().parent / 'configs' / 'digits.py'
+MODES = ('train', 'evaluate', 'import', 'summary', 'diagnose', 'sweep')
+# They come without the name of a file where a write fails.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
+DEFAULT_RECIPE = Path(__file__).resolve().parent / 'configs' / 'digits.py'
 
 
-def define_flags() -> None:
+def define_flags(argv: list[str]) -> CommandLine:
     """Defines the flags; the config's own are read from the command line at once.
 
     Raises:
-        UserError: for a key that the config does not have.
+        UserError: for a recipe that cannot be loaded, or a key that it does not have.
     """
-    try:
-        config_flags.DEFINE_config_file(
-            'config',
-            str(DEFAULT_CONFIG),
-            'Recipe, with arguments after a colon: configs/digits.py:bits=2,plan=prefix',
-        )
-    except AttributeError as error:  # ml_collections names the key, and one that is like it if there is one
-        named = re.search(r"""instead of "(\w+)"|^"?'(\w+)'"?$""", str(error))
-        if named is None:
-            raise
-        near = re.search(r'Did you mean "(\w+)"', str(error))
-        hint = f'Did you mean "{near[1]}"?' if near else 'bqat_jax/experiment/configuration.py lists all keys.'
-        raise UserError(f'The config has no key {named[1] or named[2]!r}. {hint}') from error
-    flags.DEFINE_string('workdir', None, 'Where the run goes; runs/<config name> if not given. Run again to continue.')
-    flags.DEFINE_enum('mode', 'train', ['train', 'evaluate', 'import', 'summary', 'diagnose', 'sweep'], 'What to do.')
+    given = read_command_line(flags.FLAGS.read_flags_from_files(argv, force_gnu=False), DEFAULT_RECIPE)
+    text = 'Recipe, with arguments after a colon: configs/digits.py:bits=2,plan=prefix'
+    config_flags.DEFINE_config_dict('config', given.config, text, sys_argv=given.argv)
+    flags.DEFINE_string('workdir', None, 'Where the run goes; runs/<recipe> if not given. Run again to continue.')
+    flags.DEFINE_enum('mode', 'train', MODES, 'What to do.')
+    return given
 
 
-def main(argv: list[str]) -> None:
+def main(given: CommandLine) -> None:
     """Dispatches on --mode."""
-    if len(argv) > 1:
-        raise UserError(f'{" ".join(argv[1:])!r} is not understood; write flags as --name=value.')
-    config = flags.FLAGS.config
+    config, mode, name = flags.FLAGS.config, flags.FLAGS.mode, given.recipe.stem
+    unset(config, given.unset)
     initialize(config.distributed)
+    check_processes(config, mode)
     keep_compiled(config.compilation_cache)
-    name = config_flags.get_config_filename(flags.FLAGS['config']).partition(':')[0]
-    workdir = Path(flags.FLAGS.workdir or Path('runs') / Path(name).stem)
-    record = {'name': Path(name).stem, 'overrides': config_flags.get_override_values(flags.FLAGS['config'])}
-    if flags.FLAGS.mode == 'train':
+    workdir = place(Path('runs') / name if flags.FLAGS.workdir is None else flags.FLAGS.workdir, '--workdir')
+    changes = {**config_flags.get_override_values(flags.FLAGS['config']), **dict.fromkeys(given.unset)}
+    record = {'name': name, 'overrides': changes}
+    if mode == 'train':
         result = train(config, workdir, **record)
-    elif flags.FLAGS.mode == 'import':
+    elif mode == 'import':
         result = import_partner(config, workdir, **record)
-    elif flags.FLAGS.mode == 'summary':
+    elif mode == 'summary':
         result = summarize_network(config, workdir)
-    elif flags.FLAGS.mode == 'diagnose':
+    elif mode == 'diagnose':
         result = diagnose_run(config, workdir)
-    elif flags.FLAGS.mode == 'sweep':
+    elif mode == 'sweep':
         # Only here: its plots take a second to load.
         from bqat_jax.sweeps.execution import run_sweep
 
-        result = run_sweep(config, workdir, name=record['name'])
+        result = run_sweep(config, workdir, name=name)
     else:
         result = evaluate_run(config, workdir)
     print('\n'.join(f'{key}: {value}' for key, value in result.items()))
 
 
 def explain(error: Exception) -> str | None:
-    """Returns what went wrong with flags or config in plain words, or None if it is no mistake of the user's."""
+    """Returns what went wrong in plain words, or None if it is nothing that the user can mend."""
     text = str(error)
-    if isinstance(error, UserError):
+    if isinstance(error, UserError | flags.Error):
         return text
-    if 'UserError: ' in text:  # raised in a recipe; ml_collections hands on its whole traceback as text
-        return text.rpartition('UserError: ')[2].strip()
-    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-        return f'{text}. Make room or take another --workdir; run the same command again to go on.'
-    if isinstance(error, flags.Error) or text.startswith('Configuration is not available'):
-        return text
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in DISK_ERRORS):
+        return f'{text}. Make room, or give a path that can be read and written; run the same command again to go on.'
+    if isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in text:
+        return (
+            f'The memory is full ({text.partition(chr(10))[0][:300]}). Take smaller batches (train.batch_size), run '
+            'them in parts (train.microbatches), recompute blocks (network.remat), share arrays between devices '
+            '(mesh.fsdp), or leave the images on the host (data.on_device=false). What was saved is kept.'
+        )
     return None
 
 
@@ -96,8 +93,8 @@ def run() -> None:
     ours.propagate = False
     ours.addHandler(logging.StreamHandler())
     try:
-        define_flags()
-        app.run(main, flags_parser=flags.FLAGS)
+        given = define_flags(sys.argv)
+        app.run(lambda argv: main(given), argv=given.argv, flags_parser=flags.FLAGS)
     except Stopped as stopped:
         print(stopped)
     except Exception as error:

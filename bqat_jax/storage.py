@@ -1,8 +1,10 @@
-"""Small files, written so that a reader never sees half of one, and locks."""
+"""Paths that a user gives, small files written so that a reader never sees half of one, and locks."""
 
 import contextlib
+import errno
 import fcntl
 import json
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +12,50 @@ from typing import Any
 
 from bqat_jax.distributed.processes import is_first, wait_for_all
 from bqat_jax.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# What the libraries below would misread in a path, and why.
+MISREAD = {
+    '*': 'file names are matched with it as a pattern',
+    '?': 'file names are matched with it as a pattern',
+    '[': 'file names are matched with it as a pattern',
+    ']': 'file names are matched with it as a pattern',
+    '\\': 'TensorStore takes it for a separator',
+}
+LOCK = '.lock'
+# What a file system without locks answers.
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+
+
+def place(text: str | Path, name: str) -> Path:
+    """Returns a path that a user gave, absolute, with `~` as the home folder.
+
+    Args:
+        text: the path.
+        name: of the flag or key that gave it, for messages.
+
+    Raises:
+        UserError: for a path that is empty, is no local path, or has a character that a library would misread.
+    """
+    given = f'{name}={str(text)!r}'
+    if not str(text).strip():
+        raise UserError(f'{given}: the path is empty. Give the path of a file or folder.')
+    scheme, separator, _ = str(text).partition('://')
+    if separator:
+        raise UserError(
+            f'{given}: paths that begin with {scheme}:// are not supported. Give a local path, or one of a file system '
+            'that is mounted here.'
+        )
+    try:
+        path = Path(text).expanduser().absolute()
+    except RuntimeError as error:  # ~name of a user that there is not
+        raise UserError(f'{given}: {error}. Write the folder out.') from error
+    for character in str(path):
+        if character in MISREAD or not character.isprintable():
+            why = MISREAD.get(character, 'it cannot be seen')
+            raise UserError(f'{given}: the path {str(path)!r} has the character {character!r}, and {why}. Rename it.')
+    return path
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -58,14 +104,36 @@ def write_once(path: Path, value: Any) -> None:
 def locked(directory: Path) -> Iterator[None]:
     """Holds a directory for one training process; the lock goes with the process, however it ends.
 
+    On a file system without locks it warns, and holds nothing.
+
     Raises:
         UserError: if another process holds it.
     """
-    with (directory / '.lock').open('w') as file:
+    with (directory / LOCK).open('w') as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise UserError(
                 f'{directory} is in use by another training process. Wait for it, or take another --workdir.'
             ) from error
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            logger.warning(
+                'The file system of %s has no locks (%s): make sure that no other process trains there.',
+                directory,
+                error.strerror,
+            )
         yield
+
+
+def is_locked(directory: Path) -> bool:
+    """Returns whether another process holds a directory; False where that cannot be found out."""
+    try:
+        with (directory / LOCK).open('r') as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no lock file, or a file system without locks
+        return False
+    return False

@@ -3,7 +3,11 @@
 Each runs the same program on its own share of every batch. The first process alone writes what is not a checkpoint.
 """
 
+import hashlib
+import json
 import logging
+import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,20 +20,32 @@ from bqat_jax.errors import UserError
 logger = logging.getLogger(__name__)
 
 OFF, AUTO = 'off', 'auto'
+# Differences between processes that a message shows.
+SHOWN = 10
 
 
 def initialize(distributed: str) -> None:
-    """Joins the other processes; to be called before anything else of JAX.
+    """Joins the other processes and starts the devices; to be called before anything else of JAX.
 
     Args:
         distributed: 'off' for a process that is alone; 'auto' where JAX can find out by itself (Cloud TPU, Slurm, Open
             MPI, Kubernetes); 'HOST:PORT,n,i' for process i of n, with the address of process 0.
 
     Raises:
-        UserError: for anything else, or if the others cannot be reached.
+        UserError: for anything else, or if the others cannot be reached or JAX cannot start its devices.
     """
-    if distributed == OFF:
-        return
+    if distributed != OFF:
+        _join(distributed)
+    try:
+        jax.devices()
+    except Exception as error:  # of many kinds: RuntimeError, AssertionError
+        why = str(error).partition('\n')[0] or 'there is none of that kind.'
+        raise UserError(
+            f'JAX_PLATFORMS={os.environ.get("JAX_PLATFORMS", "")!r}: JAX cannot start its devices here: {why} Unset it to take what there is, or install JAX for the platform.'
+        ) from error
+
+
+def _join(distributed: str) -> None:
     arguments: dict[str, Any] = {}
     if distributed != AUTO:
         try:
@@ -74,6 +90,56 @@ def total(value: int) -> int:
 def gather_bools(value: bool) -> list[bool]:
     """Returns what every process says, in all of them."""
     return [value] if jax.process_count() == 1 else multihost_utils.process_allgather(value).tolist()
+
+
+def check_agreement(facts: Mapping[str, Any]) -> None:
+    """Checks that all processes have the same facts; every process must call it at the same point.
+
+    Args:
+        facts: values by name, as JSON.
+
+    Raises:
+        UserError: in all processes, if they differ; it names what, and the values by process.
+    """
+    if jax.process_count() == 1:
+        return
+    text = json.dumps(facts, sort_keys=True).encode()
+    digest = np.frombuffer(hashlib.sha256(text).digest(), np.uint8)
+    everyone = multihost_utils.process_allgather(digest)
+    if np.all(everyone == everyone[0]):
+        return
+    texts = _gather_bytes(text)
+    differences = _differences([json.loads(one) for one in texts])
+    listed = '\n  '.join(differences[:SHOWN])
+    more = f'\n  and {len(differences) - SHOWN} more' if len(differences) > SHOWN else ''
+    raise UserError(
+        f'The processes of this run do not agree:\n  {listed}{more}\n'
+        'Start all of them with the same command, the same files and the same packages.'
+    )
+
+
+def _gather_bytes(own: bytes) -> list[bytes]:
+    """What every process gives, in all of them."""
+    lengths = multihost_utils.process_allgather(np.int32(len(own)))
+    padded = np.frombuffer(own.ljust(int(lengths.max()), b' '), np.uint8)
+    everyone = multihost_utils.process_allgather(padded)
+    return [row[:length].tobytes() for row, length in zip(everyone, lengths.tolist(), strict=True)]
+
+
+def _differences(facts: list[dict[str, Any]]) -> list[str]:
+    """The facts that differ, each as 'name: 1 in processes 0, 2; 5 in process 1'."""
+    listed = []
+    for name in sorted(set[str]().union(*facts)):
+        by_value: dict[str, list[str]] = {}
+        for number, own in enumerate(facts):
+            by_value.setdefault(json.dumps(own[name]) if name in own else 'absent', []).append(str(number))
+        if len(by_value) > 1:
+            values = [
+                f'{value} in process{"es" if len(numbers) > 1 else ""} {", ".join(numbers)}'
+                for value, numbers in by_value.items()
+            ]
+            listed.append(f'{name}: {"; ".join(values)}')
+    return listed
 
 
 def put_batch(batch: Any, sharding: NamedSharding) -> Any:

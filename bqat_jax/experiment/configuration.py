@@ -1,9 +1,8 @@
 """Configs: the keys there are, the argument after the colon, durations, and what may change when a run is resumed."""
 
-import fnmatch
-import functools
+import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -11,197 +10,19 @@ import ml_collections
 from ml_collections import config_dict
 
 from bqat_jax.errors import UserError
+from bqat_jax.experiment.keys import BY_NAME, KEYS, MOST_STEPS, NETWORK, SEED, Key, in_words, is_within, range_of
 from bqat_jax.registry import suggest
 
 # An ml_collections.ConfigDict; type checkers cannot know its keys.
 Config: TypeAlias = Any
 
-# What may change between two runs in the same workdir, because the result does not depend on it, or, for the mesh, only
-# by the order of float32 sums.
-SAFE_TO_CHANGE = (
-    'data.dir',
-    'data.on_device',
-    'data.workers',
-    'data.skip_damaged',
-    'checkpoint.*',
-    'diagnosis.*',
-    'distributed',
-    'mesh.*',
-    'compilation_cache',
-    'profile',
-    'profile_steps',
-    'train.log_every_steps',
-)
-
-# The smallest value of numeric keys.
-MINIMUM = {
-    'seed': 0,
-    'data.workers': 0,
-    'data.crop_padding': 0,
-    'data.color_jitter': 0,
-    'train.batch_size': 1,
-    'train.microbatches': 1,
-    'train.batch_norm_groups': 1,
-    'train.replicas': 1,
-    'train.log_every_steps': 1,
-    'checkpoint.keep': 1,
-    'quant.calibration_batches': 1,
-    'quant.reestimation_batches': 0,
-    'replacement.seed': 0,
-    'mesh.min_shard_elements': 0,
-}
-
 
 def base_config() -> Config:
-    """Returns a config with every key there is; recipes set what differs.
-
-    A duration is given in steps or, by the sibling key, in epochs of the training split; where both are given the
-    steps count.
-    """
+    """Returns a config with every key there is, as `bqat_jax.experiment.keys` lists them; recipes set what differs."""
     config: Config = ml_collections.ConfigDict()
-    config.seed = 0
-    config.plugins = config_dict.placeholder(str)  # your own estimators and quantizers: Python files, by commas
-    config.sweep = config_dict.placeholder(str)  # for --mode=sweep: the file that says what is compared
-    config.compilation_cache = config_dict.placeholder(str)  # a folder for compiled programs: a second start is quick
-    config.profile = False  # record a trace of some steps of each phase: docs/performance.md
-    config.profile_steps = (11, 13)  # the first and the last of them, counted from 1
-    config.distributed = 'off'  # or 'auto', or 'HOST:PORT,n,i' for process i of n: docs/pods.md
-
-    config.data = ml_collections.ConfigDict()
-    config.data.name = 'digits'  # 'digits' or a TensorFlow Datasets name
-    config.data.dir = config_dict.placeholder(str)  # where prepared datasets lie; TensorFlow Datasets' default if unset
-    config.data.test_split = 'test'  # what is evaluated at the end
-    config.data.image_size = config_dict.placeholder(
-        int
-    )  # squares of so many pixels are cut out; unset: all is one size
-    config.data.on_device = True  # the whole dataset lives on the device; batches are gathered inside the step
-    config.data.skip_damaged = False  # leave out what cannot be read, and count it, instead of stopping
-    config.data.workers = 0  # processes that decode images, when the data is not on the device
-    config.data.train_examples = config_dict.placeholder(int)  # so many of the training images, the same in every run
-    config.data.validation_fraction = 0.0  # of the training split, held out for choosing the best checkpoint
-    config.data.mean = (0.5,)  # normalisation: (pixel / 255 - mean) / std
-    config.data.std = (0.5,)
-    config.data.crop_padding = 0  # random crops after padding by so many pixels
-    config.data.flip = False  # random mirroring
-    config.data.color_jitter = 0.0  # random brightness, contrast and saturation, each by a factor of 1 ± so much
-
-    config.network = ml_collections.ConfigDict()
-    config.network.name = 'cifar_resnet'  # another network has other options: a recipe sets config.network whole
-    config.network.depth = 20  # 6n + 2
-    config.network.width = 16
-    config.network.shortcut = 'A'  # or 'B': 1x1 convolutions where the shape changes
-    config.network.preactivation = False  # batch norm and ReLU before each convolution
-    config.network.dtype = 'float32'  # of the computation, or 'bfloat16'; parameters are float32
-    config.network.remat = False  # blocks recompute their inside in the backward pass: less memory, more time
-
-    config.quant = ml_collections.ConfigDict()
-    config.quant.weights = ml_collections.ConfigDict()
-    config.quant.weights.name = 'lsq'  # quantizers and estimators: docs/estimators.md; with options 'lsq:narrow=true'
-    config.quant.weights.bits = 2
-    config.quant.weights.estimator = 'identity'  # with options 'ewgs:delta=0.1,domain=normalized'
-    config.quant.weights.granularity = 'auto'  # the quantizer's paper's; or 'tensor', 'channel'
-    config.quant.weights.rescale = 'none'  # quantized weights scaled again (SAT): 'constant' or 'stddev'
-    config.quant.activations = ml_collections.ConfigDict()
-    config.quant.activations.name = 'lsq'
-    config.quant.activations.bits = 2
-    config.quant.activations.estimator = 'identity'
-    config.quant.activations.sign = 'auto'  # or 'signed', 'unsigned'
-    # The first rule that matches a layer wins; the field's custom is 8 bits for the first and the last layer.
-    lsq8 = {'name': 'lsq', 'bits': 8, 'estimator': 'identity'}
-    config.quant.rules = (
-        {'layers': 'stem/conv', 'weights': dict(lsq8), 'activations': dict(lsq8)},
-        {'layers': 'head/dense', 'weights': dict(lsq8), 'activations': dict(lsq8)},
-    )
-    config.quant.calibration_batches = 4
-    config.quant.trace = ml_collections.ConfigDict()  # how the estimator 'ewgs_trace' measures its strength
-    config.quant.trace.every_steps = config_dict.placeholder(int)
-    config.quant.trace.every_epochs = 10.0  # never before the first step
-    config.quant.trace.batches = 3
-    config.quant.trace.iterations = 50  # random vectors at most, for one batch
-    config.quant.trace.tolerance = 1e-3  # relative change of the mean at which no more are drawn
-    config.quant.oscillations = ml_collections.ConfigDict()  # weights that jump between two codes
-    config.quant.oscillations.dampening = 0.0  # weight of the loss that dampens them, at the end of training
-    config.quant.oscillations.dampening_start = 0.25  # fraction of training
-    config.quant.oscillations.dampening_aggregation = 'kernel_mean'  # or 'sum'
-    config.quant.oscillations.freezing = False  # keep the code of a weight that oscillates too often
-    config.quant.oscillations.freezing_threshold = 0.01  # frequency, at the end of training
-    config.quant.oscillations.freezing_first_threshold = 0.1  # the same, at the beginning
-    config.quant.oscillations.freezing_start = 0.25  # fraction of training at which the threshold begins to change
-    config.quant.oscillations.freezing_momentum = 0.001  # of the moving averages
-    config.quant.reestimation_batches = 0  # to estimate batch-norm statistics anew after training; 0 for none
-
-    config.replacement = ml_collections.ConfigDict()  # the loss: docs/method.md; a schedule: 'linear:start=1,end=0'
-    config.replacement.plan = 'prefix'  # 'none', 'single', 'suffix', 'prefix_sampled', 'single_sampled', 'bernoulli'
-    config.replacement.cut = 'stage'  # or 'block', or the parts behind which to cut: 'stage1_block1,stage2_block3'
-    config.replacement.include_last = False  # prefixes: also the model of LP blocks alone, with the partner's head
-    config.replacement.paths = 1  # MP models per step of the plans that draw them
-    config.replacement.seed = 0  # of those draws: apart from the run's, so that seeds side by side draw as if alone
-    config.replacement.probability = 'linear:start=0.5,end=1'  # of a block of the plan 'bernoulli' to be LP
-    config.replacement.weights = 'halving'  # of MP models; or 'uniform', 'mean', or one each: '0.25,0.5'
-    config.replacement.weights_schedule = 'constant'  # a factor of them
-    config.replacement.cross_entropy = 1.0  # weight of the labels' cross entropy on the LP network; 0: soft labels only
-    config.replacement.distillation = 1.0  # weight of distillation from the FP partner to the LP network
-    config.replacement.distillation_schedule = 'constant'  # a factor of it
-    config.replacement.path_cross_entropy = 1.0  # weight of the labels' cross entropy on MP paths
-    config.replacement.path_distillation = 1.0  # weight of distillation from the FP partner to MP paths
-    config.replacement.path_teaching = 0.0  # weight of distillation from MP paths to the LP network
-    config.replacement.feature_matching = 0.0  # weight of the distance of features at the ends of blocks
-    config.replacement.temperature = 1.0
-
-    config.train = ml_collections.ConfigDict()
-    config.train.steps = config_dict.placeholder(int)
-    config.train.epochs = 10.0
-    config.train.batch_size = 128
-    config.train.microbatches = 1  # parts that a batch is run in, one after another: less memory
-    config.train.batch_norm_groups = 1  # parts of these normalised apart; the number of devices: each its own examples
-    config.train.log_every_steps = 50
-    config.train.replicas = 1  # low-precision networks trained side by side, with the seeds seed, seed + 1, ...
-
-    config.optimizer = optimizer_config()
-
-    config.partner = ml_collections.ConfigDict()
-    config.partner.steps = config_dict.placeholder(int)
-    config.partner.epochs = 10.0
-    config.partner.torch_file = config_dict.placeholder(str)  # take the partner from a PyTorch state_dict
-    config.partner.workdir = config_dict.placeholder(str)  # take the partner of an earlier run
-    config.partner.optimizer = optimizer_config()
-    del config.partner.optimizer.quantizers  # a full-precision network has none
-
-    config.diagnosis = ml_collections.ConfigDict()  # --mode=diagnose, and while training
-    config.diagnosis.every_steps = config_dict.placeholder(int)  # while training; unset: never
-    config.diagnosis.batches = 4  # of training images
-    config.diagnosis.samples = 8  # draws of perturbed weights for the smoothed gradient
-    config.diagnosis.oscillation_steps = 50  # training steps, made for this alone, in which weights are watched
-
-    config.mesh = ml_collections.ConfigDict()
-    config.mesh.data = -1  # devices that share a batch, times fsdp; -1 for all
-    config.mesh.fsdp = 1  # parts that large arrays are split into: parameters, optimizer state, partner
-    # Which axis is split, the first match wins: ({'path': 'head/dense/kernel', 'axis': 1},); or 'largest', or 'none'.
-    config.mesh.rules = ()
-    config.mesh.min_shard_elements = 4096  # smaller arrays stay whole on every device
-
-    config.checkpoint = ml_collections.ConfigDict()
-    config.checkpoint.every_steps = config_dict.placeholder(int)
-    config.checkpoint.every_epochs = 1.0
-    config.checkpoint.keep = 2  # the newest ones; the best is kept beside them
-    return config
-
-
-def optimizer_config() -> Config:
-    """Returns the keys of one optimizer: SGD or AdamW, cosine decay with linear warm-up."""
-    config: Config = ml_collections.ConfigDict()
-    config.name = 'sgd'  # or 'adamw'; the quantizers' parameters have the same
-    config.learning_rate = 0.1
-    config.momentum = 0.9  # of AdamW: beta1
-    config.beta2 = 0.999  # of AdamW
-    config.nesterov = True  # of SGD
-    config.weight_decay = 1e-4  # on kernels only; SGD adds it to the gradient, AdamW decouples it
-    config.warmup_steps = config_dict.placeholder(int)
-    config.warmup_epochs = 0.0
-    config.clip_norm = 0.0  # of the whole gradient; 0 for none
-    config.quantizers = ml_collections.ConfigDict()  # the quantizers' own parameters
-    config.quantizers.learning_rate = 0.01
-    config.quantizers.weight_decay = 0.0
+    for key in KEYS:
+        section, name = _section_of(config, key.name, make=True)
+        section[name] = config_dict.placeholder(key.kind) if key.may_be_unset else copy.deepcopy(key.default)
     return config
 
 
@@ -232,39 +53,98 @@ def parse_argument(argument: str | None, **defaults: Any) -> Config:
     return values
 
 
-def duration(section: Config, name: str, epoch: float) -> int:
-    """Returns a duration in steps: `section.<name>steps` if set, else `section.<name>epochs` times the steps per epoch.
+def duration(config: Config, name: str, epoch: float) -> int:
+    """Returns a duration in steps: `<name>steps` if set, else `<name>epochs` times the steps per epoch.
 
     Args:
-        section: part of the config.
-        name: '' or a prefix such as 'warmup_'.
+        config: the whole.
+        name: what the names of both keys begin with, such as 'train.' or 'optimizer.warmup_'.
         epoch: steps per epoch.
 
     Raises:
-        UserError: for a negative duration.
+        UserError: for a duration that steps cannot count.
     """
-    steps, epochs = section[f'{name}steps'], section[f'{name}epochs']
-    result = round(epochs * epoch) if steps is None else steps
-    if result < 0:
-        raise UserError(f'{name}steps={steps}, {name}epochs={epochs}: a duration cannot be negative.')
-    return result
+    section, start = _section_of(config, name)
+    steps, epochs = section[f'{start}steps'], section[f'{start}epochs']
+    if steps is not None:
+        return steps
+    if not epochs * epoch <= MOST_STEPS:
+        raise UserError(
+            f'{name}epochs={epochs:g}: with {epoch:g} steps per epoch these are {epochs * epoch:g} steps; there can be '
+            f'{MOST_STEPS}.'
+        )
+    return round(epochs * epoch)
 
 
-def check_ranges(config: Config) -> None:
-    """Checks numeric keys against `MINIMUM`, and the steps to trace.
+def check_values(config: Config) -> None:
+    """Checks that a config has the keys there are, each with a value of its type and range.
 
     Raises:
-        UserError: for a value out of range.
+        UserError: naming the key, its value and what it must be.
     """
-    for key, minimum in MINIMUM.items():
-        value = functools.reduce(lambda section, name: section[name], key.split('.'), config)
-        if value < minimum:
-            raise UserError(f'{key}={value}: it must be at least {minimum}.')
+    values = dict(leaves(config))
+    for name in [name for name in values if name not in BY_NAME and not name.startswith(NETWORK)]:
+        raise UserError(f'The recipe sets {name}, and nothing reads such a key.{suggest(name, BY_NAME)}')
+    for name in [name for name in BY_NAME if name not in values and not name.startswith(NETWORK)]:
+        raise UserError(f'The recipe has no {name}: begin with base_config(), and leave its keys in place.')
+    for name, value in values.items():
+        _check_value(name, value)
     steps = tuple(config.profile_steps)
-    if len(steps) != 2 or not 1 <= steps[0] <= steps[1]:
+    if len(steps) != 2 or steps[0] > steps[1]:
         raise UserError(
             f'profile_steps={steps}: give the first and the last step to record, counted from 1, such as (11, 13).'
         )
+    last = config.seed + config.train.replicas - 1
+    if not is_within(last, SEED):
+        raise UserError(
+            f'seed={config.seed}, train.replicas={config.train.replicas}: the last seed is {last}; it must be '
+            f'{in_words(SEED)}.'
+        )
+
+
+def _check_value(name: str, value: Any) -> None:
+    key = BY_NAME.get(name)
+    if key is not None and not _is_of_type(value, key):
+        unset = ', or None' if key.may_be_unset else ''
+        what = f'a tuple like {key.default}' if key.kind is tuple else f'of type {key.kind.__name__}'
+        raise UserError(f'{name}={value!r}: it must be {what}{unset}.')
+    for number in value if isinstance(value, tuple | list) else (value,):
+        if isinstance(number, int | float) and not is_within(number, range_of(name)):
+            raise UserError(f'{name}={value!r}: it must be {in_words(range_of(name))}.')
+
+
+def _is_of_type(value: Any, key: Key) -> bool:
+    if value is None:
+        return key.may_be_unset
+    if key.kind is tuple:
+        of_numbers = bool(key.default) and isinstance(key.default[0], int | float)
+        return isinstance(value, tuple | list) and not (
+            of_numbers and not all(_is_number(number, type(key.default[0])) for number in value)
+        )
+    return _is_number(value, key.kind) if key.kind in (int, float) else isinstance(value, key.kind)
+
+
+def _is_number(value: Any, kind: type) -> bool:
+    return isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+
+
+def leaves(config: Config, prefix: str = '') -> Iterator[tuple[str, Any]]:
+    """Yields the dotted names of all keys of a config, with their values."""
+    for key in config:
+        if isinstance(config[key], ml_collections.ConfigDict):
+            yield from leaves(config[key], f'{prefix}{key}.')
+        else:
+            yield f'{prefix}{key}', config[key]
+
+
+def _section_of(config: Config, name: str, *, make: bool = False) -> tuple[Config, str]:
+    """The section that a dotted name leads to, and the name in it."""
+    *sections, last = name.split('.')
+    for section in sections:
+        if make and section not in config:
+            config[section] = ml_collections.ConfigDict()
+        config = config[section]
+    return config, last
 
 
 def to_plain(value: Any) -> Any:
@@ -289,18 +169,39 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = '
 def check_resumable(old: Mapping[str, Any], new: Mapping[str, Any], workdir: Path) -> None:
     """Checks that a workdir made with config `old` can go on with config `new`.
 
+    A key that did not exist when the workdir was made has the value that it has by default: what it does now the
+    program did then.
+
     Raises:
         UserError: if a key differs that the result depends on; all such keys are named.
     """
-    unsafe = [
-        change
-        for change in changed_keys(old, new)
-        if not any(fnmatch.fnmatchcase(change.partition(':')[0], pattern) for pattern in SAFE_TO_CHANGE)
-    ]
+    unsafe = []
+    for change in changed_keys(_completed(old), new):
+        name = change.partition(':')[0]
+        if name not in BY_NAME and not name.startswith(NETWORK):
+            raise UserError(
+                f'{workdir} was made with the key {name}, which this version of bqat_jax does not have. Go on with the '
+                'version that its environment.json names, or take another --workdir.'
+            )
+        if name not in BY_NAME or not BY_NAME[name].may_change:
+            unsafe.append(change)
     if unsafe:
         listed = '\n  '.join(unsafe)
         raise UserError(
             f'{workdir} was made with a different config (there -> now):\n  {listed}\n'
             'Take another --workdir, or give the values it was made with. '
-            f'These keys may change: {", ".join(SAFE_TO_CHANGE)}.'
+            f'These keys may change: {", ".join(key.name for key in KEYS if key.may_change)}.'
         )
+
+
+def _completed(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """A plain config with the keys that it lacks, outside of the network's options, at their defaults."""
+    config = json.loads(json.dumps(plain))
+    for key in KEYS:
+        if not key.name.startswith(NETWORK):
+            *sections, last = key.name.split('.')
+            section = config
+            for name in sections:
+                section = section.setdefault(name, {})
+            section.setdefault(last, None if key.may_be_unset else to_plain(key.default))
+    return config

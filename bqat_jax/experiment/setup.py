@@ -3,6 +3,7 @@
 This is the one place that turns a config into objects.
 """
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from bqat_jax.data.sources import ImageData, load_images
 from bqat_jax.distributed.replicas import Replicas
 from bqat_jax.distributed.sharding import Placement, make_mesh, parse_rules
 from bqat_jax.errors import UserError
-from bqat_jax.experiment.configuration import Config, check_ranges, duration, to_plain
+from bqat_jax.experiment.configuration import Config, check_values, duration, to_plain
 from bqat_jax.experiment.experiment import DataSpec, Experiment, Intervals, PartnerSource, PhaseSpec
 from bqat_jax.networks import make_network
 from bqat_jax.networks.convolution import conv_general_dilated
@@ -54,7 +55,7 @@ def make_experiment(
     Raises:
         UserError: naming the key, its value and what it may be.
     """
-    check_ranges(config)
+    check_values(config)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
     _check_batch(config, mesh.devices.size)
     plugins = load_plugins(config.plugins)  # a plugin may bring the dataset
@@ -101,9 +102,9 @@ def make_experiment(
             batch_norm_groups=config.train.batch_norm_groups,
             calibration_batches=config.quant.calibration_batches,
             reestimation_batches=config.quant.reestimation_batches,
-            partner=PhaseSpec(duration(config.partner, '', epoch), _make_optimizer(config.partner.optimizer, epoch)),
+            partner=PhaseSpec(duration(config, 'partner.', epoch), _make_optimizer(config, 'partner.optimizer', epoch)),
             partner_source=_make_partner_source(config),
-            training=PhaseSpec(duration(config.train, '', epoch), _make_optimizer(config.optimizer, epoch)),
+            training=PhaseSpec(duration(config, 'train.', epoch), _make_optimizer(config, 'optimizer', epoch)),
             intervals=_make_intervals(config, epoch),
             kept_checkpoints=config.checkpoint.keep,
             trace=TraceSettings(
@@ -207,17 +208,18 @@ def _make_objective(config: Config) -> Objective:
     )
 
 
-def _make_optimizer(config: Config, epoch: float) -> OptimizerSpec:
-    own = config.get('quantizers')
+def _make_optimizer(config: Config, name: str, epoch: float) -> OptimizerSpec:
+    section: Any = functools.reduce(lambda section, part: section[part], name.split('.'), config)
+    own = section.get('quantizers')
     return OptimizerSpec(
-        name=config.name,
-        learning_rate=config.learning_rate,
-        momentum=config.momentum,
-        beta2=config.beta2,
-        nesterov=config.nesterov,
-        weight_decay=config.weight_decay,
-        warmup_steps=duration(config, 'warmup_', epoch),
-        clip_norm=config.clip_norm,
+        name=section.name,
+        learning_rate=section.learning_rate,
+        momentum=section.momentum,
+        beta2=section.beta2,
+        nesterov=section.nesterov,
+        weight_decay=section.weight_decay,
+        warmup_steps=duration(config, f'{name}.warmup_', epoch),
+        clip_norm=section.clip_norm,
         quantizers=None if own is None else Rates(own.learning_rate, own.weight_decay),
     )
 
@@ -232,8 +234,8 @@ def _make_partner_source(config: Config) -> PartnerSource:
 def _make_intervals(config: Config, epoch: float) -> Intervals:
     return Intervals(
         log=config.train.log_every_steps,
-        save=max(1, duration(config.checkpoint, 'every_', epoch)),
-        measure=max(1, duration(config.quant.trace, 'every_', epoch)),
+        save=max(1, duration(config, 'checkpoint.every_', epoch)),
+        measure=max(1, duration(config, 'quant.trace.every_', epoch)),
         diagnose=config.diagnosis.every_steps or 0,
         traced=tuple(config.profile_steps) if config.profile else (0, 0),
     )

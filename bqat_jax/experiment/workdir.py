@@ -1,24 +1,19 @@
 """A run's workdir: held by one run at a time, known again by its config, and what is recorded in it at the start."""
 
 import contextlib
-import hashlib
-import importlib.metadata
-import platform
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
-import bqat_jax
 from bqat_jax.distributed.processes import agree, gather_bools, is_first, wait_for_all
 from bqat_jax.errors import UserError
 from bqat_jax.experiment.configuration import check_resumable, to_plain
+from bqat_jax.experiment.environment import check_environment, describe_environment
 from bqat_jax.experiment.experiment import Experiment
 from bqat_jax.storage import locked, read_json, write_bytes, write_once
 
-PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'tensorflow-datasets', 'grain', 'numpy')
 CONFIG, ENVIRONMENT = 'config.json', 'environment.json'
 ROLL_CALL = '.processes'
 
@@ -39,14 +34,16 @@ def opened(workdir: Path) -> Iterator[None]:
 
 
 def check_config(experiment: Experiment) -> None:
-    """Checks that the workdir, if it is of a run already, is of one with this config.
+    """Checks that the workdir, if it is of a run already, is of one with this config and like circumstances.
 
     Raises:
-        UserError: if a key differs that the result depends on; all such keys are named.
+        UserError: if a key or a setting of JAX differs that the result depends on, or another version made it.
     """
-    path = experiment.workdir / CONFIG
-    if agree(path.exists()):
-        check_resumable(read_json(path), experiment.config, experiment.workdir)
+    workdir = experiment.workdir
+    if agree((workdir / ENVIRONMENT).exists()):
+        check_environment(read_json(workdir / ENVIRONMENT), workdir)
+    if agree((workdir / CONFIG).exists()):
+        check_resumable(read_json(workdir / CONFIG), experiment.config, workdir)
 
 
 def check_is_run(workdir: Path) -> None:
@@ -64,18 +61,7 @@ def write_record(experiment: Experiment, name: str, overrides: Mapping[str, Any]
         overrides: what the command line changed.
     """
     write_once(experiment.workdir / CONFIG, experiment.config)
-    environment = {
-        'config': name,
-        'overrides': to_plain(overrides or {}),
-        'versions': {
-            'bqat_jax': bqat_jax.__version__,
-            **{package: importlib.metadata.version(package) for package in PACKAGES},
-        },
-        'python': sys.version.split()[0],
-        'plugins': {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in experiment.plugins},
-        'platform': platform.platform(),
-        'devices': [device.device_kind for device in experiment.placement.mesh.devices.flat],
-    }
+    environment = {'config': name, 'overrides': to_plain(overrides or {}), **describe_environment(experiment)}
     write_once(experiment.workdir / ENVIRONMENT, environment)
 
 

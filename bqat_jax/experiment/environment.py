@@ -1,0 +1,123 @@
+"""What a run depends on beside its config: versions, JAX's settings, plugins; and that all processes have the same."""
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import bqat_jax
+from bqat_jax.distributed.processes import check_agreement
+from bqat_jax.errors import UserError
+from bqat_jax.experiment.configuration import Config, leaves, to_plain
+from bqat_jax.experiment.experiment import Experiment
+
+PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'tensorflow-datasets', 'grain', 'numpy')
+# Settings of JAX by which numbers differ, as `jax.config` names them; upper case, they are environment variables.
+NUMERICS = (
+    'jax_enable_x64',
+    'jax_default_prng_impl',
+    'jax_default_matmul_precision',
+    'jax_threefry_partitionable',
+    'jax_default_dtype_bits',
+)
+# What may differ between the processes of a run: which one it is, and where things lie on its machine.
+OF_ONE_PROCESS = ('distributed', 'compilation_cache', 'data.dir', 'data.workers', 'plugins')
+# Before it, the state of training had other names.
+FIRST_READABLE = (0, 2)
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of this program and of the packages that its numbers depend on."""
+    return {
+        'bqat_jax': bqat_jax.__version__,
+        **{package: importlib.metadata.version(package) for package in PACKAGES},
+    }
+
+
+def numerics() -> dict[str, Any]:
+    """Returns the settings of JAX by which numbers differ."""
+    return {name: getattr(jax.config, name) for name in NUMERICS if hasattr(jax.config, name)}
+
+
+def digests(files: Iterable[Path]) -> dict[str, str]:
+    """Returns the SHA-256 of files, by their paths."""
+    return {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def describe_environment(experiment: Experiment) -> dict[str, Any]:
+    """Returns versions, JAX's settings, plugins and devices of a run, as JSON."""
+    return {
+        'versions': versions(),
+        'numerics': numerics(),
+        'python': sys.version.split()[0],
+        'plugins': digests(experiment.plugins),
+        'platform': platform.platform(),
+        'xla_flags': os.environ.get('XLA_FLAGS', ''),
+        'devices': [device.device_kind for device in experiment.placement.mesh.devices.flat],
+    }
+
+
+def check_environment(recorded: Mapping[str, Any], workdir: Path) -> None:
+    """Checks that a run can be continued by this program, with these settings of JAX.
+
+    Args:
+        recorded: what `describe_environment` returned when the workdir was made.
+        workdir: for messages.
+
+    Raises:
+        UserError: if another version wrote checkpoints that this one cannot read, or a setting differs.
+    """
+    version = str(recorded.get('versions', {}).get('bqat_jax', ''))
+    numbers = tuple(int(part) for part in version.split('.')[:2] if part.isdigit())
+    if numbers and numbers < FIRST_READABLE:
+        raise UserError(
+            f'{workdir} was made by bqat_jax {version}, whose checkpoints version {bqat_jax.__version__} does not read. '
+            'Go on with that version, or take another --workdir.'
+        )
+    then, now = recorded.get('numerics', {}), numerics()
+    changes = [f'{name}: {then[name]} -> {now[name]}' for name in now if name in then and then[name] != now[name]]
+    if changes:
+        raise UserError(
+            f'{workdir} was made under other settings of JAX, and results depend on them (there -> now): '
+            f'{"; ".join(changes)}. Set them as they were (as environment variables their names are in upper case), or '
+            'take another --workdir.'
+        )
+
+
+def check_processes(config: Config, mode: str) -> None:
+    """Checks that all processes of a run were started with the same command and the same program.
+
+    Args:
+        config: the resolved config.
+        mode: what is done.
+
+    Raises:
+        UserError: naming what differs, and in which process.
+    """
+    own = {name: to_plain(value) for name, value in leaves(config) if name not in OF_ONE_PROCESS}
+    files = [Path(part.strip()).expanduser() for part in (config.plugins or '').split(',') if part.strip()]
+    texts = {f'text of the plugin {file.name}': digest[:12] for file in files if file.is_file()
+             for digest in digests([file]).values()}  # fmt: skip
+    packages = {f'version of {name}': version for name, version in versions().items()}
+    check_agreement({'--mode': mode, **own, **packages, **numerics(), **texts})
+
+
+def check_experiments(experiment: Experiment) -> None:
+    """Checks that all processes train the same network on data of the same size.
+
+    Raises:
+        UserError: naming what differs, and in which process.
+    """
+    shapes = {
+        f'shape of {jax.tree_util.keystr(path)}': [*leaf.shape, str(leaf.dtype)]
+        for path, leaf in jax.tree_util.tree_leaves_with_path(experiment.shapes)
+    }
+    images = experiment.data.images
+    sizes = {f'examples of the {name} split': len(getattr(images, name)) for name in ('train', 'validation', 'test')}
+    check_agreement({**shapes, **sizes, 'number of classes': images.num_classes, 'image shape': images.image_shape})
