@@ -84,7 +84,7 @@ def summarize(
 def print_summary(console: rich.console.Console, title: str, summary: dict[str, Any]) -> None:
     """Prints a summary as a table."""
     if not console.is_terminal:
-        console = rich.console.Console(width=TABLE_WIDTH, file=console.file)
+        console = rich.console.Console(width=TABLE_WIDTH, file=console.file, markup=False)
     table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD)
     for name in ('layer', 'block', 'kernel', 'weights', 'input'):
         table.add_column(name, overflow='fold')

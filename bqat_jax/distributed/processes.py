@@ -41,7 +41,8 @@ def initialize(distributed: str) -> None:
     except Exception as error:  # of many kinds: RuntimeError, AssertionError
         why = str(error).partition('\n')[0] or 'there is none of that kind.'
         raise UserError(
-            f'JAX_PLATFORMS={os.environ.get("JAX_PLATFORMS", "")!r}: JAX cannot start its devices here: {why} Unset it to take what there is, or install JAX for the platform.'
+            f'JAX_PLATFORMS={os.environ.get("JAX_PLATFORMS", "")!r}: JAX cannot start its devices here: {why} '
+            'Unset it to take what there is, or install JAX for the platform.'
         ) from error
 
 

@@ -1,6 +1,7 @@
 """Checkpoints: Orbax's, with a checksum of their own, so that a damaged one is noticed and the one before is used."""
 
-import functools
+import errno
+import gc
 import json
 import logging
 import zlib
@@ -11,15 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from bqat_jax.distributed.processes import is_first, wait_for_all
 from bqat_jax.errors import UserError
+from bqat_jax.experiment.integrity import arrays_of, digest, on_every_device, quiet
 
 logger = logging.getLogger(__name__)
 
 DAMAGED = 'damaged'
+# Another process that trains may prune a checkpoint while it is read; so often another is tried.
+TRIES = 5
 
 
 class Restored(NamedTuple):
@@ -36,34 +39,16 @@ class Restored(NamedTuple):
     facts: dict[str, Any]
 
 
-def digest(tree: Any) -> jax.Array:
-    """Returns a checksum of every array of a tree, uint32 (arrays,), on every device; any changed bit changes it.
-
-    Orbax notices missing and cut files, but not a flipped bit inside an array. The bits of element j, counted from 0,
-    enter a sum modulo 2^32 with the odd factor 2j + 1.
-    """
-    return _digest(tree, _on_every_device(jax.tree.leaves(tree)[0].sharding))
+class _Gone(Exception):
+    """A checkpoint that is no longer there."""
 
 
-def _on_every_device(sharding: Any) -> Any:
-    """The sharding of an array of which every device of another sharding has the whole."""
-    return NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else sharding
+class _Damaged(Exception):
+    """A checkpoint whose files are cut, missing or changed; the message says how."""
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _digest(tree: Any, sharding: Any) -> jax.Array:
-    def checksum(x):
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            x = jax.random.key_data(x)
-        if x.dtype == jnp.bool_:
-            x = x.astype(jnp.uint8)
-        unsigned = jnp.dtype(f'uint{8 * x.dtype.itemsize}')
-        bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32).reshape(-1)
-        factors = jnp.arange(bits.size, dtype=jnp.uint32) * jnp.uint32(2) + jnp.uint32(1)
-        return jnp.sum(bits * factors, dtype=jnp.uint32)
-
-    checksums = jnp.stack([checksum(leaf) for leaf in jax.tree.leaves(tree)])
-    return jax.lax.with_sharding_constraint(checksums, sharding)
+class _Different(Exception):
+    """A checkpoint with other arrays than were asked for; the message says which."""
 
 
 class Checkpoints:
@@ -91,21 +76,21 @@ class Checkpoints:
         for path in [path for path in _steps_in(self.directory) if not _has_readable_score(path)]:
             if read_only:
                 raise UserError(f'{path} is damaged: its score is not readable. --mode=train moves it aside.')
-            _move_aside(path)
+            logger.warning('The checkpoint %s has no readable score. It is moved to %s.', path, _move_aside(path))
         self._has_scores = has_scores
         policies: list[Any] = [preservation_policy.LatestN(keep)]
         if has_scores:
             policies.append(preservation_policy.BestN(get_metric_fn=_score, n=1))
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
-                best_fn=_score if has_scores else None,
-                read_only=read_only,
-                create=not read_only,
-                cleanup_tmp_directories=not read_only,
-            ),
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+            best_fn=_score if has_scores else None,
+            read_only=read_only,
+            create=not read_only,
+            cleanup_tmp_directories=not read_only,
         )
+        handlers: Any = {'state': ocp.StandardCheckpointHandler(), 'facts': ocp.JsonCheckpointHandler()}
+        with quiet():
+            self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     def __enter__(self) -> 'Checkpoints':
         return self
@@ -156,7 +141,7 @@ class Checkpoints:
             raise self._save_failed(error) from error
 
     def restore_latest(self, target: Any) -> Restored | None:
-        """Returns the newest intact checkpoint, or None if the directory has none at all.
+        """Returns the newest intact checkpoint, or None if the directory has none at all; to go on training from.
 
         A damaged one is skipped with a warning and, unless the directory was opened read-only, moved aside into
         'damaged' beside it, so that its number is free again.
@@ -165,44 +150,100 @@ class Checkpoints:
             target: the tree to read, of `jax.ShapeDtypeStruct`s with shardings.
 
         Raises:
-            UserError: if there are checkpoints, but none is intact.
+            UserError: if there are checkpoints but none is intact, or one may not be read.
         """
-        return self._restore(sorted(self._manager.all_steps(), reverse=True), target)
-
-    def restore_best(self, target: Any) -> Restored | None:
-        """Returns the intact checkpoint with the highest score, else as `restore_latest`."""
-        best = self._manager.best_step() if self._has_scores else None
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        if best is not None:
-            steps = [best] + [step for step in steps if step != best]
-        return self._restore(steps, target)
-
-    def _restore(self, steps: list[int], target: Any) -> Restored | None:
         problems: dict[int, str] = {}
-        for step in steps:
+        different: _Different | None = None
+        for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 restored = self._read(step, target)
-            except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
-                problems[step] = f'{type(error).__name__}: {str(error)[:300]}'
-                logger.warning(
-                    'The checkpoint of step %d in %s is damaged and skipped; Orbax may print complaints of its own.',
-                    step,
-                    self.directory,
-                )
+            except (_Damaged, _Gone, _Different) as problem:
+                problems[step] = str(problem)
+                different = problem if isinstance(problem, _Different) else different
                 continue
-            for damaged in problems:
-                self._set_aside(damaged)
+            for damaged, problem in problems.items():
+                self._set_aside(damaged, problem)
             return restored
+        if different is not None:  # and none has the arrays that were asked for
+            raise self._not_fitting(different)
         if problems:
-            listed = '\n  '.join(f'step {step}: {spec}' for step, spec in problems.items())
+            listed = '\n  '.join(f'step {step}: {problem}' for step, problem in problems.items())
             raise UserError(
                 f'No checkpoint in {self.directory} could be read:\n  {listed}\n'
                 'If they are lost, take another --workdir, or move this directory away to start again.'
             )
         return None
 
+    def restore_selected(self, target: Any) -> Restored | None:
+        """Returns the checkpoint with the highest score, or the newest where there are no scores; None without any.
+
+        It is that one and no other.
+
+        Args:
+            target: the tree to read, of `jax.ShapeDtypeStruct`s with shardings.
+
+        Raises:
+            UserError: if it is damaged, has other arrays or may not be read.
+        """
+        for _ in range(TRIES):
+            step = self._manager.best_step() if self._has_scores else self._manager.latest_step()
+            if step is None:
+                return None
+            try:
+                return self._read(step, target)
+            except _Gone:
+                self._manager.reload()
+            except _Different as problem:
+                raise self._not_fitting(problem) from problem
+            except _Damaged as problem:
+                raise UserError(
+                    f'The checkpoint of step {step} in {self.directory}, which is selected, is damaged: {problem}. '
+                    'If it is the newest, --mode=train makes its steps again; else move it away from there, and '
+                    'another is selected.'
+                ) from problem
+        raise UserError(
+            f'Training is under way in {self.directory}: its checkpoints are replaced before they can be read. '
+            'Wait for its end, or keep more of them (checkpoint.keep).'
+        )
+
+    def check_readable(self, step: int, target: Any) -> None:
+        """Checks that a checkpoint can be read back as it was saved.
+
+        Raises:
+            UserError: if it cannot, so that no run goes on whose checkpoints are lost.
+        """
+        self.wait()
+        try:
+            self._read(step, target)
+        except (_Damaged, _Gone, _Different) as problem:
+            raise UserError(
+                f'The checkpoint of step {step} was saved to {self.directory}, and cannot be read back: {problem}. '
+                'Take a --workdir on another file system.'
+            ) from problem
+
     def _read(self, step: int, target: Any) -> Restored:
-        sharding = _on_every_device(jax.tree.leaves(target)[0].sharding)
+        """A checkpoint.
+
+        Raises:
+            _Gone: if another process took it away.
+            _Damaged: if its files are cut, missing or changed.
+            _Different: if it has other arrays.
+            UserError: if it may not be read.
+        """
+        problem: Exception
+        with quiet():
+            try:
+                return self._read_intact(step, target)
+            except (_Damaged, _Different, MemoryError):
+                raise
+            except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
+                problem = self._diagnose(step, error)
+            gc.collect()  # what is left of the reading complains when it is collected
+        raise problem
+
+    def _read_intact(self, step: int, target: Any) -> Restored:
+        self._check_arrays(step, target)
+        sharding = on_every_device(jax.tree.leaves(target)[0].sharding)
         count = len(jax.tree.leaves(target))
         sealed_target = {
             'state': target,
@@ -212,18 +253,57 @@ class Checkpoints:
         items: Any = self._manager.restore(step, args=content)
         read, sealed = items.state, items.facts
         if zlib.crc32(sealed['text'].encode()) != sealed['crc32']:
-            raise ValueError('the checksum of the facts does not match')
-        described = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(target)]
-        if described != [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(read['state'])]:
-            raise ValueError('the shapes or dtypes of the arrays are not those that were asked for')
+            raise _Damaged('its facts are not what was written: their checksum does not match')
         if not np.array_equal(digest(read['state']), read['digest']):
-            raise ValueError('the checksum of the arrays does not match')
+            raise _Damaged('its arrays are not what was written: their checksum does not match')
         return Restored(step, read['state'], json.loads(sealed['text']))
 
-    def _set_aside(self, step: int) -> None:
-        if not self._read_only:
-            _move_aside(self.directory / str(step))
+    def _check_arrays(self, step: int, target: Any) -> None:
+        """Raises _Different if a checkpoint has other arrays than the target."""
+        metadata: Any = self._manager.item_metadata(step)
+        stored = arrays_of(metadata['state'].tree['state'])
+        wanted = arrays_of(target)
+        differences = [f'{path}: it has none' for path in wanted if path not in stored]
+        differences += [f'{path}: the config has none' for path in stored if path not in wanted]
+        differences += [
+            f'{path}: {stored[path]} there, {wanted[path]} by the config'
+            for path in wanted
+            if stored.get(path, wanted[path]) != wanted[path]
+        ]
+        if differences:
+            listed = '; '.join(differences[:3])
+            raise _Different(f'step {step} has other arrays ({len(differences)} differ: {listed})')
+
+    def _diagnose(self, step: int, error: Exception) -> Exception:
+        """What to raise for an error of Orbax or TensorStore."""
+        directory, text = self.directory / str(step), f'{type(error).__name__}: {error!s}'
+        if not directory.is_dir():
+            return _Gone('it is gone: another process took it away')
+        denied = isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
+        if denied or 'PERMISSION_DENIED' in text or 'Permission denied' in text:
+            return UserError(
+                f'The checkpoint of step {step} in {self.directory} may not be read, or its disk does not answer: '
+                f'{text[:300]}. Nothing was moved: mend that, and run the same command again.'
+            )
+        if 'RESOURCE_EXHAUSTED' in text:
+            return error
+        first = text.partition('\n')[0][:200]
+        return _Damaged(f'a file of it is missing, cut or changed ({first})')
+
+    def _set_aside(self, step: int, problem: str) -> None:
+        path, place = self.directory / str(step), 'left where it is'
+        if not self._read_only and path.is_dir():
+            place = f'moved to {_move_aside(path)}'
             self._manager.reload()
+        logger.warning(
+            'The checkpoint of step %d in %s is skipped: %s. It is %s.', step, self.directory, problem, place
+        )
+
+    def _not_fitting(self, problem: _Different) -> UserError:
+        return UserError(
+            f'The checkpoints in {self.directory} do not fit this config: {problem}. Another version of bqat_jax, '
+            'another plugin or other settings of JAX made them: go on with these, or take another --workdir.'
+        )
 
     def _save_failed(self, error: Exception) -> UserError:
         return UserError(
@@ -244,20 +324,19 @@ def _has_readable_score(checkpoint: Path) -> bool:
         return False
 
 
-def _move_aside(checkpoint: Path) -> None:
-    """Moves a checkpoint out of the way; of several processes the first one does it, and all wait."""
+def _move_aside(checkpoint: Path) -> Path:
+    """Moves a checkpoint out of the way and returns where; of several processes the first one does it, and all wait."""
     wait_for_all(f'seen {checkpoint}')
-    if not is_first():
-        wait_for_all(f'moved {checkpoint}')
-        return
     place = checkpoint.parent.parent / DAMAGED
-    place.mkdir(exist_ok=True)
     number = 0
     while (target := place / f'{checkpoint.name}-{number}').exists():
         number += 1
-    checkpoint.rename(target)
+    wait_for_all(f'named {checkpoint}')
+    if is_first():
+        place.mkdir(exist_ok=True)
+        checkpoint.rename(target)
     wait_for_all(f'moved {checkpoint}')
-    logger.warning('The checkpoint of step %s is damaged; it was moved to %s.', checkpoint.name, target)
+    return target
 
 
 def _score(metrics: dict[str, float]) -> float:

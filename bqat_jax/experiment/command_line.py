@@ -120,7 +120,8 @@ def _check_key(config: Config, name: str) -> None:
     known = [key for key, _ in leaves(config)]
     if name in known:
         return
-    section, above = config, ''
+    section: Any = config
+    above = ''
     for part in name.split('.'):
         if not isinstance(section, ml_collections.ConfigDict):
             raise UserError(f'The config has no key {name!r}: {above} holds a value, and no other keys.')
@@ -130,7 +131,9 @@ def _check_key(config: Config, name: str) -> None:
                 f'The config has no key {name!r}: there is no {part!r}{where}.{_hint(part, section, known)}'
             )
         section, above = section[part], f'{above}.{part}' if above else part
-    raise UserError(f'config.{name} is a section of the config; give its keys one by one: {", ".join(section)}.')
+    raise UserError(
+        f'config.{name} is a section of the config; give its keys one by one: {", ".join(sorted(section.keys()))}.'
+    )
 
 
 def _hint(part: str, section: Config, known: list[str]) -> str:

@@ -1,10 +1,9 @@
 """Compiled programs kept on disk, so that the next start need not compile them again."""
 
-from pathlib import Path
-
 import jax
 
 from bqat_jax.errors import UserError
+from bqat_jax.storage import place
 
 
 def keep_compiled(folder: str | None) -> None:
@@ -18,7 +17,7 @@ def keep_compiled(folder: str | None) -> None:
     """
     if folder is None:
         return
-    path = Path(folder).expanduser()
+    path = place(folder, 'compilation_cache')
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

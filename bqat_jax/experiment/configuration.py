@@ -190,8 +190,15 @@ def check_resumable(old: Mapping[str, Any], new: Mapping[str, Any], workdir: Pat
         raise UserError(
             f'{workdir} was made with a different config (there -> now):\n  {listed}\n'
             'Take another --workdir, or give the values it was made with. '
-            f'These keys may change: {", ".join(key.name for key in KEYS if key.may_change)}.'
+            f'These keys may change: {", ".join(key.name for key in KEYS if key.may_change)}.{_hint(unsafe, workdir)}'
         )
+
+
+def _hint(changes: list[str], workdir: Path) -> str:
+    """What else can be done, where the duration or the bits of training differ."""
+    if any(change.startswith(('train.steps', 'train.epochs', 'quant.')) for change in changes):
+        return f' To train its network further, take another --workdir with --config.init.workdir={workdir}.'
+    return ''
 
 
 def _completed(plain: Mapping[str, Any]) -> dict[str, Any]:

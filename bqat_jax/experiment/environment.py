@@ -76,8 +76,9 @@ def check_environment(recorded: Mapping[str, Any], workdir: Path) -> None:
     version = str(recorded.get('versions', {}).get('bqat_jax', ''))
     numbers = tuple(int(part) for part in version.split('.')[:2] if part.isdigit())
     if numbers and numbers < FIRST_READABLE:
+        own = bqat_jax.__version__
         raise UserError(
-            f'{workdir} was made by bqat_jax {version}, whose checkpoints version {bqat_jax.__version__} does not read. '
+            f'{workdir} was made by bqat_jax {version}, and version {own} does not read its checkpoints. '
             'Go on with that version, or take another --workdir.'
         )
     then, now = recorded.get('numerics', {}), numerics()

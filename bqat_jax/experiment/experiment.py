@@ -76,6 +76,19 @@ class PartnerSource:
 
 
 @dataclasses.dataclass(frozen=True)
+class InitSource:
+    """What the low-precision network starts from.
+
+    Attributes:
+        workdir: of another run, whose selected checkpoint it is; None for the partner.
+        keeps_quantizers: whether the quantizers are taken from there too, instead of being calibrated.
+    """
+
+    workdir: Path | None
+    keeps_quantizers: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class Intervals:
     """What a training loop does every so many steps, 0 for never.
 
@@ -121,7 +134,8 @@ class Experiment:
         reestimation_batches: batches that batch-norm statistics are estimated on after training; 0 for none.
         partner: the training of the partner.
         partner_source: where the partner comes from otherwise.
-        training: the training of the low-precision network.
+        init: what the low-precision network starts from.
+        training: its training.
         intervals: what the training loop does how often.
         kept_checkpoints: how many of the newest are kept.
         trace: how the strengths of estimators are measured.
@@ -150,6 +164,7 @@ class Experiment:
     reestimation_batches: int
     partner: PhaseSpec
     partner_source: PartnerSource
+    init: InitSource
     training: PhaseSpec
     intervals: Intervals
     kept_checkpoints: int

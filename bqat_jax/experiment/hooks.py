@@ -161,7 +161,7 @@ def make_finite_check(phase: str, checkpoints: Checkpoints) -> Callable[[list[fl
             return
         checkpoints.wait()
         raise UserError(
-            f'The loss became NaN or infinite in step {min(bad) + 1} of phase {phase}. The last good '
+            f'The loss or a parameter became NaN or infinite in step {min(bad) + 1} of phase {phase}. The last good '
             f'checkpoint is that of step {checkpoints.latest_step} in {checkpoints.directory}. Lower the '
             "learning rates (optimizer.learning_rate, optimizer.quantizers.learning_rate; the partner's: "
             'partner.optimizer.learning_rate) or clip the gradient (optimizer.clip_norm), in another --workdir.'

@@ -196,6 +196,13 @@ KEYS: tuple[Key, ...] = (
     Key('partner.torch_file', Unset(str), 'PyTorch or safetensors file to take the partner from'),
     Key('partner.workdir', Unset(str), 'workdir of another run to take the partner from'),
     *_optimizer('partner.optimizer'),
+    Key(
+        'init.workdir',
+        Unset(str),
+        'workdir of another run whose selected network the LP network starts from, with other bits if wanted; unset: '
+        'from the partner',
+    ),
+    Key('init.quantizers', 'calibrate', '`calibrate`: anew, on that network; `keep`: as they were there'),
     Key('diagnosis.every_steps', Unset(int), 'steps between two diagnoses while training; unset: none', COUNT, True),
     Key('diagnosis.batches', 4, 'training batches that are measured', '[2, inf)', True),
     Key('diagnosis.samples', 8, 'draws of perturbed weights for the smoothed gradient', COUNT, True),

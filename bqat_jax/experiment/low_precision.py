@@ -1,6 +1,8 @@
 """The low-precision network's phase: quantizers from rules and data, calibration, block-replaced training."""
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 
@@ -9,6 +11,7 @@ from bqat_jax.distributed.preemption import StopRequest
 from bqat_jax.distributed.processes import agree
 from bqat_jax.errors import UserError
 from bqat_jax.experiment.checkpoints import Restored
+from bqat_jax.experiment.configuration import changed_keys
 from bqat_jax.experiment.experiment import Experiment
 from bqat_jax.experiment.partner import Partner, make_preprocessing
 from bqat_jax.experiment.phase import Phase
@@ -34,10 +37,31 @@ QUANTIZERS_FILE = 'quantizers.json'
 CHECKPOINTS = 'checkpoints'
 
 
+class Start(NamedTuple):
+    """What the low-precision network starts from.
+
+    Attributes:
+        variables: {'params': ..., 'batch_stats': ...}.
+        quantizers: the quantizers' parameters; None to calibrate them.
+        described: these quantizers as quantizers.json has them; None with the former.
+    """
+
+    variables: Any
+    quantizers: dict[str, Any] | None
+    described: dict[str, Any] | None
+
+
 def train_low_precision(
-    experiment: Experiment, partner: Partner, data: Data, stop: StopRequest
+    experiment: Experiment, partner: Partner, data: Data, find_start: Callable[[], Start], stop: StopRequest
 ) -> tuple[Phase, Restored]:
-    """Trains the low-precision network, which starts from the partner's weights.
+    """Trains the low-precision network.
+
+    Args:
+        experiment: what is run.
+        partner: full precision, frozen.
+        data: what is trained on.
+        find_start: gives what the network starts from; not called once there is a checkpoint.
+        stop: asked after calibration and after every step.
 
     The quantizers are written down before training starts; a resumed run builds them from that file.
 
@@ -48,23 +72,30 @@ def train_low_precision(
         UserError: if quantizers do not suit their layers, or as `run_phase`.
         Stopped: as `run_phase`.
     """
-    path = experiment.workdir / QUANTIZERS_FILE
+    path, find_start = experiment.workdir / QUANTIZERS_FILE, functools.cache(find_start)
     prepared: Prepared | None = None
     if agree(path.exists()):
         quantization = read_quantization(experiment)
     else:
-        prepared = _prepare(experiment, partner, data.train)
-        quantization = prepared.quantization
+        start = find_start()
+        if start.described is not None:
+            quantization = _same_quantization(experiment, start.described)
+        else:
+            prepared = _prepare(experiment, partner, start, data.train)
+            quantization = prepared.quantization
         write_once(path, _describe(quantization))
         stop.check('after the quantizers were calibrated')
     phase = low_precision_phase(experiment, partner, quantization)
 
     def init(replica):
-        if prepared is not None and replica == 0:
+        start = find_start()
+        if start.quantizers is not None:
+            quantizers = start.quantizers
+        elif prepared is not None and replica == 0:
             quantizers = prepared.quantizers
         else:
-            quantizers = _calibrate(experiment, partner, data.train, quantization, replica)
-        return Variables(partner.variables['params'], quantizers, partner.variables['batch_stats'])
+            quantizers = _calibrate(experiment, partner, start, data.train, quantization, replica)
+        return Variables(start.variables['params'], quantizers, start.variables['batch_stats'])
 
     return phase, run_phase(experiment, phase, data, init, stop)
 
@@ -103,19 +134,35 @@ def read_quantization(experiment: Experiment) -> Quantization:
     path = experiment.workdir / QUANTIZERS_FILE
     if not path.exists():
         raise UserError(f'{experiment.workdir} holds no low-precision network yet: train first (--mode=train).')
-    layers = read_json(path).items()
-    signed = {path: layer['activations']['signed'] for path, layer in layers if layer['activations']}
+    return _build_quantization(experiment, read_json(path))
+
+
+def _build_quantization(experiment: Experiment, described: dict[str, Any]) -> Quantization:
+    """The config's quantizers, with the signs of inputs that calibration found."""
+    signed = {path: layer['activations']['signed'] for path, layer in described.items() if layer['activations']}
     try:
         return build_quantization(experiment.layers.quantizable, experiment.quantizers, signed)
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
-def _prepare(experiment: Experiment, partner: Partner, split: Split) -> Prepared:
+def _same_quantization(experiment: Experiment, described: dict[str, Any]) -> Quantization:
+    """The config's quantizers, if they are those of another run."""
+    quantization = _build_quantization(experiment, described)
+    changes = changed_keys(described, _describe(quantization))
+    if changes:
+        raise UserError(
+            f"init.quantizers='keep': the quantizers of {experiment.init.workdir} are not those of this config (there "
+            f"-> here): {'; '.join(changes[:3])}. Give init.quantizers='calibrate'."
+        )
+    return quantization
+
+
+def _prepare(experiment: Experiment, partner: Partner, start: Start, split: Split) -> Prepared:
     """The quantizers, with the parameters that the first replica starts from."""
     experiment.console.print('Calibrating the quantizers.')
-    run, batches = _full_precision(experiment, partner), _calibration_batches(experiment, partner, split, 0)
-    layers, params = experiment.layers.quantizable, partner.variables['params']
+    run, batches = _full_precision(experiment, start), _calibration_batches(experiment, partner, split, 0)
+    layers, params = experiment.layers.quantizable, start.variables['params']
     try:
         return prepare_layers(run, params, batches, layers, experiment.quantizers)
     except ValueError as error:
@@ -123,21 +170,21 @@ def _prepare(experiment: Experiment, partner: Partner, split: Split) -> Prepared
 
 
 def _calibrate(
-    experiment: Experiment, partner: Partner, split: Split, quantization: Quantization, replica: int
+    experiment: Experiment, partner: Partner, start: Start, split: Split, quantization: Quantization, replica: int
 ) -> dict[str, Any]:
     """The parameters that a replica's quantizers start from."""
     experiment.console.print('Calibrating the quantizers.')
     batches = _calibration_batches(experiment, partner, split, replica)
     try:
-        return calibrate(quantization, partner.variables['params'], _full_precision(experiment, partner), batches)
+        return calibrate(quantization, start.variables['params'], _full_precision(experiment, start), batches)
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
-def _full_precision(experiment: Experiment, partner: Partner) -> Any:
-    """Runs the partner on a batch of images, with other parameters."""
+def _full_precision(experiment: Experiment, start: Start) -> Any:
+    """Runs the network that is started from on a batch of images, in full precision, with other parameters."""
     key = random_key(experiment.seeds[0], Stream.CALIBRATION)
-    return experiment.network.as_function(partner.variables, train=True, key=key)
+    return experiment.network.as_function(start.variables, train=True, key=key)
 
 
 def _calibration_batches(experiment: Experiment, partner: Partner, split: Split, replica: int) -> list[jax.Array]:

@@ -2,7 +2,7 @@
 
 import statistics
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import rich.console
 
@@ -16,32 +16,18 @@ from bqat_jax.experiment.checkpoints import Restored
 from bqat_jax.experiment.configuration import Config
 from bqat_jax.experiment.diagnosing import diagnose_phase
 from bqat_jax.experiment.experiment import Experiment
-from bqat_jax.experiment.low_precision import low_precision_phase, read_quantization, train_low_precision
-from bqat_jax.experiment.partner import Partner, find_partner, load_partner, partner_spec, pretrain_partner
+from bqat_jax.experiment.finished import Finished, find_start, open_run
+from bqat_jax.experiment.low_precision import train_low_precision
+from bqat_jax.experiment.partner import Partner, find_partner, partner_spec, pretrain_partner
 from bqat_jax.experiment.phase import Phase
 from bqat_jax.experiment.reading import Data, load_data, load_split, make_evaluation, training_batches
-from bqat_jax.experiment.run_phase import open_checkpoints
 from bqat_jax.experiment.setup import make_experiment
 from bqat_jax.experiment.streams import Stream
-from bqat_jax.experiment.workdir import check_config, check_is_run, opened, write_record
+from bqat_jax.experiment.workdir import check_config, opened, write_record
 from bqat_jax.storage import write_once
 from bqat_jax.training.evaluation import Evaluation
 from bqat_jax.training.reestimation import reestimate_batch_stats
 from bqat_jax.training.spec import NETWORK, QUANTIZERS
-
-
-class Finished(NamedTuple):
-    """A trained network, ready to be evaluated.
-
-    Attributes:
-        partner: its partner.
-        phase: in which it was trained.
-        restored: the selected checkpoint.
-    """
-
-    partner: Partner
-    phase: Phase
-    restored: Restored
 
 
 def train(
@@ -73,7 +59,8 @@ def train(
         partner, data = find_partner(experiment), load_data(experiment)
         if partner is None:
             partner = pretrain_partner(experiment, data, stop)
-        finished = Finished(partner, *train_low_precision(experiment, partner, data, stop))
+        trained = train_low_precision(experiment, partner, data, lambda: find_start(experiment, partner), stop)
+        finished = Finished(partner, *trained)
         return _finish(experiment, finished, data, 'result.json', stop)
 
 
@@ -105,13 +92,13 @@ def import_partner(
     Raises:
         UserError: if the config names no partner, or what it names does not fit.
     """
+    experiment = make_experiment(config, workdir, _console())
+    source = experiment.partner_source
+    if source.torch_file is None and source.workdir is None:
+        raise UserError(
+            'There is nothing to import: give --config.partner.torch_file=FILE or --config.partner.workdir=DIR.'
+        )
     with opened(workdir), StopRequest() as stop:
-        experiment = make_experiment(config, workdir, _console())
-        source = experiment.partner_source
-        if source.torch_file is None and source.workdir is None:
-            raise UserError(
-                'There is nothing to import: give --config.partner.torch_file=FILE or --config.partner.workdir=DIR.'
-            )
         check_config(experiment)
         write_record(experiment, name, overrides)
         partner = find_partner(experiment)
@@ -155,7 +142,7 @@ def evaluate_run(config: Config, workdir: Path) -> dict[str, Any]:
     Raises:
         UserError: if the workdir holds no run of this config.
     """
-    experiment, finished = _open_run(config, workdir)
+    experiment, finished = open_run(config, workdir, _console())
     data = None
     if experiment.reestimation_batches:
         data = Data(load_split(experiment, experiment.data.images.train), None)
@@ -171,34 +158,16 @@ def diagnose_run(config: Config, workdir: Path) -> dict[str, Any]:
     Raises:
         UserError: if the workdir holds no run of this config.
     """
-    experiment, (_, phase, restored) = _open_run(config, workdir)
+    experiment, (_, phase, restored) = open_run(config, workdir, _console())
     train = load_split(experiment, experiment.data.images.train)
     experiment.console.print('Measuring gradients, features and quantizers.')
     step = diagnose_phase(experiment, phase, train, restored.state)['step']
     return {kind: str(workdir / DIAGNOSES / f'step_{step}.{kind}') for kind in ('json', 'png')}
 
 
-def _open_run(config: Config, workdir: Path) -> tuple[Experiment, Finished]:
-    """The selected checkpoint of a workdir, and what it is a checkpoint of."""
-    check_is_run(workdir)
-    experiment = make_experiment(config, workdir, _console())
-    check_config(experiment)
-    partner = load_partner(experiment, workdir)
-    if partner is None:
-        raise UserError(f'{workdir} holds no finished partner yet: train first (--mode=train).')
-    phase = low_precision_phase(experiment, partner, read_quantization(experiment))
-    restored = None
-    if phase.directory.is_dir():
-        with open_checkpoints(experiment, phase.directory, read_only=True) as checkpoints:
-            restored = checkpoints.restore_best(phase.state_shapes)
-    if restored is None:
-        raise UserError(f'{workdir} holds no checkpoint of the low-precision network yet: train first (--mode=train).')
-    return experiment, Finished(partner, phase, restored)
-
-
 def _console() -> rich.console.Console:
     """The terminal, to which the first process speaks for all."""
-    return rich.console.Console(quiet=not is_first())
+    return rich.console.Console(quiet=not is_first(), markup=False)
 
 
 def _finish(
@@ -224,11 +193,19 @@ def _finish(
         'examples_evaluated': low[0].examples,
         'partner': partner.facts['source'],
     }
+    if experiment.init.workdir is not None:
+        result['init'] = str(experiment.init.workdir)
     if 'validation_top1' in restored.facts:
         result |= _of_seeds(experiment.seeds, 'validation_top1', restored.facts['validation_top1'])
     if experiment.data.skips_damaged:
         splits = [test, *(split for split in data or () if split is not None)]
         result['damaged_examples'] = total(len(set[str]().union(*(split.damaged for split in splits))))
+    not_finite = full.not_finite + sum(one.not_finite for one in low)
+    if not_finite:
+        result['logits_not_finite'] = not_finite
+        experiment.console.print(
+            f'{not_finite} test images have logits that are NaN or infinite, and count as wrong: the network overflows.'
+        )
     write_once(experiment.workdir / file, result)
     return result
 

@@ -58,7 +58,7 @@ def run_phase(
             experiment.console.print(f'Phase {phase.name} goes on after step {start} of {phase.spec.steps}.')
         if restored is None or start < phase.spec.steps:
             seconds = _train(experiment, phase, data, (state, start, seconds), checkpoints, stop)
-        selected = checkpoints.restore_best(target)
+        selected = checkpoints.restore_selected(target)
         assert selected is not None  # the end of the phase was saved
         return selected._replace(facts={**selected.facts, 'seconds': seconds})
 
@@ -106,6 +106,7 @@ def _train(
         save = Save(checkpoints, log, evaluation)
         if checkpoints.latest_step is None:
             save.save(0, state)
+            checkpoints.check_readable(0, phase.state_shapes)  # before hours of work rely on it
         hooks = Hooks(
             before=[*_measure_strengths(experiment, phase, data, log), (1, trace.start)],
             after=[

@@ -4,6 +4,7 @@ This is the one place that turns a config into objects.
 """
 
 import functools
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from bqat_jax.distributed.replicas import Replicas
 from bqat_jax.distributed.sharding import Placement, make_mesh, parse_rules
 from bqat_jax.errors import UserError
 from bqat_jax.experiment.configuration import Config, check_values, duration, to_plain
-from bqat_jax.experiment.experiment import DataSpec, Experiment, Intervals, PartnerSource, PhaseSpec
+from bqat_jax.experiment.environment import check_experiments
+from bqat_jax.experiment.experiment import DataSpec, Experiment, InitSource, Intervals, PartnerSource, PhaseSpec
 from bqat_jax.networks import make_network
 from bqat_jax.networks.convolution import conv_general_dilated
 from bqat_jax.registry import load_plugins
@@ -26,6 +28,7 @@ from bqat_jax.replacement.network_layers import find_network_layers
 from bqat_jax.replacement.objective import WEIGHTS, Objective
 from bqat_jax.replacement.plans import Plan, parse_path_weights
 from bqat_jax.replacement.schedules import get_schedule
+from bqat_jax.storage import place
 from bqat_jax.training.optimizer import OptimizerSpec, Rates
 from bqat_jax.training.regularizers import Regularizers
 from bqat_jax.training.strengths import TraceSettings
@@ -33,6 +36,8 @@ from bqat_jax.transform import Layers
 from bqat_jax.transform.rules import NO_QUANTIZER, LayerSettings, assign_quantizers
 
 FULL_PRECISION_BITS = 32
+# What becomes of the quantizers where a network starts from another run's.
+KEEP, CALIBRATE = 'keep', 'calibrate'
 
 
 def make_experiment(
@@ -58,7 +63,7 @@ def make_experiment(
     check_values(config)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
     _check_batch(config, mesh.devices.size)
-    plugins = load_plugins(config.plugins)  # a plugin may bring the dataset
+    plugins = _load_plugins(config.plugins)  # a plugin may bring the dataset
     images = images or _open_images(config)
     data = _make_data_spec(config, images)
     epoch = len(images.train) / config.train.batch_size  # steps
@@ -81,7 +86,7 @@ def make_experiment(
         plan = _make_plan(config.replacement, len(network.blocks))
         objective = _make_objective(config.replacement)
         objective.check_trains_network(plan.num_paths)
-        return Experiment(
+        experiment = Experiment(
             config=to_plain(config),
             method=_describe_method(config),
             workdir=workdir,
@@ -104,6 +109,7 @@ def make_experiment(
             reestimation_batches=config.quant.reestimation_batches,
             partner=PhaseSpec(duration(config, 'partner.', epoch), _make_optimizer(config, 'partner.optimizer', epoch)),
             partner_source=_make_partner_source(config),
+            init=_make_init_source(config),
             training=PhaseSpec(duration(config, 'train.', epoch), _make_optimizer(config, 'optimizer', epoch)),
             intervals=_make_intervals(config, epoch),
             kept_checkpoints=config.checkpoint.keep,
@@ -116,6 +122,25 @@ def make_experiment(
         )
     except ValueError as error:  # what the library's parts say of a value holds for the key that gave it
         raise UserError(str(error)) from error
+    except Exception as error:
+        place_in_plugin = _place_in(plugins, error)
+        if place_in_plugin is None:
+            raise
+        raise UserError(f'{place_in_plugin} raised {type(error).__name__}: {error}') from error
+    check_experiments(experiment)
+    return experiment
+
+
+def _load_plugins(text: str | None) -> tuple[Path, ...]:
+    files = [str(place(part.strip(), 'plugins')) for part in (text or '').split(',') if part.strip()]
+    return load_plugins(','.join(files))
+
+
+def _place_in(plugins: Sequence[Path], error: Exception) -> str | None:
+    """The innermost line of the plugins in an error's traceback, in words; None if they have no part in it."""
+    lines = traceback.extract_tb(error.__traceback__)
+    own = [line for line in lines if Path(line.filename).resolve() in [file.resolve() for file in plugins]]
+    return f'The plugin {own[-1].filename}, line {own[-1].lineno},' if own else None
 
 
 def _check_batch(config: Config, devices: int) -> None:
@@ -158,17 +183,18 @@ def _open_images(config: Config) -> ImageData:
             f'data.image_size={data.image_size}, data.on_device=True: squares are cut out on the way to the '
             'device; give --config.data.on_device=false.'
         )
+    directory = None if data.dir is None else str(place(data.dir, 'data.dir'))
     return load_images(
-        data.name, data.dir, data.validation_fraction, data.image_size, data.test_split, data.train_examples
+        data.name, directory, data.validation_fraction, data.image_size, data.test_split, data.train_examples
     )
 
 
 def _make_data_spec(config: Config, images: ImageData) -> DataSpec:
     data, channels = config.data, images.image_shape[-1]
-    if len(data.mean) != channels or len(data.std) != channels or min(data.std) <= 0:
+    if len(data.mean) != channels or len(data.std) != channels:
         raise UserError(
             f'data.mean={data.mean}, data.std={data.std}: the images have {channels} channels; give one '
-            'number for each, those of std positive.'
+            'number for each.'
         )
     return DataSpec(
         images=images,
@@ -228,7 +254,20 @@ def _make_partner_source(config: Config) -> PartnerSource:
     partner = config.partner
     if partner.workdir and partner.torch_file:
         raise UserError('partner.workdir and partner.torch_file are both given: a run has one partner; give one.')
-    return PartnerSource(config.network.name, partner.torch_file or None, partner.workdir or None)
+    file = None if partner.torch_file is None else str(place(partner.torch_file, 'partner.torch_file'))
+    workdir = None if partner.workdir is None else str(place(partner.workdir, 'partner.workdir'))
+    if file is None and workdir is None and config.init.workdir is not None:
+        workdir = str(place(config.init.workdir, 'init.workdir'))  # the network goes on with the partner that it had
+    return PartnerSource(config.network.name, file, workdir)
+
+
+def _make_init_source(config: Config) -> InitSource:
+    init = config.init
+    if init.quantizers not in (KEEP, CALIBRATE):
+        raise UserError(f'init.quantizers={init.quantizers!r}: it must be {CALIBRATE!r} or {KEEP!r}.')
+    if init.workdir is None and init.quantizers == KEEP:
+        raise UserError(f'init.quantizers={KEEP!r}: give the run that they are taken from (--config.init.workdir=DIR).')
+    return InitSource(None if init.workdir is None else place(init.workdir, 'init.workdir'), init.quantizers == KEEP)
 
 
 def _make_intervals(config: Config, epoch: float) -> Intervals:

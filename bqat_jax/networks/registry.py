@@ -38,7 +38,7 @@ def make_network(
         conv_general_dilated: computes its convolutions, where the network can be told; Linen's own if None.
 
     Raises:
-        ValueError: for a name, an option or a cut that does not exist, or an option that is missing.
+        ValueError: for a name, an option or a cut that does not exist, or an option that is missing or of another type.
     """
     make = NETWORKS.get(name)
     parameters = {parameter.name: parameter for parameter in list(inspect.signature(make).parameters.values())[1:]}
@@ -53,5 +53,16 @@ def make_network(
     for key in known:
         if parameters[key].default is inspect.Parameter.empty and key not in options:
             raise ValueError(f'The network {name!r} needs network.{key}.')
+    for key, value in options.items():
+        _check_type(name, parameters[key], value)
     given = {CONVOLUTION: conv_general_dilated} if CONVOLUTION in parameters else {}
     return make(num_classes, cut=cut, **options, **given)
+
+
+def _check_type(name: str, parameter: inspect.Parameter, value: Any) -> None:
+    """Checks an option by the type of its default, or by its annotation where it has none."""
+    default = parameter.default
+    kind = parameter.annotation if default is inspect.Parameter.empty else type(default)
+    kinds = {bool: bool, int: int, float: (int, float), str: str}.get(kind)
+    if kinds and not (isinstance(value, kinds) and (kind is bool or not isinstance(value, bool))):
+        raise ValueError(f'network.{parameter.name}={value!r}: of {name!r} it must be of type {kind.__name__}.')

@@ -3,12 +3,12 @@
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from bqat_jax.errors import UserError
 from bqat_jax.experiment.configuration import Config
 from bqat_jax.registry import run_file
+from bqat_jax.storage import place
 
 Overrides = Mapping[str, Any]
 NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9 _.+,-]*')
@@ -64,7 +64,7 @@ def load_sweep(file: str | None) -> Sweep:
     """
     if not file:
         raise UserError('Which sweep? Give --config.sweep=configs/sweeps/NAME.py.')
-    path = Path(file)
+    path = place(file, 'sweep')
     if not path.is_file() or path.suffix != '.py':
         raise UserError(f'sweep={file!r}: there is no such Python file.')
     module = run_file(path, f'bqat_jax_sweep_{path.stem}', 'sweep')

@@ -70,7 +70,7 @@ def run_sweep(config: Config, workdir: Path, *, name: str) -> dict[str, Any]:
                 _check_choice(sweep, override(config, setting, method, choice))
     workdir.mkdir(parents=True, exist_ok=True)
     with locked(workdir), _compilation_cache(workdir / 'compiled'):
-        return _Execution(config, sweep, workdir, name, rich.console.Console()).execute()
+        return _Execution(config, sweep, workdir, name, rich.console.Console(markup=False)).execute()
 
 
 def _check_choice(sweep: Sweep, config: Config) -> None:
@@ -219,7 +219,7 @@ def _log(workdir: Path) -> Iterator[rich.console.Console]:
     """A console that writes into a file of the run's, for which nobody need make room on the screen."""
     workdir.mkdir(parents=True, exist_ok=True)
     with (workdir / LOG).open('a', encoding='utf-8') as file:
-        yield rich.console.Console(file=file, width=LOG_WIDTH)
+        yield rich.console.Console(file=file, width=LOG_WIDTH, markup=False)
 
 
 def _label(overrides: Overrides) -> str:

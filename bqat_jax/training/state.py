@@ -23,8 +23,9 @@ class TrainState:
         opt_state: the optimizer's.
         strengths: {layer path: {role: strength}} for quantizers whose estimator measures one; see `strengths`.
         trackers: {layer path: tracker} of weights that may be frozen; see `regularizers`.
-        first_bad_step: int32, the first step whose loss was not finite; -1 for none. Kept on the device, so that the
-            loop need not wait for every loss and can still name the step.
+        first_bad_step: int32, the first step whose loss was not finite, or after which a parameter or a batch statistic
+            was not; -1 for none. Kept on the device, so that the loop need not wait for every loss and can still name
+            the step.
     """
 
     step: jax.Array

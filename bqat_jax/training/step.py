@@ -63,7 +63,10 @@ def train_step(
         trackers, params[NETWORK] = spec.regularizers.freeze(
             quantization, state.trackers, variables_of(params, batch_stats), progress
         )
-        is_bad = (state.first_bad_step < 0) & ~jnp.isfinite(loss)
+        # A norm beyond float32's range counts as infinite too; those of the parameters are metrics anyway.
+        norms = [optax.tree.norm(tree) for tree in (params, batch_stats) if jax.tree.leaves(tree)]
+        is_sound = jnp.all(jnp.isfinite(jnp.stack([loss, *norms])))
+        is_bad = (state.first_bad_step < 0) & ~is_sound
         new_state = dataclasses.replace(
             state,
             step=state.step + 1,
@@ -96,16 +99,18 @@ def make_train_step(
 def evaluation_step(
     spec: TrainSpec, gather: Callable[[Any], Any] = lambda tree: tree
 ) -> Callable[..., dict[str, jax.Array]]:
-    """Returns `step(params, batch_stats, arrays, batch) -> {'correct', 'examples'}`, counts of one batch.
+    """Returns `step(params, batch_stats, arrays, batch) -> {'correct', 'examples', 'not_finite'}`, counts of one batch.
 
-    Examples whose 'mask' in the batch is false are not counted; `gather` is as in `train_step`.
+    Examples whose 'mask' in the batch is false are not counted. Those with a logit that is NaN or infinite are counted
+    apart, and are not correct. `gather` is as in `train_step`.
     """
 
     def step(params: Any, batch_stats: Any, arrays: Any, batch: Any) -> dict[str, jax.Array]:
         inputs, labels = spec.prepare(batch, arrays, None)
         logits = spec.replacement.logits(variables_of(gather(params), batch_stats), inputs)
-        correct = (jnp.argmax(logits, axis=-1) == labels) & batch['mask']
-        return {'correct': jnp.sum(correct), 'examples': jnp.sum(batch['mask'])}
+        mask, is_finite = batch['mask'], jnp.all(jnp.isfinite(logits), axis=-1)
+        correct = (jnp.argmax(logits, axis=-1) == labels) & is_finite & mask
+        return {'correct': jnp.sum(correct), 'examples': jnp.sum(mask), 'not_finite': jnp.sum(~is_finite & mask)}
 
     return step
 

@@ -68,7 +68,7 @@ def test_everything_comes_back(tmp_path):
 def test_an_empty_directory_gives_none(tmp_path):
     with Checkpoints(tmp_path / 'c') as checkpoints:
         assert checkpoints.restore_latest(target()) is None
-        assert checkpoints.restore_best(target()) is None
+        assert checkpoints.restore_selected(target()) is None
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path):
@@ -78,14 +78,14 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
             checkpoints.save(step, numbered(step), {}, score)
     assert sorted(int(p.name) for p in (tmp_path / 'c').iterdir()) == [2, 4, 5]
     with Checkpoints(tmp_path / 'c', keep=2, has_scores=True) as checkpoints:
-        assert checkpoints.restore_best(target()).step == 2
+        assert checkpoints.restore_selected(target()).step == 2
         assert checkpoints.restore_latest(target()).step == 5
 
 
 def test_without_scores_the_last_counts(tmp_path):
     fill(tmp_path / 'c', [1, 2, 3], keep=2)
     with Checkpoints(tmp_path / 'c', keep=2) as checkpoints:
-        assert checkpoints.restore_best(target()).step == 3
+        assert checkpoints.restore_selected(target()).step == 3
 
 
 def files_of(directory):

@@ -1,0 +1,96 @@
+"""Opens what a run left: its partner, and the selected checkpoint of its low-precision network."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_collections
+import rich.console
+
+from bqat_jax.errors import UserError
+from bqat_jax.experiment.checkpoints import Restored
+from bqat_jax.experiment.configuration import Config, changed_keys
+from bqat_jax.experiment.experiment import Experiment
+from bqat_jax.experiment.low_precision import QUANTIZERS_FILE, Start, low_precision_phase, read_quantization
+from bqat_jax.experiment.partner import Partner, load_partner
+from bqat_jax.experiment.phase import Phase
+from bqat_jax.experiment.run_phase import open_checkpoints
+from bqat_jax.experiment.setup import make_experiment
+from bqat_jax.experiment.workdir import CONFIG, check_config, check_is_run
+from bqat_jax.storage import read_json
+
+
+class Finished(NamedTuple):
+    """A trained network, ready to be evaluated.
+
+    Attributes:
+        partner: its partner.
+        phase: in which it was trained.
+        restored: the selected checkpoint.
+    """
+
+    partner: Partner
+    phase: Phase
+    restored: Restored
+
+
+def open_run(config: Config, workdir: Path, console: rich.console.Console) -> tuple[Experiment, Finished]:
+    """Returns what a workdir's run is, and the selected checkpoint of its low-precision network.
+
+    Args:
+        config: of the run.
+        workdir: of the run.
+        console: where progress is shown.
+
+    Raises:
+        UserError: if the workdir holds no run of this config, or its checkpoint cannot be read.
+    """
+    check_is_run(workdir)
+    experiment = make_experiment(config, workdir, console)
+    check_config(experiment)
+    partner = load_partner(experiment, workdir)
+    if partner is None:
+        raise UserError(f'{workdir} holds no finished partner yet: train first (--mode=train).')
+    phase = low_precision_phase(experiment, partner, read_quantization(experiment))
+    restored = None
+    if phase.directory.is_dir():
+        with open_checkpoints(experiment, phase.directory, read_only=True) as checkpoints:
+            restored = checkpoints.restore_selected(phase.state_shapes)
+    if restored is None:
+        raise UserError(f'{workdir} holds no checkpoint of the low-precision network yet: train first (--mode=train).')
+    return experiment, Finished(partner, phase, restored)
+
+
+def find_start(experiment: Experiment, partner: Partner) -> Start:
+    """Returns what the low-precision network starts from: its partner, or the network of the run in `init.workdir`.
+
+    Raises:
+        UserError: if that run has another network or another normalization, or its quantizers are to be kept and are
+            not those of this config.
+    """
+    source = experiment.init
+    if source.workdir is None:
+        return Start(partner.variables, None, None)
+    config = _config_of(source.workdir, experiment)
+    other, (other_partner, phase, restored) = open_run(config, source.workdir, experiment.console)
+    where = f'init.workdir={str(source.workdir)!r}'
+    changes = changed_keys(other.network_description, experiment.network_description)
+    changes += changed_keys(*({key: one.facts[key] for key in ('mean', 'std')} for one in (other_partner, partner)))
+    if changes:
+        raise UserError(f'{where}: its network is not that of this config (there -> here): {"; ".join(changes)}.')
+    state = phase.replicas.first(restored.state)
+    experiment.console.print(f'Starting from step {restored.step} of {source.workdir}.')
+    variables = {'params': state.variables.params, 'batch_stats': state.variables.batch_stats}
+    if not source.keeps_quantizers:
+        return Start(variables, None, None)
+    return Start(variables, state.variables.quantizers, read_json(source.workdir / QUANTIZERS_FILE))
+
+
+def _config_of(workdir: Path, experiment: Experiment) -> Config:
+    """The config of another run, on the devices and with the data folder of this one."""
+    check_is_run(workdir)
+    config: Config = ml_collections.ConfigDict(read_json(workdir / CONFIG))
+    own = experiment.config
+    config.mesh = ml_collections.ConfigDict(own['mesh'])
+    for key in ('dir', 'workers', 'on_device'):
+        config.data[key] = own['data'][key]
+    return config

@@ -1,0 +1,81 @@
+"""Whether what was read is what was written: checksums, shapes, and silence about readings that failed."""
+
+import contextlib
+import functools
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+
+def digest(tree: Any) -> jax.Array:
+    """Returns a checksum of every array of a tree, uint32 (arrays,), on every device; any changed bit changes it.
+
+    Orbax notices missing and cut files, but not a flipped bit inside an array. The bits of element j, counted from 0,
+    enter a sum modulo 2^32 with the odd factor 2j + 1.
+    """
+    return _digest(tree, on_every_device(jax.tree.leaves(tree)[0].sharding))
+
+
+def on_every_device(sharding: Any) -> Any:
+    """Returns the sharding of an array of which every device of another sharding has the whole."""
+    return NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else sharding
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _digest(tree: Any, sharding: Any) -> jax.Array:
+    def checksum(x):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x = jax.random.key_data(x)
+        if x.dtype == jnp.bool_:
+            x = x.astype(jnp.uint8)
+        unsigned = jnp.dtype(f'uint{8 * x.dtype.itemsize}')
+        bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32).reshape(-1)
+        factors = jnp.arange(bits.size, dtype=jnp.uint32) * jnp.uint32(2) + jnp.uint32(1)
+        return jnp.sum(bits * factors, dtype=jnp.uint32)
+
+    checksums = jnp.stack([checksum(leaf) for leaf in jax.tree.leaves(tree)])
+    return jax.lax.with_sharding_constraint(checksums, sharding)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Within it, libraries do not print of readings that failed: it is hundreds of lines for one file."""
+    hook = sys.unraisablehook
+
+    def ignore(unraisable):
+        if 'Event loop is closed' not in str(unraisable.exc_value):
+            hook(unraisable)
+
+    absl_logger = logging.getLogger('absl')
+    level = absl_logger.level
+    sys.unraisablehook = ignore
+    absl_logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', 'coroutine .* was never awaited', RuntimeWarning)
+            yield
+    finally:
+        sys.unraisablehook = hook
+        absl_logger.setLevel(level)
+
+
+def arrays_of(tree: Any) -> dict[str, str]:
+    """Returns the shape and dtype of every array of a tree, or of its metadata, in words, by path."""
+    arrays = {}
+    tree = jax.tree.map(_key_data, tree, is_leaf=lambda node: hasattr(node, 'shape'))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: hasattr(node, 'shape')):
+        names = [str(getattr(key, 'key', getattr(key, 'name', getattr(key, 'idx', key)))) for key in path]
+        arrays['/'.join(names)] = f'{leaf.dtype}{list(leaf.shape)}'
+    return arrays
+
+
+def _key_data(leaf: Any) -> Any:
+    """Random keys are saved as the numbers that they consist of."""
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jax.eval_shape(jax.random.key_data, leaf) if is_key else leaf
