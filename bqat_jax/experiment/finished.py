@@ -74,7 +74,8 @@ def find_start(experiment: Experiment, partner: Partner) -> Start:
     other, (other_partner, phase, restored) = open_run(config, source.workdir, experiment.console)
     where = f'init.workdir={str(source.workdir)!r}'
     changes = changed_keys(other.network_description, experiment.network_description)
-    changes += changed_keys(*({key: one.facts[key] for key in ('mean', 'std')} for one in (other_partner, partner)))
+    then, now = ({key: one.facts[key] for key in ('mean', 'std')} for one in (other_partner, partner))
+    changes += changed_keys(then, now)
     if changes:
         raise UserError(f'{where}: its network is not that of this config (there -> here): {"; ".join(changes)}.')
     state = phase.replicas.first(restored.state)
