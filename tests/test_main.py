@@ -23,9 +23,9 @@ def run(*flags):
 @pytest.mark.parametrize(
     ('flags', 'message'),
     [
-        (['--config.train.stps=3'], 'Did you mean "steps"'),
-        (['--config.mesh.least_elements=3'], "The config has no key 'least_elements'."),
-        (['--config.train.steps=many'], 'many'),
+        (['--config.train.stps=3'], "Did you mean 'steps'"),
+        (['--config.train.steps=None', '--config.train.steps=many'], 'many'),
+        (['--config.train.epochs=inf'], 'train.epochs=inf: it must be at least 0 and finite'),
         (['--config=configs/digits.py:bit=2'], "Did you mean 'bits'"),
         (['--config=configs/absent.py'], 'absent.py'),
         (['--mode=tran'], 'train|evaluate'),

@@ -1,9 +1,13 @@
+import errno
+import fcntl
 import json
+import logging
+from pathlib import Path
 
 import pytest
 
 from bqat_jax.errors import UserError
-from bqat_jax.storage import locked, read_json, write_json, write_text
+from bqat_jax.storage import is_locked, locked, place, read_json, write_json, write_text
 
 
 def test_what_is_written_is_read_and_nothing_else_is_left(tmp_path):
@@ -31,4 +35,53 @@ def test_a_lock_is_held_once_and_given_back(tmp_path):
     with locked(tmp_path), pytest.raises(UserError, match='in use'), locked(tmp_path):
         pass
     with locked(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize(
+    'text', ['runs/a b', 'runs/lr=0.1', 'runs/{x}', 'runs/(1)', 'runs/日', '..', 'a:b', '#1', '%20']
+)
+def test_paths_become_absolute_and_stay_as_they_are_named(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert place(text, '--workdir') == tmp_path / text
+
+
+def test_the_home_folder_is_written_out(monkeypatch):
+    monkeypatch.setenv('HOME', '/home/somebody')
+    assert place('~/runs', '--workdir') == Path('/home/somebody/runs')
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('', 'empty'),
+        ('  ', 'empty'),
+        ('gs://bucket/run', 'gs://'),
+        ('s3://bucket/run', 's3://'),
+        ('~nobody_of_that_name/x', 'nobody_of_that_name'),
+        *((f'runs/a{character}b', 'has the character') for character in '*?[]\\\n\t\x01\x00'),
+    ],
+)
+def test_paths_that_would_be_misread_are_refused(text, message):
+    with pytest.raises(UserError, match=message):
+        place(text, '--workdir')
+
+
+@pytest.mark.parametrize('number', [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, caplog, number):
+    def refuse(file, operation):
+        raise OSError(number, 'not here')
+
+    monkeypatch.setattr(fcntl, 'flock', refuse)
+    with caplog.at_level(logging.WARNING), locked(tmp_path):
+        assert 'has no locks' in caplog.text
+    assert not is_locked(tmp_path)
+
+
+def test_an_error_of_the_disk_is_not_called_a_lock(tmp_path, monkeypatch):
+    def refuse(file, operation):
+        raise OSError(errno.EIO, 'disk')
+
+    monkeypatch.setattr(fcntl, 'flock', refuse)
+    with pytest.raises(OSError, match='disk'), locked(tmp_path):
         pass

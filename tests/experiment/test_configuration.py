@@ -60,14 +60,16 @@ def test_arguments_are_typed():
 
 
 def test_steps_count_where_both_are_given():
-    section = ml_collections.ConfigDict({'steps': None, 'epochs': 2.5, 'warmup_steps': 3, 'warmup_epochs': 100.0})
-    assert duration(section, '', 10.0) == 25
-    assert duration(section, 'warmup_', 10.0) == 3
-    section.steps = 0
-    assert duration(section, '', 10.0) == 0
-    section.steps = -1
-    with pytest.raises(UserError, match='negative'):
-        duration(section, '', 10.0)
+    config = base_config()
+    config.train.epochs = 2.5
+    config.optimizer.warmup_steps, config.optimizer.warmup_epochs = 3, 100.0
+    assert duration(config, 'train.', 10.0) == 25
+    assert duration(config, 'optimizer.warmup_', 10.0) == 3
+    config.train.steps = 0
+    assert duration(config, 'train.', 10.0) == 0
+    config.partner.epochs = 1e300
+    with pytest.raises(UserError, match=r'partner.epochs=1e\+300: with 10 steps'):
+        duration(config, 'partner.', 10.0)
 
 
 def test_a_config_survives_json():
@@ -89,8 +91,21 @@ def test_only_safe_keys_may_change(tmp_path):
     assert 'data.dir:' not in str(error.value)
 
 
-def test_a_key_that_came_or_went_is_a_change(tmp_path):
-    old = to_plain(base_config())
-    new = {**old, 'extra': None}
-    with pytest.raises(UserError, match='extra'):
-        check_resumable(old, new, tmp_path)
+def test_a_key_that_came_has_its_default_and_one_that_went_is_told(tmp_path):
+    new = to_plain(base_config())
+    old = json.loads(json.dumps(new))
+    del old['init'], old['optimizer']['clip_norm'], old['data']['dir']
+    check_resumable(old, new, tmp_path)
+    changed = json.loads(json.dumps(new))
+    changed['optimizer']['clip_norm'] = 1.0
+    with pytest.raises(UserError, match=r'optimizer.clip_norm: 0.0 -> 1.0'):
+        check_resumable(old, changed, tmp_path)
+    with pytest.raises(UserError, match=r'key train.gone, which this version'):
+        check_resumable({**new, 'train': {**new['train'], 'gone': 1}}, new, tmp_path)
+
+
+def test_training_further_is_led_to_another_workdir(tmp_path):
+    old, new = base_config(), base_config()
+    new.train.steps = 100
+    with pytest.raises(UserError, match=f'init.workdir={tmp_path}'):
+        check_resumable(to_plain(old), to_plain(new), tmp_path)
