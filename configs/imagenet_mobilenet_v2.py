@@ -3,7 +3,7 @@
 The recipe is that of "Overcoming oscillations in quantization-aware training" (arXiv 2203.11086), as its authors' code
 (Qualcomm-AI-research/oscillations-qat) has it: 90 epochs, batch 128, LSQ with one scale per tensor, SGD with cosine
 decay at 0.0033 and weight decay 5e-5 for 4 bits, 0.01 and 2.5e-5 for 3 bits; weights that oscillate are frozen, at a
-frequency that falls from 0.1 to 0.01 (0.011 for 3 bits) after the first quarter; batch-norm statistics are estimated
+frequency that falls from 0.1 to 0.01 (0.011 for 3 bits), none in the first quarter; batch-norm statistics are estimated
 anew on 50 batches before every evaluation (here: after training). The first and the last layer have 8 bits. All
 depthwise layers have the bits of the others: they are what oscillation hurts most. PROFIT (arXiv 2008.04693), in
 contrast, goes down by way of 8 and 5 bits at a learning rate of 0.005.

@@ -17,6 +17,7 @@ from bqat_jax.experiment.loop import After, Before
 from bqat_jax.experiment.metrics import STRENGTH, NoRecorder, Recorder
 from bqat_jax.training.evaluation import Evaluation
 from bqat_jax.training.state import TrainState
+from bqat_jax.training.strengths import mean_strengths
 
 
 class Clock:
@@ -188,7 +189,7 @@ def strengths_hook(
             return state
         with log.clock.pause():
             of_batches = [measure(state, batch, jnp.int32(number)) for number, batch in enumerate(batches(done))]
-            strengths = jax.tree.map(lambda *values: sum(values[1:], values[0]) / len(values), *of_batches)
+            strengths = mean_strengths(of_batches)
             values = [value for leaf in jax.tree.leaves(jax.device_get(strengths)) for value in values_of(leaf)]
             log.recorder.record(done, {STRENGTH: sum(values) / len(values)})
         return dataclasses.replace(state, strengths=strengths)

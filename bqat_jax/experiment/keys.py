@@ -157,8 +157,8 @@ KEYS: tuple[Key, ...] = (
     Key('quant.oscillations.dampening_aggregation', 'kernel_mean', '`kernel_mean` or `sum`'),
     Key('quant.oscillations.freezing', False, 'keep the code of a weight that oscillates too often'),
     Key('quant.oscillations.freezing_threshold', 0.01, 'frequency above which it does, at the end', FRACTION),
-    Key('quant.oscillations.freezing_first_threshold', 0.1, 'the same at the beginning', FRACTION),
-    Key('quant.oscillations.freezing_start', 0.25, 'fraction of training at which the threshold moves', FRACTION),
+    Key('quant.oscillations.freezing_first_threshold', 0.1, 'the same at `freezing_start`', FRACTION),
+    Key('quant.oscillations.freezing_start', 0.25, 'fraction of training before which none is frozen', FRACTION),
     Key('quant.oscillations.freezing_momentum', 0.001, 'of the moving averages', FRACTION),
     Key('quant.reestimation_batches', 0, 'batches to estimate batch-norm statistics on after training', COUNT_OR_NONE),
     Key(

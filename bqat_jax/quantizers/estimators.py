@@ -191,12 +191,14 @@ class RDFS(Estimator):
     dx = g · (1 - C) / (1 + C),   C = A · √2 · π · Σ_{m=0}^{M} (-1)^m / (2m + 1) · cos((2m + 1) · π · (x + round(x)))
 
     The authors' code takes a list of amplitudes, without the factor (-1)^m / (2m + 1) of the formula; with one term, as
-    in their configurations, both are the same. The gradient is far below 1 near the codes (its mean is 0.30 at A =
-    0.21), so a larger learning rate may be needed.
+    in their configurations, both are the same. The rule is for the input alone: the step keeps LSQ's gradient, round(u)
+    - u, as in their code. With `lsq_step` false the step follows the rule too (ours). The gradient is far below 1 near
+    the codes (its mean is 0.30 at A = 0.21), so a larger learning rate may be needed.
 
     Attributes:
         amplitude: A; 0 is the identity. With one term it must be below 1 / (√2 · π) = 0.225.
         terms: M + 1.
+        lsq_step: whether steps, offsets and levels learn as with the identity.
 
     Raises:
         ValueError: if the gradient were negative or infinite somewhere.
@@ -204,6 +206,12 @@ class RDFS(Estimator):
 
     amplitude: float = 0.21
     terms: int = 1
+    lsq_step: bool = True
+
+    @property
+    def straight_step(self) -> bool:
+        """See `Estimator`."""
+        return self.lsq_step
 
     def __post_init__(self):
         check(self.terms >= 1 and self.amplitude >= 0, self, 'terms must be at least 1, amplitude not negative')

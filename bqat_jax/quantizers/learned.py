@@ -179,7 +179,9 @@ class EWGSRange(UniformQuantizer):
     """The quantizer of EWGS (Lee et al., CVPR 2021, arXiv 2104.00903): a learned range [l, u] and output scale.
 
         x_n = clip((x - l) / (u - l), 0, 1);   x_q = round((2^bits - 1) · x_n) / (2^bits - 1)
-        y = c · x_q for unsigned activations, c · 2 · (x_q - 1/2) for weights and signed activations
+        y = c · x_q for unsigned activations, c · 2 · (x_q - 1/2) for weights
+
+    Signed activations are treated as weights are (ours; the paper's follow a ReLU).
 
     l and u have the gradients that follow from x_n; the paper's estimator is `ewgs` or `ewgs_trace`. In the paper a
     layer has one output scale behind the convolution; here its weights and its input have one each, whose product it is

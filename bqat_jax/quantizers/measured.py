@@ -140,7 +140,8 @@ class SAWB(_FromWeights):
 
         y: the nearest of 2^bits equidistant levels from -a to a,   a = c1 · sqrt(mean(w²)) + c2 · mean|w|
 
-    without a level at zero; dy/dw = 1, through the clip too. Where a would not be positive, max|w| takes its place, as
+    which is the published rule without a level at zero; the inventors' code has a version with one too. dy/dw = 1,
+    through the clip too. Where a would not be positive, max|w| takes its place, as
     in the inventors' code. c1 and c2 were fitted for 2, 3, 4, 5 and 8 bits.
     """
 
@@ -210,10 +211,11 @@ class Binary(UniformQuantizer):
         weights: y = a · sign(w),  a = mean|w|;   signed activations: y = a · sign(x),  a learned
         dy/dx = 1 where |x| <= a, else 0;   dy/da = sign(x)
 
-    with sign(0) = 1. The weights' gradient flows through a = mean|w| too, as in ReSTE's code. Unsigned activations
-    become 0 or a: a · round(clip(x / a, 0, 1)) (ours: the sign of what is never negative says nothing). A learned a
-    starts at mean|x| (2 · mean|x| if unsigned) and its gradient has LSQ's scale (ours). The estimators for one bit,
-    `reste`, `piecewise` and `polynomial`, see x in units of a.
+    The mask at a is ours: XNOR-Net has |x| <= 1 for the input of its sign, and adds 1/n to the weights' gradient for
+    their share in a. sign(0) = 1. The weights' gradient flows through a = mean|w| too, as in ReSTE's code. Unsigned
+    activations become 0 or a: a · round(clip(x / a, 0, 1)) (ours: the sign of what is never negative says nothing). A
+    learned a starts at mean|x| (2 · mean|x| if unsigned) and its gradient has LSQ's scale (ours). The estimators for
+    one bit, `reste`, `piecewise` and `polynomial`, see x in units of a.
     """
 
     bits_signed = (1,)

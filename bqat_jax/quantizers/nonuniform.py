@@ -124,7 +124,9 @@ class NuLSQ(LevelQuantizer):
         dy/ds_j = round(u) - u in bin j, u = (x - c_{j-1}) / s_j;  1 above all levels
 
     Signed values have steps of their own below zero. The steps' gradient is multiplied by 1 / sqrt(N · (2^bits - 1))
-    for activations and 2 / sqrt(N · Q_P) for weights, N as for LSQ. All steps start equal, at the step of least squared
+    for activations and 2 / sqrt(N · Q) for weights, Q the number of steps on their side of zero: Q_P = 2^(bits-1) - 1
+    above, Q_N = 2^(bits-1) below. N is as for LSQ: of activations the elements of one example (ours; the authors' code
+    counts the whole batch). All steps start equal, at the step of least squared
     error for a normal (half-normal for unsigned) of the data's second moment.
     """
 
@@ -147,10 +149,12 @@ class NuLSQ(LevelQuantizer):
 
     def prepare(self, parameters, v):
         """Scales the steps' gradients; the values stay as they are."""
-        factor = (2 if self.of_weights else 1) / math.sqrt(
-            self.count(v.shape) * IntegerGrid(self.bits, self.of_weights).upper
-        )
-        return {name: scale_gradient(factor, x) for name, x in parameters.items()}
+
+        def factor(x):
+            return 2 / math.sqrt(count * x.size) if self.of_weights else 1 / math.sqrt(count * self.upper)
+
+        count = self.count(v.shape)
+        return {name: scale_gradient(factor(x), x) for name, x in parameters.items()}
 
     def levels(self, prepared):
         """See `LevelQuantizer.levels`."""
@@ -305,7 +309,8 @@ class N2UQ(UniformQuantizer):
         y = c_out · D · round(p(x')):  thresholds T_1 = start + a_1 / 2, T_(i+1) = T_i + (a_i + a_(i+1)) / 2
 
     The generalized straight-through estimator is the derivative of that piecewise linear map, D / a_i inside segment i
-    and 0 outside, by which a_i and start learn too. Unsigned activations only: outputs begin at zero.
+    and 0 outside, by which a_i and start learn too. A value exactly at `start`, as zeros after a ReLU are, lies
+    outside, as in the authors' code. Unsigned activations only: outputs begin at zero.
 
     Weights have a scale per output channel, read off them without a gradient:
 
@@ -369,9 +374,10 @@ class N2UQ(UniformQuantizer):
         if self.of_weights:
             return v
         position = self._position(prepared, v)
-        inside = _frozen((position >= 0) & (position <= self.upper))
+        inside = _frozen((position > 0) & (position <= self.upper))
         # What lies outside is clipped whatever the segments are, so they get no gradient from there.
-        return jnp.where(inside, position, self._position(_frozen(prepared), v))
+        outside = jnp.where(position == 0, _frozen(position), self._position(_frozen(prepared), v))
+        return jnp.where(inside, position, outside)
 
     def output(self, prepared):
         """The distance between outputs."""

@@ -24,7 +24,7 @@ class Tracker(NamedTuple):
         codes: the integer codes after the last step, int8 or uint8.
         direction: the sign of the last change of each code, int8; 0 before the first.
         frequency: moving average of oscillations, float32.
-        average: moving average of the codes, float32.
+        average: moving average of the codes, float32; the codes themselves as long as nothing is frozen.
         is_frozen: whether the code stays as it is from now on.
     """
 
@@ -59,20 +59,22 @@ def track(tracker: Tracker, codes: jax.Array, momentum: float, threshold: jax.Ar
 
         f <- m · oscillates + (1 - m) · f;   average <- m · code + (1 - m) · average
 
-    and where f > threshold the code is frozen at round(average), for good.
+    and where f > threshold the code is frozen for good, at round(average) of the average before the step. As in the
+    authors' code (Qualcomm-AI-research/oscillations-qat) the average begins at the codes when freezing does.
 
     Args:
         tracker: before the step.
         codes: of the weights after it.
         momentum: m, 0 to 1.
-        threshold: infinity to track and not to freeze.
+        threshold: infinity as long as nothing is to be frozen; oscillations are counted all the same.
     """
     change = jnp.sign(codes.astype(jnp.int16) - tracker.codes.astype(jnp.int16)).astype(jnp.int8)
     oscillates = (change * tracker.direction == -1).astype(jnp.float32)
     frequency = momentum * oscillates + (1 - momentum) * tracker.frequency
-    average = momentum * codes.astype(jnp.float32) + (1 - momentum) * tracker.average
     freezes = (frequency > threshold) & ~tracker.is_frozen
-    middle = jnp.round(average).astype(codes.dtype)
+    middle = jnp.round(tracker.average).astype(codes.dtype)
+    values = codes.astype(jnp.float32)
+    average = jnp.where(jnp.isinf(threshold), values, momentum * values + (1 - momentum) * tracker.average)
     return Tracker(
         codes=jnp.where(tracker.is_frozen, tracker.codes, jnp.where(freezes, middle, codes)),
         direction=jnp.where(change != 0, change, tracker.direction),
@@ -85,6 +87,21 @@ def track(tracker: Tracker, codes: jax.Array, momentum: float, threshold: jax.Ar
 def freeze(quantizer: Quantizer, parameters: Parameters, weights: jax.Array, tracker: Tracker) -> jax.Array:
     """Returns the weights with the frozen ones put on the level of their code; the scale still learns."""
     return jnp.where(tracker.is_frozen, quantizer.decode(parameters, tracker.codes, weights.dtype), weights)
+
+
+def hold(quantizer: Quantizer, parameters: Parameters, tracker: Tracker, quantized: jax.Array) -> jax.Array:
+    """Returns quantized weights with the frozen ones decoded from their codes.
+
+    The values are the same. The gradients are those of a constant code: of y = s · code, dy/ds = code; and none of the
+    weight.
+
+    Args:
+        quantizer: of the weights.
+        parameters: its parameters, prepared.
+        tracker: of the weights.
+        quantized: the weights fake-quantized.
+    """
+    return jnp.where(tracker.is_frozen, quantizer.decode(parameters, tracker.codes, quantized.dtype), quantized)
 
 
 def dampening_loss(quantizer: Quantizer, parameters: Parameters, weights: jax.Array, aggregation: str) -> jax.Array:

@@ -22,6 +22,7 @@ class Context(NamedTuple):
         key: random key in training; None in evaluation, where everything rounds.
         strengths: what was measured during training for an estimator that needs it (`Estimator.needs_strength`): of one
             quantizer a scalar; of a whole network {layer path: {role: scalar}}.
+        trackers: of a whole network: {layer path: tracker} of weights that may be frozen, see `oscillations`.
         lower: the smallest code; set by the quantizer.
         upper: the largest code; set by the quantizer.
     """
@@ -29,6 +30,7 @@ class Context(NamedTuple):
     progress: Any = 1.0
     key: Any = None
     strengths: Any = None
+    trackers: Any = None
     lower: int = 0
     upper: int = 0
 
@@ -57,6 +59,11 @@ class Estimator(abc.ABC):
     def rounds_in_training(self) -> bool:
         """Whether codes are whole numbers in training too, as they always are in evaluation."""
         return True
+
+    @property
+    def straight_step(self) -> bool:
+        """Whether steps, offsets and levels learn as if the rule were the identity: for a step, round(u) - u."""
+        return False
 
     def round(self, value: jax.Array, context: Context) -> jax.Array:
         """Returns `value` rounded to the nearest integer, ties to even."""
@@ -156,6 +163,8 @@ def quantize(spec: QuantizeSpec, step: jax.Array, shift: jax.Array, v: jax.Array
         dy/dstep  = code + shift - R' · u between the bounds, else bound + shift
         dy/dshift = step · (1 - R') between the bounds, else step
 
+    where R' is 1 for step and shift if the estimator has a `straight_step`.
+
     Args:
         spec: estimator and bounds.
         step: positive, float32, () or a shape that broadcasts against v.
@@ -182,6 +191,7 @@ def _quantize_backward(spec, residuals, cotangent):
     units = in_steps(v, step)
     value = units - shift
     inside, _, rounded, gradient, bound, v_gradient = spec.backward(cotangent, value, context)
+    gradient = cotangent if spec.estimator.straight_step else gradient
     if spec.step_gradient_inside:
         # As a sum whose second part is exactly zero where the rule is the identity: the difference of
         # cotangent · (code + shift) and gradient · u would lose digits.
@@ -212,7 +222,8 @@ def quantize_to_levels(spec: QuantizeSpec, levels: jax.Array, v: jax.Array, cont
         dy/dv   = R'(p) between the bounds, else 0 (or as `spec` and the estimator say)
         dy/dl_k = [k = code] - R' · ((1 - w) · [k = j] + w · [k = j+1]) between the bounds, else [k = code]
 
-    For levels k·step this is LSQ's gradient of the step, for levels that are sums of steps it is nuLSQ's.
+    For levels k·step this is LSQ's gradient of the step, for levels that are sums of steps it is nuLSQ's. For the
+    levels R' is 1 if the estimator has a `straight_step`.
 
     Args:
         spec: estimator and bounds, 0 and len(levels) - 1.
@@ -259,7 +270,7 @@ def _levels_backward(spec, residuals, cotangent):
     cotangent = cotangent.astype(jnp.float32)
     below, fraction, position = _position(levels, v)
     _, inside, _, gradient, _, v_gradient = spec.backward(cotangent, position, context)
-    inner = jnp.where(inside, gradient, 0.0)
+    inner = jnp.where(inside, cotangent if spec.estimator.straight_step else gradient, 0.0)
     code, code_fraction = _split(spec.codes(position, context), levels.size)
     shares = (
         (code, cotangent * (1 - code_fraction)),

@@ -1,6 +1,7 @@
 """What is done about oscillating weights during training, on a schedule: see `bqat_jax.quantizers.oscillations`."""
 
 import dataclasses
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -36,8 +37,8 @@ class Regularizers:
         dampening_aggregation: 'sum' or 'kernel_mean'.
         freezing: whether oscillating weights are frozen.
         freezing_threshold: frequency above which they are, at the end of training.
-        freezing_first_threshold: the same at the beginning, from which a cosine leads to the end's.
-        freezing_start: fraction of training at which the threshold begins to change.
+        freezing_first_threshold: the same at `freezing_start`, from which a cosine leads to the end's.
+        freezing_start: fraction of training before which nothing is frozen; oscillations are counted all the same.
         freezing_momentum: of the moving averages.
 
     Raises:
@@ -57,9 +58,10 @@ class Regularizers:
         fractions = ('dampening_start', 'freezing_start', 'freezing_momentum')
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, float) and (value < 0 or (field.name in fractions and value > 1)):
-                most = ' and at most 1' if field.name in fractions else ''
-                raise ValueError(f'quant.oscillations.{field.name}={value}: it must be at least 0{most}.')
+            most = 1 if field.name in fractions else sys.float_info.max
+            if isinstance(value, float) and not 0 <= value <= most:
+                above = ' and at most 1' if field.name in fractions else ''
+                raise ValueError(f'quant.oscillations.{field.name}={value}: it must be finite and at least 0{above}.')
         if self.dampening_aggregation not in AGGREGATIONS:
             raise ValueError(
                 f'quant.oscillations.dampening_aggregation={self.dampening_aggregation!r}: it must be one of '
@@ -76,9 +78,13 @@ class Regularizers:
         return self.dampening * _risen(progress, self.dampening_start)
 
     def threshold(self, progress: jax.Array) -> jax.Array:
-        """Returns the frequency above which weights are frozen when the fraction `progress` of training is done."""
+        """Returns the frequency above which weights are frozen when the fraction `progress` of training is done.
+
+        It is infinite before `freezing_start`, as in the authors' code (Qualcomm-AI-research/oscillations-qat).
+        """
         change = self.freezing_threshold - self.freezing_first_threshold
-        return self.freezing_first_threshold + change * _risen(progress, self.freezing_start)
+        threshold = self.freezing_first_threshold + change * _risen(progress, self.freezing_start)
+        return jnp.where(progress < self.freezing_start, jnp.inf, threshold)
 
     def loss(self, quantization: Quantization, variables: Variables, progress: jax.Array) -> jax.Array:
         """Returns the dampening loss of all weights, weighted."""

@@ -51,7 +51,8 @@ def train_step(
         progress = spec.progress(state.step)
 
         def loss_function(params, batch_stats, batch, key):
-            variables, context = variables_of(gather(params), batch_stats), Context(progress, key, state.strengths)
+            variables = variables_of(gather(params), batch_stats)
+            context = Context(progress, key, state.strengths, state.trackers or None)
             return total_loss(spec, variables, gather(partner), batch, context, draw)
 
         gradient = accumulate(jax.value_and_grad(loss_function, has_aux=True), spec.microbatches)

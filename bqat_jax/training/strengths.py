@@ -3,11 +3,12 @@
     δ = max(0, (Tr(H) / N) / (3 · std(g)))
 
 for every quantizer whose estimator asks for it: H and g are Hessian and gradient of the loss with respect to the
-quantizer's normalized output, N its number of elements, averaged over some batches. The trace is Hutchinson's estimate.
+quantizer's normalized output, N its number of elements. The quotient is averaged over some batches and the mean is cut
+off at zero once, as in the authors' code (cvlab-yonsei/EWGS). The trace is Hutchinson's estimate.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -127,7 +128,9 @@ def measure_strengths(
     key: jax.Array,
     settings: TraceSettings,
 ) -> dict[str, dict[str, jax.Array]]:
-    """Returns δ for every quantizer whose estimator needs one, from one batch.
+    """Returns δ of one batch, which may be negative, for every quantizer whose estimator needs one.
+
+    See `mean_strengths` for δ.
 
     Args:
         quantization: of the network.
@@ -151,10 +154,19 @@ def measure_strengths(
 
     def delta(trace, gradient):
         deviation = jnp.std(gradient)
-        strength = jnp.maximum(trace / gradient.size / (3 * jnp.maximum(deviation, SMALLEST_DEVIATION)), 0.0)
+        strength = trace / gradient.size / (3 * jnp.maximum(deviation, SMALLEST_DEVIATION))
         return jnp.where(deviation > SMALLEST_DEVIATION, strength, 0.0)
 
     return jax.tree.map(delta, trace.mean, gradient(zeros))
+
+
+def mean_strengths(of_batches: Sequence[Any]) -> Any:
+    """Returns δ: the mean of what single batches gave, at least zero.
+
+    Args:
+        of_batches: trees from `measure_strengths`, at least one.
+    """
+    return jax.tree.map(lambda *values: jnp.maximum(sum(values[1:], values[0]) / len(values), 0.0), *of_batches)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +210,7 @@ def with_perturbations(quantizer_params: Any, perturbations: Any) -> Any:
 
 
 def make_measurement(spec: TrainSpec, settings: TraceSettings, replicas: Replicas) -> Callable[..., Any]:
-    """Returns the jitted `measure(state, partner, arrays, batch, number) -> strengths`, of one batch, as in the state.
+    """Returns the jitted `measure(state, partner, arrays, batch, number)`: δ of one batch, in a tree as in the state.
 
     `number` tells the batches of one measurement apart. The loss is the whole of training's, on the batch as training
     would see it. Dampening is left out: it does not depend on what quantizers give.

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from bqat_jax.quantizers import Quantizer
+from bqat_jax.quantizers.oscillations import Tracker, hold
 from bqat_jax.quantizers.rounding import EVALUATION, Context, Estimator
 from bqat_jax.transform.layers import WEIGHT_NAME, Layer, intercept_layers
 from bqat_jax.transform.rules import LayerSettings
@@ -49,13 +50,24 @@ class LayerQuantizers:
         quantizer: Any = self.weights
         return self.over_stack(lambda kernel: quantizer.init(self.layer.layout.to_channels_last(kernel)))(kernel)
 
-    def quantize_weights(self, parameters: Any, kernel: jax.Array, context: Context = EVALUATION) -> jax.Array:
-        """Returns the kernel fake-quantized and scaled again, as the layer takes it."""
+    def quantize_weights(
+        self, parameters: Any, kernel: jax.Array, context: Context = EVALUATION, tracker: Tracker | None = None
+    ) -> jax.Array:
+        """Returns the kernel fake-quantized and scaled again, as the layer takes it.
+
+        Args:
+            parameters: of the weights' quantizer.
+            kernel: in full precision.
+            context: of the quantizer.
+            tracker: of the kernel, if some of its weights may be frozen.
+        """
         quantizer: Any = self.weights
 
         def quantize(parameters, kernel, context):
             weights = self.layer.layout.to_channels_last(kernel)
             quantized = quantizer.fake_quantize(parameters, weights, _from_slot(context))
+            if tracker is not None:
+                quantized = hold(quantizer, quantizer.prepare(parameters, weights), tracker, quantized)
             return self.layer.layout.from_channels_last(rescale(self.rescale, weights, quantized), kernel.shape)
 
         return self.over_stack(quantize)(parameters, kernel, self.slot(context))
@@ -99,8 +111,9 @@ class Quantization:
         Args:
             parameters: parameters of the quantizers.
             params: the network's 'params' collection, whole.
-            context: of the whole network: its key is folded with every layer's path, and its strengths are a dict like
-                `parameters` with a strength for each quantizer whose estimator needs one.
+            context: of the whole network: its key is folded with every layer's path, its strengths are a dict like
+                `parameters` with a strength for each quantizer whose estimator needs one, and its trackers are by
+                layer.
 
         Returns:
             The tree, with what the quantizers of the layers' inputs need beside the kernels.
@@ -109,7 +122,8 @@ class Quantization:
         for path, layer in self.layers.items():
             if layer.weights is not None:
                 name, where = f'{path}/{WEIGHT_NAME}', context_of(context, path, 'weights', layer.weights)
-                flat[name] = layer.quantize_weights(parameters[path]['weights'], flat[name], where)
+                tracker = (context.trackers or {}).get(path)
+                flat[name] = layer.quantize_weights(parameters[path]['weights'], flat[name], where, tracker)
             if layer.activations is not None:
                 where = context_of(context, path, 'activations', layer.activations)
                 flat[f'{path}/{INPUT_SLOT}'] = {'parameters': parameters[path]['activations'], **layer.slot(where)}
@@ -169,7 +183,7 @@ def context_of(context: Context, path: str, role: str, quantizer: Quantizer) -> 
         key = jax.random.fold_in(context.key, zlib.crc32(f'{path}/{role}'.encode()))
     if context.strengths is not None and estimator.needs_strength:
         strengths = context.strengths[path][role]
-    return context._replace(key=key, strengths=strengths)
+    return context._replace(key=key, strengths=strengths, trackers=None)
 
 
 def rescale(how: str, weights: jax.Array, quantized: jax.Array) -> jax.Array:

@@ -218,6 +218,24 @@ def test_rules_that_are_the_same():
         np.testing.assert_allclose(*got, rtol=2e-5)
 
 
+@pytest.mark.parametrize('name', ['lsq', 'lsq_plus', 'nulsq', 'apot'])
+def test_steps_and_levels_learn_from_rdfs_as_from_the_identity(name):
+    """The authors' code changes the gradient of what is rounded, and keeps LSQ's for the step."""
+    v, cotangent = jax.random.normal(jax.random.key(0), (40,)), jax.random.normal(jax.random.key(1), (40,))
+
+    def gradients(estimator):
+        quantizer = Case(name, 'w', 3, estimator=estimator).quantizer()
+        _, pull = jax.vjp(lambda parameters, v: quantizer.fake_quantize(parameters, v), quantizer.init(v), v)
+        return pull(cotangent)
+
+    identity, theirs, ours = (gradients(text) for text in ('identity', 'rdfs', 'rdfs:lsq_step=false'))
+    jax.tree.map(np.testing.assert_array_equal, theirs[0], identity[0])
+    assert not np.allclose(theirs[1], identity[1]) and not np.allclose(
+        *(jax.tree.leaves(one[0])[0] for one in (ours, identity))
+    )
+    np.testing.assert_array_equal(theirs[1], ours[1])
+
+
 @pytest.mark.parametrize('terms', [1, 2, 3, 4])
 def test_rdfs_allows_positive_gradients_alone(terms):
     m, phase = np.arange(terms), np.linspace(0, np.pi, 20001)[:, None]
@@ -495,14 +513,16 @@ def nulsq(case, rng):
         return start + steps[j] * np.rint(u), passed, own
 
     def formula(p, v, g, rule):
+        # The authors divide by the number of steps on the same side of zero.
         scale = (2 if case.weights else 1) / np.sqrt(case.count * (case.top if case.weights else 2**case.bits - 1))
+        scale_below = 2 / np.sqrt(case.count * 2 ** (case.bits - 1)) if case.weights else scale
         y, dv, own = half(p['step_sizes'], np.maximum(v, 0), g, rule)
         up = v >= 0
         gradients = {'step_sizes': scale * (own * up[..., None]).sum((0, 1, 2))}
         if not case.signed:
             return y * up, dv * up, gradients
         y_below, dv_below, own = half(p['negative_step_sizes'], np.maximum(-v, 0), -g, rule)
-        gradients['negative_step_sizes'] = scale * (own * ~up[..., None]).sum((0, 1, 2))
+        gradients['negative_step_sizes'] = scale_below * (own * ~up[..., None]).sum((0, 1, 2))
         return np.where(up, y, -y_below), np.where(up, dv, -dv_below), gradients
 
     steps = rng.integers(20, 60, case.top + case.signed * 2 ** (case.bits - 1)) / 64
@@ -561,7 +581,7 @@ def n2uq(case, rng):
         i = np.clip(np.searchsorted(edges, x, side='right') - 1, 0, n - 1)
         part = (x - edges[i]) / widths[i]
         position = np.clip(i + part, 0, n)
-        code, inside = np.rint(position), (x >= edges[0]) & (x <= edges[-1])
+        code, inside = np.rint(position), (x > edges[0]) & (x <= edges[-1])
         # Along the piecewise linear map, whose slope is D / a_i.
         slope = distance * np.where(inside, rule(g, position, code), 0) / widths[i]
         along = (number < i[..., None]) + part[..., None] * (number == i[..., None])

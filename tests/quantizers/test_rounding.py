@@ -27,11 +27,11 @@ TEXTS = [
 
 
 def others(rule):
-    """The same estimator with one option changed, for every option that is a number."""
+    """The same estimator with one option changed, for every option that is no text."""
     for field in dataclasses.fields(rule):
         value = getattr(rule, field.name)
         if not isinstance(value, str):
-            changed = value + 1 if isinstance(value, int) else 0.95 * value
+            changed = (not value) if isinstance(value, bool) else value + 1 if isinstance(value, int) else 0.95 * value
             yield dataclasses.replace(rule, **{field.name: changed})
 
 

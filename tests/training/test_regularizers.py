@@ -17,7 +17,9 @@ def test_schedules_rise_by_a_cosine_from_their_start():
         risen = (1 - np.cos(np.pi * max(progress - 0.25, 0) / 0.75)) / 2
         now = np.float32(progress)
         np.testing.assert_allclose(regularizers.dampening_weight(now), 0.1 * risen, atol=1e-7)
-        np.testing.assert_allclose(regularizers.threshold(now), 0.1 + (0.01 - 0.1) * risen, rtol=1e-5)
+        threshold = 0.1 + (0.01 - 0.1) * risen if progress >= 0.25 else np.inf  # nothing freezes before the start
+        np.testing.assert_allclose(regularizers.threshold(now), threshold, rtol=1e-5)
+    assert float(Regularizers(freezing=True, freezing_start=0.0).threshold(np.float32(0))) == np.float32(0.1)
 
 
 def test_weights_whose_scale_is_read_off_them_are_not_frozen():
@@ -35,7 +37,14 @@ def test_weights_whose_scale_is_read_off_them_are_not_frozen():
 
 @pytest.mark.parametrize(
     ('name', 'value'),
-    [('dampening', -0.1), ('dampening_start', 1.5), ('freezing_momentum', 2.0), ('dampening_aggregation', 'mean')],
+    [
+        ('dampening', -0.1),
+        ('dampening_start', 1.5),
+        ('freezing_momentum', 2.0),
+        ('dampening', np.nan),
+        ('freezing_threshold', np.inf),
+        ('dampening_aggregation', 'mean'),
+    ],
 )
 def test_values_out_of_range_are_refused(name, value):
     with pytest.raises(ValueError, match=f'quant.oscillations.{name}'):

@@ -5,7 +5,7 @@ import pytest
 
 from bqat_jax.quantizers import LSQ, PACT
 from bqat_jax.quantizers.estimators import get_estimator
-from bqat_jax.training.strengths import TraceSettings, hutchinson_traces, measure_strengths
+from bqat_jax.training.strengths import TraceSettings, hutchinson_traces, mean_strengths, measure_strengths
 from bqat_jax.transform import KernelLayout, Layer, LayerQuantizers, Quantization
 
 LAYER = Layer('Dense', (6, 4), (), KernelLayout((0, 1)), jax.ShapeDtypeStruct((2, 6), 'float32'))
@@ -49,7 +49,7 @@ def test_no_more_vectors_are_drawn_once_the_mean_stands_still():
 
 @pytest.mark.parametrize('sign', [1.0, -1.0])
 def test_delta_follows_the_formula(sign):
-    """For a loss that is quadratic in the output with a known Hessian: δ = max(0, Tr(H)/N / (3 std(g))), normalized."""
+    """For a loss that is quadratic in the output with a known Hessian: Tr(H)/N / (3 std(g)), normalized."""
     quantizer = LSQ(bits=2, estimator=get_estimator('ewgs_trace'))
     weights = jax.random.normal(jax.random.key(0), (6, 4))
     parameters = {'layer': {'weights': quantizer.init(weights)}}
@@ -67,8 +67,17 @@ def test_delta_follows_the_formula(sign):
     span = float(highest - lowest)
     y = np.asarray(quantizer.fake_quantize(parameters['layer']['weights'], weights), np.float64)
     h, g = np.asarray(curvature, np.float64) * span**2, np.asarray(curvature, np.float64) * span * y
-    expected = max(0.0, sign * h.mean() / (3 * g.std()))
+    expected = sign * h.mean() / (3 * g.std())
     np.testing.assert_allclose(strengths['layer']['weights'], expected, rtol=1e-4)
+    mean = mean_strengths([strengths, strengths])
+    np.testing.assert_allclose(mean['layer']['weights'], max(expected, 0.0), rtol=1e-4)
+
+
+def test_the_mean_over_batches_is_cut_off_at_zero_once():
+    of_batches = [{'a': jnp.float32(x), 'b': jnp.float32(y)} for x, y in ((2.02, -1.0), (-2.34, 0.5), (2.06, -0.1))]
+    mean = mean_strengths(of_batches)
+    np.testing.assert_allclose(mean['a'], (2.02 - 2.34 + 2.06) / 3, rtol=1e-6)
+    assert float(mean['b']) == 0
 
 
 def test_no_gradient_gives_no_delta():
