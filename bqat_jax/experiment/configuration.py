@@ -163,6 +163,8 @@ def base_config() -> Config:
     config.partner.steps = config_dict.placeholder(int)
     config.partner.epochs = 10.0
     config.partner.torch_file = config_dict.placeholder(str)  # take the partner from a PyTorch state_dict
+    config.partner.torch_key = config_dict.placeholder(str)  # its entry with the weights, as 'a.b'; unset: it is found
+    config.partner.new_head = False  # take all but the classifier from torch_file, and train the partner from there
     config.partner.workdir = config_dict.placeholder(str)  # take the partner of an earlier run
     config.partner.optimizer = optimizer_config()
     del config.partner.optimizer.quantizers  # a full-precision network has none

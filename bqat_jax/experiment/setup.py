@@ -226,7 +226,14 @@ def _make_partner_source(config: Config) -> PartnerSource:
     partner = config.partner
     if partner.workdir and partner.torch_file:
         raise UserError('partner.workdir and partner.torch_file are both given: a run has one partner; give one.')
-    return PartnerSource(config.network.name, partner.torch_file or None, partner.workdir or None)
+    if (partner.torch_key or partner.new_head) and not partner.torch_file:
+        raise UserError(
+            f'partner.torch_key={partner.torch_key!r}, partner.new_head={partner.new_head}: they say what of a PyTorch '
+            'file is taken, and there is none; give partner.torch_file, or leave them out.'
+        )
+    options = {key: value for key, value in config.network.items() if key != 'name'}
+    files = partner.torch_file or None, partner.workdir or None, partner.torch_key or None
+    return PartnerSource(config.network.name, *files, partner.new_head, options)
 
 
 def _make_intervals(config: Config, epoch: float) -> Intervals:
