@@ -39,7 +39,7 @@ class Difference:
     near: str = ''
 
     def __str__(self) -> str:
-        return f'{self.kind}: {self.text}{f" (like {self.near})" if self.near else ""}'
+        return f'{self.kind}: {self.text}{f" (did you mean {self.near}?)" if self.near else ""}'
 
 
 class WeightsMismatch(UserError):

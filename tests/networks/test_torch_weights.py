@@ -190,7 +190,8 @@ def test_two_arrays_for_one_of_ours_are_told(torch_model):
     [
         (
             'bn1.bias',
-            lambda x: np.where(np.arange(4) == 2, np.nan, x),
+            lambda x: np.where(np.arange(4) == 2, np.float32(np.nan), x),
+            'not finite: bn1.bias has 1 NaN or infinite of 4 values',
         ),
         ('bn1.bias', lambda x: x / 0, 'not finite: bn1.bias has 4 NaN'),
         ('layer2.0.bn1.running_var', lambda x: x - 3, 'negative: layer2.0.bn1.running_var is a variance'),
