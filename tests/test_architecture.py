@@ -32,7 +32,7 @@ FACE = {'__init__': BELOW - {'training', 'distributed', 'registry'}}
 ARROWS = {**LIBRARY, **PROGRAM, **FACE}
 # What the library needs to be installed, and what it reads files with if that is there.
 LIBRARY_PACKAGES = {'jax', 'flax', 'optax', 'numpy'}
-OPTIONAL = {'networks/torch_weights.py': {'torch', 'safetensors'}}
+OPTIONAL = {'networks/torch_files.py': {'torch', 'safetensors'}}
 
 
 def modules():

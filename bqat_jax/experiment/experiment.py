@@ -68,11 +68,17 @@ class PartnerSource:
         network_name: of the network, by which the names of its PyTorch parameters are known.
         torch_file: a file of PyTorch weights.
         workdir: of an earlier run.
+        torch_key: the entry of the file, dotted; None to find it.
+        new_head: whether all but the classifier is taken from the file, and the partner is trained from there.
+        network_options: of the network.
     """
 
     network_name: str
     torch_file: str | None
     workdir: str | None
+    torch_key: str | None
+    new_head: bool
+    network_options: Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)

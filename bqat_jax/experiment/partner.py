@@ -12,11 +12,11 @@ from bqat_jax.errors import UserError
 from bqat_jax.experiment.checkpoints import Checkpoints
 from bqat_jax.experiment.configuration import changed_keys
 from bqat_jax.experiment.experiment import Experiment
+from bqat_jax.experiment.import_torch import import_torch, with_new_classifier
 from bqat_jax.experiment.phase import Phase
 from bqat_jax.experiment.reading import Data
 from bqat_jax.experiment.run_phase import run_phase
 from bqat_jax.experiment.streams import Stream, random_key
-from bqat_jax.networks.torch_weights import NAME_RULES, import_state_dict, read_state_dict
 from bqat_jax.replacement.block_replacement import BlockReplacement
 from bqat_jax.replacement.objective import Objective
 from bqat_jax.replacement.paths import Variables
@@ -28,6 +28,7 @@ from bqat_jax.transform import FULL_PRECISION
 # In a workdir: partner/final is the finished partner, partner/checkpoints its training, partner/partner.json says what
 # it is, and is written last.
 DIRECTORY, FACTS = 'partner', 'partner.json'
+TRAINING = f'{DIRECTORY}/checkpoints'
 
 
 class Partner(NamedTuple):
@@ -45,7 +46,8 @@ class Partner(NamedTuple):
 def find_partner(experiment: Experiment) -> Partner | None:
     """Returns the workdir's own partner, or else that of `partner.workdir` or `partner.torch_file`; None without any.
 
-    From then on it is the workdir's own.
+    From then on it is the workdir's own. With `partner.new_head` there is none either before it is trained; whether the
+    file fits is seen here, before any data is read.
 
     Raises:
         UserError: if the source that is given has no partner that fits.
@@ -57,15 +59,17 @@ def find_partner(experiment: Experiment) -> Partner | None:
     if source.workdir is not None:
         partner = _take_from_workdir(experiment, Path(source.workdir))
     elif source.torch_file is not None:
-        partner = _import_from_torch(experiment, source.network_name, source.torch_file)
+        partner = _import_from_torch(experiment)
     return None if partner is None else _keep(experiment, partner)
 
 
 def pretrain_partner(experiment: Experiment, data: Data, stop: StopRequest) -> Partner:
     """Trains the partner in full precision, on labels alone; from then on it is the workdir's own.
 
+    With `partner.new_head` it starts from the weights of `partner.torch_file`, else from random ones.
+
     Raises:
-        UserError: as `run_phase`.
+        UserError: as `run_phase`, or if the file cannot be read or does not fit.
         Stopped: as `run_phase`.
     """
     facts = _new_facts(experiment)
@@ -76,7 +80,7 @@ def pretrain_partner(experiment: Experiment, data: Data, stop: StopRequest) -> P
         optimizer=experiment.partner.optimizer,
         partner=None,
         shapes=Variables(experiment.shapes['params'], {}, experiment.shapes['batch_stats']),
-        directory=experiment.workdir / DIRECTORY / 'checkpoints',
+        directory=experiment.workdir / TRAINING,
         replicas=experiment.single,
     )
 
@@ -85,11 +89,16 @@ def pretrain_partner(experiment: Experiment, data: Data, stop: StopRequest) -> P
         shardings = experiment.placement.shardings(experiment.shapes)
         make = jax.jit(lambda key: experiment.network.init(key, experiment.image_shape), out_shardings=shardings)
         variables = make(random_key(experiment.seeds[0], Stream.PARTNER_INIT))
+        if experiment.partner_source.new_head:
+            variables = with_new_classifier(experiment, variables)
         return Variables(variables['params'], {}, variables['batch_stats'])
 
     variables = run_phase(experiment, phase, data, init, stop).state.variables
     trained = {'params': variables.params, 'batch_stats': variables.batch_stats}
-    return _keep(experiment, Partner(trained, {**facts, 'source': f'trained for {phase.spec.steps} steps'}))
+    source = f'trained for {phase.spec.steps} steps'
+    if experiment.partner_source.new_head:
+        source += f' from PyTorch file {Path(experiment.partner_source.torch_file or "").name} with a new head'
+    return _keep(experiment, Partner(trained, {**facts, 'source': source}))
 
 
 def partner_spec(experiment: Experiment, facts: dict[str, Any]) -> TrainSpec:
@@ -133,7 +142,7 @@ def load_partner(experiment: Experiment, workdir: Path) -> Partner | None:
         listed = '; '.join(changes)
         raise UserError(f'The partner in {workdir} is not the network of this config (there -> here): {listed}.')
     with Checkpoints(workdir / DIRECTORY / 'final', read_only=True) as checkpoints:
-        restored = checkpoints.restore_latest(experiment.shapes)
+        restored = checkpoints.restore_selected(experiment.shapes)
     return None if restored is None else Partner(restored.state, facts)
 
 
@@ -144,16 +153,15 @@ def _take_from_workdir(experiment: Experiment, workdir: Path) -> Partner:
     return partner._replace(facts={**partner.facts, 'source': f'workdir {workdir}'})
 
 
-def _import_from_torch(experiment: Experiment, network_name: str, file: str) -> Partner:
-    if network_name not in NAME_RULES:
-        raise UserError(
-            f'partner.torch_file={file!r}: the names that PyTorch gives to the parameters of the network '
-            f'{network_name!r} are not known, only those of {", ".join(NAME_RULES)}. Train the partner here, or add '
-            'rules to bqat_jax.networks.name_rules.NAME_RULES in a plugin.'
-        )
-    variables = import_state_dict(read_state_dict(file), NAME_RULES[network_name], experiment.shapes)
-    facts = {**_new_facts(experiment), 'source': f'PyTorch file {Path(file).name}'}
-    return Partner(experiment.placement.put(variables), facts)
+def _import_from_torch(experiment: Experiment) -> Partner | None:
+    """The partner from the file; None if it still has to be trained."""
+    new_head = experiment.partner_source.new_head
+    if new_head and agree((experiment.workdir / TRAINING).is_dir()):
+        return None  # its training goes on, without the file
+    variables, source = import_torch(experiment)
+    if new_head:
+        return None
+    return Partner(experiment.placement.put(variables), {**_new_facts(experiment), 'source': source})
 
 
 def _new_facts(experiment: Experiment) -> dict[str, Any]:

@@ -90,13 +90,18 @@ def import_partner(
         overrides: what the command line changed, for the record.
 
     Raises:
-        UserError: if the config names no partner, or what it names does not fit.
+        UserError: if the config names no partner, or one with a new head, or what it names does not fit.
     """
     experiment = make_experiment(config, workdir, _console())
     source = experiment.partner_source
     if source.torch_file is None and source.workdir is None:
         raise UserError(
             'There is nothing to import: give --config.partner.torch_file=FILE or --config.partner.workdir=DIR.'
+        )
+    if source.new_head:
+        raise UserError(
+            'partner.new_head=True: a new head knows no classes before it is trained, so there is no partner to '
+            'evaluate. Train it, with --mode=train.'
         )
     with opened(workdir), StopRequest() as stop:
         check_config(experiment)

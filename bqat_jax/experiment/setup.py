@@ -258,7 +258,13 @@ def _make_partner_source(config: Config) -> PartnerSource:
     workdir = None if partner.workdir is None else str(place(partner.workdir, 'partner.workdir'))
     if file is None and workdir is None and config.init.workdir is not None:
         workdir = str(place(config.init.workdir, 'init.workdir'))  # the network goes on with the partner that it had
-    return PartnerSource(config.network.name, file, workdir)
+    if (partner.torch_key or partner.new_head) and file is None:
+        raise UserError(
+            f'partner.torch_key={partner.torch_key!r}, partner.new_head={partner.new_head}: they say what of a PyTorch '
+            'file is taken, and there is none; give partner.torch_file, or leave them out.'
+        )
+    options = {key: value for key, value in config.network.items() if key != 'name'}
+    return PartnerSource(config.network.name, file, workdir, partner.torch_key or None, partner.new_head, options)
 
 
 def _make_init_source(config: Config) -> InitSource:

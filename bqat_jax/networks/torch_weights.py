@@ -1,121 +1,153 @@
-"""Reads PyTorch weights, `state_dict` or safetensors files, into Linen variables by the tables of `name_rules`."""
+"""Makes Linen variables of PyTorch weights by the tables of `name_rules`; `torch_files` reads the files."""
 
-import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+import dataclasses
+import difflib
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
 from bqat_jax.errors import UserError
 from bqat_jax.networks.name_rules import NAME_RULES, Rule
+from bqat_jax.networks.torch_files import StateDict, read_state_dict
+from bqat_jax.networks.torch_names import Translation, find_prefix, is_counter
 
-__all__ = ['NAME_RULES', 'import_state_dict', 'read_state_dict']
+__all__ = ['NAME_RULES', 'Difference', 'StateDict', 'WeightsMismatch', 'import_state_dict', 'read_state_dict']
 
-SAFETENSORS = '.safetensors'
-# Where training programs keep the state_dict in a file that holds more; DeiT's call it 'model'.
-INNER_KEYS = ('state_dict', 'model')
-COUNTER = 'num_batches_tracked'  # of batch norm; not every file has it
+SHOWN = 4  # differences of a kind that the message shows
+NEAR = 0.8  # how alike, of 1, a name must be to be suggested
 
 
-def read_state_dict(file: str | Path) -> dict[str, np.ndarray]:
-    """Returns the float32 arrays of a file of PyTorch weights by name.
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """One thing in which weights do not fit a network.
 
-    A `.safetensors` file, or one of torch.save with a `state_dict`, or with a dict that holds one under 'state_dict' or
-    'model'. The latter is read with `weights_only=True`, so that it cannot run code. A 'module.' prefix, as
-    torch.nn.DataParallel puts it, is taken off.
-
-    Raises:
-        UserError: if the package that reads it is not installed, or the file is missing or holds something else.
+    Attributes:
+        kind: 'missing', 'unexpected', 'misshapen', 'twice', 'not finite', 'negative' or 'not floating point'.
+        name: PyTorch's, without the prefix of all; '' if there is none.
+        path: of our variable; '' if there is none.
+        text: what is wrong.
+        near: the PyTorch name that was perhaps meant, or ''; it is looked for only for what the message shows.
     """
-    if not Path(file).is_file():
-        raise UserError(f'partner.torch_file={str(file)!r}: there is no such file.')
-    arrays = _read_safetensors(file) if Path(file).suffix == SAFETENSORS else _read_torch(file)
-    return {name.removeprefix('module.'): array for name, array in arrays.items()}
+
+    kind: str
+    name: str
+    path: str
+    text: str
+    near: str = ''
+
+    def __str__(self) -> str:
+        return f'{self.kind}: {self.text}{f" (did you mean {self.near}?)" if self.near else ""}'
 
 
-def _read_torch(file: str | Path) -> dict[str, np.ndarray]:
-    try:
-        import torch
-    except ImportError as error:
-        raise UserError(
-            f'{file} is a PyTorch file, and reading it needs PyTorch, which is not installed here. Install it (pip '
-            'install torch), take a .safetensors file or a partner from a workdir (--config.partner.workdir=DIR).'
-        ) from error
-    try:
-        loaded = torch.load(file, map_location='cpu', weights_only=True)
-    except Exception as error:  # torch raises many kinds for a file that is damaged or holds more than weights
-        raise UserError(f'{file} could not be read as PyTorch weights: {error}') from error
-    for key in INNER_KEYS:
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-            loaded = loaded[key]
-    if not isinstance(loaded, Mapping) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
-        raise UserError(
-            f'{file} holds no state_dict: expected names and tensors, or a dict with them as '
-            f'{" or ".join(map(repr, INNER_KEYS))}.'
-        )
-    return {str(name): value.float().numpy() for name, value in loaded.items()}
+class WeightsMismatch(UserError):
+    """PyTorch weights that do not fit a network; the message shows the first few differences of each kind.
+
+    Attributes:
+        differences: all of them.
+    """
+
+    def __init__(self, differences: Sequence[Difference]):
+        self.differences = tuple(differences)
+        kinds: dict[str, list[Difference]] = {}
+        for one in self.differences:
+            kinds.setdefault(one.kind, []).append(one)
+        counts = ', '.join(f'{len(group)} {kind}' for kind, group in kinds.items())
+        lines = [f'The PyTorch weights do not fit the network ({len(self.differences)} differences: {counts}):']
+        for kind, group in kinds.items():
+            lines += [str(one) for one in group[:SHOWN]]
+            lines += [f'{kind}: and {len(group) - SHOWN} more'] if len(group) > SHOWN else []
+        super().__init__('\n  '.join(lines))
+
+    def report(self) -> str:
+        """Returns all differences, a line each."""
+        return ''.join(f'{one}\n' for one in self.differences)
 
 
-def _read_safetensors(file: str | Path) -> dict[str, np.ndarray]:
-    try:
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
-    except ImportError as error:
-        raise UserError(
-            f'{file} is a safetensors file, and reading it needs a package that is not installed here. '
-            'Install it (pip install safetensors).'
-        ) from error
-    try:
-        # It knows bfloat16 through ml_dtypes, which JAX depends on: no PyTorch is needed.
-        return {name: np.asarray(array, np.float32) for name, array in load_file(file).items()}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f'{file} could not be read as safetensors: {error}') from error
-
-
-def import_state_dict(arrays: Mapping[str, np.ndarray], rules: Sequence[Rule], template: Any) -> dict[str, Any]:
+def import_state_dict(
+    arrays: Mapping[str, np.ndarray], rules: Sequence[Rule], template: Any, *, without: Collection[str] = ()
+) -> dict[str, Any]:
     """Returns variables with the values of a PyTorch `state_dict`.
 
     Kernels are transposed from PyTorch's layout (output, input, height, width) to Linen's (height, width, input,
-    output), dense weights from (output, input) to (input, output). Counters (`num_batches_tracked`) are left out.
+    output), dense weights from (output, input) to (input, output). Prefixes of wrappers are taken off, see
+    `torch_names.find_prefix`. Counters are left out.
 
     Args:
         arrays: PyTorch name to array.
         rules: the family's name rules, from `NAME_RULES`.
         template: the network's variables, or their shapes; the result has its structure.
+        without: paths such as 'params/head/dense/kernel' that are left out, of the result too.
 
     Raises:
-        UserError: if names are missing or unexpected, shapes differ or values are not finite; all of them are listed.
+        WeightsMismatch: if names are missing or unexpected, shapes differ, or values cannot be: not of floating point,
+            not finite, negative variances.
     """
-    # Compiled once: a family has more patterns than `re` remembers.
-    compiled = [(re.compile(pattern), (paths,) if isinstance(paths, str) else paths) for pattern, paths in rules]
-    wanted: Any = traverse_util.flatten_dict(template, sep='/')
+    translation = Translation.of(rules)
+    prefix = find_prefix(arrays, translation)
+    shapes: Any = traverse_util.flatten_dict(template, sep='/')
+    wanted = {path: shape.shape for path, shape in shapes.items() if path not in without}
     values: dict[str, np.ndarray] = {}
-    problems = []
-    for name, array in arrays.items():
-        if name.endswith(COUNTER):
+    differences: list[Difference] = []
+    for name, array in ((name.removeprefix(prefix), array) for name, array in arrays.items()):
+        if is_counter(name):
             continue
-        paths = _translate(name, compiled)
-        if not paths or any(path not in wanted for path in paths):
-            problems.append(f'unexpected: {name} {array.shape}')
+        paths = translation.paths(name)
+        if not paths or any(path not in shapes for path in paths):
+            differences.append(Difference('unexpected', name, '', f'{name} {array.shape}'))
             continue
-        if not np.all(np.isfinite(array)):
-            problems.append(f'not finite: {name}')
         for path, part in zip(paths, _split(array, len(paths)), strict=True):
+            if path in without:
+                continue
             value = _to_linen(path, part)
+            differences += _check(name, path, value, wanted[path])
             if path in values:
-                problems.append(f'twice: {name} gives {path}, and so does another')
-            elif value.shape != wanted[path].shape:
-                problems.append(f'misshapen: {name} gives {path} {value.shape}, the network has {wanted[path].shape}')
-            values[path] = np.asarray(value, np.float32)
-    problems += [f'missing: {path} {wanted[path].shape}' for path in wanted if path not in values]
-    if problems:
-        listed = '\n  '.join(problems)
-        raise UserError(f'The PyTorch weights do not fit the network ({len(problems)} differences):\n  {listed}')
+                differences.append(Difference('twice', name, path, f'{name} gives {path}, and so does another'))
+            values[path] = value
+    absent = [path for path in wanted if path not in values]
+    differences += [Difference('missing', '', path, f'{path} {wanted[path]}') for path in absent]
+    if differences:
+        raise WeightsMismatch(_with_near_names(differences, translation.names(absent)))
     # A collection without a leaf, as a transformer's batch_stats, has no path.
     empty = {collection: {} for collection in template}
-    return {**empty, **traverse_util.unflatten_dict({path: values[path] for path in wanted}, sep='/')}
+    converted = {path: np.asarray(values[path], np.float32) for path in wanted}
+    return {**empty, **traverse_util.unflatten_dict(converted, sep='/')}
+
+
+def _check(name: str, path: str, value: np.ndarray, shape: tuple[int, ...]) -> list[Difference]:
+    """What is wrong with a value, by itself and for the variable at a path."""
+    differences = []
+    if value.shape != shape:
+        text = f'{name} gives {path} {value.shape}, the network has {shape}'
+        differences.append(Difference('misshapen', name, path, text))
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        text = f'{name} is {value.dtype}; if these are codes of quantized weights, dequantize them before saving'
+        return [*differences, Difference('not floating point', name, path, text)]
+    if not np.all(np.isfinite(value)):
+        text = f'{name} has {np.sum(~np.isfinite(value))} NaN or infinite of {value.size} values'
+        differences.append(Difference('not finite', name, path, text))
+    if _is_variance(path) and np.any(value < 0):
+        text = f'{name} is a variance, and its smallest value {np.nanmin(value):g}'
+        differences.append(Difference('negative', name, path, text))
+    return differences
+
+
+def _is_variance(path: str) -> bool:
+    """Whether the variable at a path is the variance of a batch norm."""
+    return path.startswith('batch_stats/') and path.endswith('/var')
+
+
+def _with_near_names(differences: Sequence[Difference], possible: Sequence[str]) -> list[Difference]:
+    """The differences with names that are like unexpected ones; of the first few alone, as comparing takes long."""
+    result, left = [], SHOWN
+    for one in differences:
+        if one.kind == 'unexpected' and left:
+            near = difflib.get_close_matches(one.name, possible, n=1, cutoff=NEAR)
+            one, left = dataclasses.replace(one, near=near[0] if near else ''), left - 1
+        result.append(one)
+    return result
 
 
 def _split(array: np.ndarray, number: int) -> list[np.ndarray]:
@@ -127,16 +159,3 @@ def _to_linen(path: str, array: np.ndarray) -> np.ndarray:
     if not path.endswith('/kernel'):
         return array
     return array.transpose((2, 3, 1, 0) if array.ndim == 4 else tuple(reversed(range(array.ndim))))
-
-
-def _translate(name: str, rules: Sequence[tuple[re.Pattern, tuple[str, ...]]]) -> tuple[str, ...]:
-    """Our paths for a PyTorch name; none if no rule knows it."""
-    for pattern, paths in rules:
-        match = pattern.fullmatch(name)
-        if match:
-            return tuple(_expand(path, match) for path in paths)
-    return ()
-
-
-def _expand(path: str, match: re.Match) -> str:
-    return match.expand(re.sub(r'\{\\(\d)\+1\}', lambda one: str(int(match[int(one[1])]) + 1), path))

@@ -118,7 +118,8 @@ class _Execution:
             config.sweep = None
             folder = self.workdir / setting
             config.partner.workdir = str(self._prepare_partner(config, folder))
-            config.partner.torch_file = None
+            config.partner.torch_file = config.partner.torch_key = None
+            config.partner.new_head = False
             entries[setting] = {}
             for method, changes in self.sweep.methods.items():
                 entry = self._run_method(override(config, changes), folder / method)

@@ -3,6 +3,14 @@
 Each function gives PyTorch name to our path, or to several paths for an array that holds several of ours.
 """
 
+import functools
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from bqat_jax.networks.registry import make_network
+
 BATCH_NORM = {
     'weight': 'params/{}/scale',
     'bias': 'params/{}/bias',
@@ -33,6 +41,21 @@ def torchvision_resnet(sizes, convs):
             if block == 0 and (stage > 1 or convs == 3):
                 layers[f'{theirs}.downsample.0'] = CONV, f'{ours}/shortcut_conv'
                 layers[f'{theirs}.downsample.1'] = BATCH_NORM, f'{ours}/shortcut_norm'
+    return expand(layers)
+
+
+def akamaster_resnet(size):
+    """Of depth 6 * size + 2, with option-B shortcuts."""
+    layers = {'conv1': (CONV, 'stem/conv'), 'bn1': (BATCH_NORM, 'stem/norm'), 'linear': (DENSE, 'head/dense')}
+    for stage in (1, 2, 3):
+        for block in range(size):
+            theirs, ours = f'layer{stage}.{block}', f'stage{stage}_block{block + 1}'
+            for number in (1, 2):
+                layers[f'{theirs}.conv{number}'] = CONV, f'{ours}/conv{number}'
+                layers[f'{theirs}.bn{number}'] = BATCH_NORM, f'{ours}/norm{number}'
+            if block == 0 and stage > 1:
+                layers[f'{theirs}.shortcut.0'] = CONV, f'{ours}/shortcut_conv'
+                layers[f'{theirs}.shortcut.1'] = BATCH_NORM, f'{ours}/shortcut_norm'
     return expand(layers)
 
 
@@ -157,3 +180,55 @@ def vgg_small():
         layers[f'features.{index}'] = CONV, f'{ours}/conv'
         layers[f'features.{index + 1}'] = BATCH_NORM, f'{ours}/norm'
     return expand(layers)
+
+
+# Name of a network, its options and the names of a library's file.
+PUBLISHED = {
+    'akamaster_resnet20': ('cifar_resnet', {'depth': 20, 'width': 2, 'shortcut': 'B'}, akamaster_resnet(3)),
+    'torchvision_resnet18': ('resnet', {'depth': 18, 'width': 2}, torchvision_resnet((2, 2, 2, 2), 2)),
+    'torchvision_resnet34': ('resnet', {'depth': 34, 'width': 2}, torchvision_resnet((3, 4, 6, 3), 2)),
+    'torchvision_resnet50': ('resnet', {'depth': 50, 'width': 2}, torchvision_resnet((3, 4, 6, 3), 3)),
+    'torchvision_resnet101': ('resnet', {'depth': 101, 'width': 2}, torchvision_resnet((3, 4, 23, 3), 3)),
+    'torchvision_mobilenet_v2': ('mobilenet_v2', {}, torchvision_mobilenet_v2()),
+    'timm_mobilenet_v2': ('mobilenet_v2', {}, timm_mobilenet_v2()),
+    'timm_vit': ('vit', {}, timm_vit()),
+    'torchvision_vit': ('vit', {}, torchvision_vit()),
+    'old_torchvision_vit': ('vit', {}, torchvision_vit(('linear_1', 'linear_2'))),
+    'hugging_face_vit_file': ('vit', {}, hugging_face_vit_file()),
+    'vgg_small': ('vgg_small', {'width': 2}, vgg_small()),
+}
+
+
+@functools.cache
+def template_of(name, options=()):
+    """The shapes of a network's variables; its options are pairs."""
+    network = make_network(name, 10, 'stage', dict(options))
+    return jax.eval_shape(lambda: network.init(jax.random.key(0), (32, 32, 3)))
+
+
+def draw_variables(template):
+    """Random values for every variable, variances positive."""
+    generator = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        values = generator.normal(size=leaf.shape).astype(np.float32)
+        return np.abs(values) if path[-1].key == 'var' else values
+
+    return jax.tree_util.tree_map_with_path(draw, template)
+
+
+def to_torch(path, array):
+    """An array in PyTorch's layout."""
+    if not path.endswith('/kernel'):
+        return array
+    return np.ascontiguousarray(array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T)
+
+
+def exported(names, variables):
+    """The arrays of our variables under PyTorch's names."""
+    flat = traverse_util.flatten_dict(variables, sep='/')
+    arrays = {}
+    for torch_name, paths in names.items():
+        parts = [to_torch(path, flat[path]) for path in ([paths] if isinstance(paths, str) else paths)]
+        arrays[torch_name] = np.concatenate(parts) if len(parts) > 1 else parts[0]
+    return arrays

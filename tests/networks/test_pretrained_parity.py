@@ -92,7 +92,7 @@ def our_network(case):
 
 def imported(case, file):
     _, template = our_network(case)
-    return import_state_dict(read_state_dict(file), NAME_RULES[CASES[case][1]], template)
+    return import_state_dict(read_state_dict(file).arrays, NAME_RULES[CASES[case][1]], template)
 
 
 def our_output(case, variables, images, train):

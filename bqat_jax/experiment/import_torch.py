@@ -1,0 +1,91 @@
+"""The partner's variables from a file of PyTorch weights, and what is told if they do not fit."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import traverse_util
+
+from bqat_jax.distributed.processes import is_first
+from bqat_jax.errors import UserError
+from bqat_jax.experiment.experiment import Experiment
+from bqat_jax.networks import make_network
+from bqat_jax.networks.torch_names import Translation, find_prefix
+from bqat_jax.networks.torch_weights import NAME_RULES, WeightsMismatch, import_state_dict, read_state_dict
+from bqat_jax.storage import write_text
+
+# In a workdir: all in which the last file did not fit.
+REPORT = 'partner_import.txt'
+
+
+def import_torch(experiment: Experiment) -> tuple[dict[str, Any], str]:
+    """Returns the variables that `partner.torch_file` gives, and what they were taken from.
+
+    With `partner.new_head` the classifier's variables are left out.
+
+    Raises:
+        UserError: if the file cannot be read, or does not fit the network; all differences are then in `REPORT`.
+    """
+    source = experiment.partner_source
+    file, name = source.torch_file, source.network_name
+    assert file is not None
+    if name not in NAME_RULES:
+        raise UserError(
+            f'partner.torch_file={file!r}: the names that PyTorch gives to the parameters of the network '
+            f'{name!r} are not known, only those of {", ".join(NAME_RULES)}. Train the partner here, or add '
+            'rules to bqat_jax.networks.name_rules.NAME_RULES in a plugin.'
+        )
+    rules, read = NAME_RULES[name], read_state_dict(file, source.torch_key)
+    without = find_classifier(experiment) if source.new_head else ()
+    try:
+        variables = import_state_dict(read.arrays, rules, experiment.shapes, without=without)
+    except WeightsMismatch as error:
+        raise _reported(experiment, file, error) from error
+    if is_first():
+        (experiment.workdir / REPORT).unlink(missing_ok=True)
+    prefix = find_prefix(read.arrays, Translation.of(rules))
+    taken_off = f', names without {prefix!r}' if prefix else ''
+    return variables, f'PyTorch file {Path(file).name}{read.describe()}{taken_off}'
+
+
+def with_new_classifier(experiment: Experiment, fresh: dict[str, Any]) -> dict[str, Any]:
+    """Returns fresh variables in which all but the classifier's come from `partner.torch_file`.
+
+    Raises:
+        UserError: as `import_torch`.
+    """
+    variables, source = import_torch(experiment)
+    experiment.console.print(f'The partner starts from {source}, with a new head.')
+    taken = traverse_util.flatten_dict(experiment.placement.put(variables), sep='/')
+    both = {**traverse_util.flatten_dict(fresh, sep='/'), **taken}
+    return {**{collection: {} for collection in fresh}, **traverse_util.unflatten_dict(both, sep='/')}
+
+
+def find_classifier(experiment: Experiment) -> frozenset[str]:
+    """Returns the paths of the variables whose shapes depend on the number of classes.
+
+    These are found by a network for one class more.
+    """
+    source, num_classes = experiment.partner_source, experiment.data.images.num_classes
+    cut = experiment.config['replacement']['cut']
+    other = make_network(source.network_name, num_classes + 1, cut, source.network_options)
+    shapes: Any = jax.eval_shape(lambda: other.init(jax.random.key(0), experiment.image_shape))
+    theirs: Any = traverse_util.flatten_dict(shapes, sep='/')
+    ours: Any = traverse_util.flatten_dict(experiment.shapes, sep='/')
+    return frozenset(path for path, leaf in ours.items() if path not in theirs or leaf.shape != theirs[path].shape)
+
+
+def _reported(experiment: Experiment, file: str, error: WeightsMismatch) -> UserError:
+    """Writes the whole list; returns the error with what can be done."""
+    path = experiment.workdir / REPORT
+    if is_first():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, f'partner.torch_file={file!r}\n{error.report()}')
+    remedy = 'Check that the keys config.network describe the network of the file.'
+    kinds, paths = {one.kind for one in error.differences}, {one.path for one in error.differences}
+    if kinds <= {'misshapen', 'missing'} and paths <= find_classifier(experiment):
+        remedy = (
+            'Only the head differs, as that of a network for another number of classes does. Give '
+            '--config.partner.new_head=true to take all but the head, and to train the partner from there.'
+        )
+    return UserError(f'partner.torch_file={file!r}: {error}\n{remedy} The whole list is in {path}.')
