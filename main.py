@@ -38,8 +38,10 @@ def define_flags(argv: list[str]) -> CommandLine:
     return given
 
 
-def main(given: CommandLine) -> None:
+def main(argv: list[str], given: CommandLine) -> None:
     """Dispatches on --mode."""
+    if len(argv) > 1:
+        raise UserError(f'{" ".join(argv[1:])!r} is not understood; write flags as --name=value.')
     config, mode, name = flags.FLAGS.config, flags.FLAGS.mode, given.recipe.stem
     unset(config, given.unset)
     initialize(config.distributed)
@@ -94,7 +96,7 @@ def run() -> None:
     ours.addHandler(logging.StreamHandler())
     try:
         given = define_flags(sys.argv)
-        app.run(lambda argv: main(given), argv=given.argv, flags_parser=flags.FLAGS)
+        app.run(lambda argv: main(argv, given), argv=given.argv, flags_parser=flags.FLAGS)
     except Stopped as stopped:
         print(stopped)
     except Exception as error:

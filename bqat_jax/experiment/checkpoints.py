@@ -254,6 +254,9 @@ class Checkpoints:
         read, sealed = items.state, items.facts
         if zlib.crc32(sealed['text'].encode()) != sealed['crc32']:
             raise _Damaged('its facts are not what was written: their checksum does not match')
+        described = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(target)]
+        if described != [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(read['state'])]:
+            raise _Damaged('what its files say of shapes and dtypes is missing or changed')
         if not np.array_equal(digest(read['state']), read['digest']):
             raise _Damaged('its arrays are not what was written: their checksum does not match')
         return Restored(step, read['state'], json.loads(sealed['text']))
@@ -261,6 +264,8 @@ class Checkpoints:
     def _check_arrays(self, step: int, target: Any) -> None:
         """Raises _Different if a checkpoint has other arrays than the target."""
         metadata: Any = self._manager.item_metadata(step)
+        if metadata['state'] is None:
+            raise _Damaged('what its files say of its arrays is missing or changed')
         stored = arrays_of(metadata['state'].tree['state'])
         wanted = arrays_of(target)
         differences = [f'{path}: it has none' for path in wanted if path not in stored]

@@ -24,7 +24,6 @@ NUMERICS = (
     'jax_default_prng_impl',
     'jax_default_matmul_precision',
     'jax_threefry_partitionable',
-    'jax_default_dtype_bits',
 )
 # What may differ between the processes of a run: which one it is, and where things lie on its machine.
 OF_ONE_PROCESS = ('distributed', 'compilation_cache', 'data.dir', 'data.workers', 'plugins')

@@ -195,7 +195,9 @@ KEYS: tuple[Key, ...] = (
     Key('partner.epochs', 10.0, 'the same in epochs', NUMBER),
     Key('partner.torch_file', Unset(str), 'PyTorch or safetensors file to take the partner from'),
     Key(
-        'partner.torch_key', Unset(str), 'entry of that file that holds the weights, such as `state.ema`; unset: found'
+        'partner.torch_key',
+        Unset(str),
+        'entry of that file that holds the weights, such as `state.ema`; unset: found',
     ),
     Key('partner.new_head', False, 'take all but the classifier from that file, and train the partner from there'),
     Key('partner.workdir', Unset(str), 'workdir of another run to take the partner from'),

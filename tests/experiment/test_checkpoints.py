@@ -1,6 +1,8 @@
 import gc
 import logging
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,9 @@ import numpy as np
 import pytest
 
 from bqat_jax.errors import UserError
-from bqat_jax.experiment.checkpoints import Checkpoints, digest
+from bqat_jax.experiment.checkpoints import Checkpoints
+from bqat_jax.experiment.integrity import digest
+from tests.conftest import ROOT
 
 # When Orbax gives up on a damaged file it leaves coroutines behind that complain as they are collected.
 pytestmark = [
@@ -199,3 +203,106 @@ def test_every_bit_enters_the_digest(name):
             view = changed.view(f'uint{8 * raw.dtype.itemsize}')
             view[position] ^= view.dtype.type(1 << int(rng.integers(8 * raw.dtype.itemsize)))
         assert not np.array_equal(digest([jnp.asarray(changed.reshape(raw.shape))]), before)
+
+
+def test_a_selected_checkpoint_that_is_damaged_is_an_error_and_no_other_is_taken(tmp_path):
+    options = {'keep': 2, 'has_scores': True}
+    with Checkpoints(tmp_path / 'c', **options) as checkpoints:
+        for step, score in ((1, 0.5), (2, 0.9), (3, 0.1)):
+            checkpoints.save(step, numbered(step), {}, score)
+    for file in files_of(tmp_path / 'c' / '2' / 'state' / 'd'):
+        damage(file, 'cut')
+    with Checkpoints(tmp_path / 'c', **options) as checkpoints:
+        with pytest.raises(
+            UserError, match=r'step 2 in .*, which is selected, is damaged: a file of it is missing, cut'
+        ):
+            checkpoints.restore_selected(target())
+        assert checkpoints.restore_latest(target()).step == 3
+    assert (tmp_path / 'c' / '2').is_dir()
+
+
+def test_other_arrays_are_told_by_name_and_not_called_damaged(tmp_path):
+    fill(tmp_path / 'c', [1, 2], keep=2)
+    other = target({**STATE, 'half': jnp.zeros(7, jnp.bfloat16), 'more': jnp.float32(0)})
+    del other['mask']
+    with Checkpoints(tmp_path / 'c', keep=2) as checkpoints:
+        for restore in (checkpoints.restore_latest, checkpoints.restore_selected):
+            with pytest.raises(UserError) as error:
+                restore(other)
+            message = str(error.value)
+            assert 'do not fit this config' in message and 'damaged' not in message
+            for part in ('more: it has none', 'mask: the config has none', r'half: bfloat16[6] there, bfloat16[7]'):
+                assert part in message
+        assert checkpoints.restore_latest(target()).step == 2
+    assert not (tmp_path / 'damaged').exists()
+
+
+def test_another_kind_of_random_key_is_told(tmp_path):
+    fill(tmp_path / 'c', [1])
+    other = target({**STATE, 'key': jax.random.key(5, impl='rbg')})
+    with (
+        Checkpoints(tmp_path / 'c') as checkpoints,
+        pytest.raises(UserError, match=r'key: uint32\[2\] there, uint32\[4\]'),
+    ):
+        checkpoints.restore_latest(other)
+
+
+def test_a_checkpoint_that_another_process_took_away_gives_its_place_to_the_next(tmp_path):
+    fill(tmp_path / 'c', [1, 2], keep=2)
+    with Checkpoints(tmp_path / 'c', keep=2, read_only=True) as checkpoints:
+        shutil.rmtree(tmp_path / 'c' / '2')
+        assert checkpoints.restore_selected(target()).step == 1
+
+
+def test_checkpoints_that_are_all_taken_away_are_told(tmp_path, monkeypatch):
+    fill(tmp_path / 'c', [1])
+    with Checkpoints(tmp_path / 'c', read_only=True) as checkpoints:
+        shutil.rmtree(tmp_path / 'c' / '1')
+        monkeypatch.setattr(checkpoints._manager, 'reload', lambda: None)
+        with pytest.raises(UserError, match='Training is under way'):
+            checkpoints.restore_selected(target())
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_moved(tmp_path, monkeypatch):
+    fill(tmp_path / 'c', [1, 2], keep=2)
+    with Checkpoints(tmp_path / 'c', keep=2) as checkpoints:
+
+        def refuse(*args, **kwargs):
+            raise ValueError('PERMISSION_DENIED: Error opening "zarr" driver')
+
+        monkeypatch.setattr(checkpoints._manager, 'restore', refuse)
+        with pytest.raises(UserError, match=r'may not be read.*Nothing was moved'):
+            checkpoints.restore_latest(target())
+    assert not (tmp_path / 'damaged').exists()
+
+
+def test_what_cannot_be_read_back_is_told_at_once(tmp_path):
+    with Checkpoints(tmp_path / 'c') as checkpoints:
+        checkpoints.save(0, STATE, {})
+        checkpoints.check_readable(0, target())
+        for file in files_of(tmp_path / 'c' / '0' / 'state'):
+            damage(file, 'zero')
+        with pytest.raises(UserError, match=r'was saved to .*, and cannot be read back'):
+            checkpoints.check_readable(0, target())
+
+
+def test_a_cut_file_makes_one_line_of_complaint(tmp_path):
+    """The libraries' own complaints, of hundreds of lines, go to standard error as their coroutines are collected."""
+    fill(tmp_path / 'c', [1, 2], keep=2)
+    for file in files_of(tmp_path / 'c' / '2' / 'state'):
+        damage(file, 'cut')
+    program = (
+        'import jax, jax.numpy as jnp, logging, sys\n'
+        'from pathlib import Path\n'
+        'from bqat_jax.experiment.checkpoints import Checkpoints\n'
+        'from tests.experiment.test_checkpoints import target\n'
+        'logging.basicConfig(level=logging.WARNING)\n'
+        'with Checkpoints(Path(sys.argv[1]), keep=2) as checkpoints:\n'
+        '    assert checkpoints.restore_latest(target()).step == 1\n'
+    )
+    process = subprocess.run(
+        [sys.executable, '-c', program, str(tmp_path / 'c')], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    ours = [line for line in process.stderr.splitlines() if 'bqat_jax' in line]
+    assert len(ours) == 1 and 'is skipped: a file of it is missing, cut or changed' in ours[0]
+    assert len(process.stderr.splitlines()) <= 3, process.stderr
