@@ -110,7 +110,7 @@ def check_agreement(facts: Mapping[str, Any]) -> None:
     if np.all(everyone == everyone[0]):
         return
     texts = _gather_bytes(text)
-    differences = _differences([json.loads(one) for one in texts])
+    differences = differences_between([json.loads(one) for one in texts])
     listed = '\n  '.join(differences[:SHOWN])
     more = f'\n  and {len(differences) - SHOWN} more' if len(differences) > SHOWN else ''
     raise UserError(
@@ -127,8 +127,8 @@ def _gather_bytes(own: bytes) -> list[bytes]:
     return [row[:length].tobytes() for row, length in zip(everyone, lengths.tolist(), strict=True)]
 
 
-def _differences(facts: list[dict[str, Any]]) -> list[str]:
-    """The facts that differ, each as 'name: 1 in processes 0, 2; 5 in process 1'."""
+def differences_between(facts: list[dict[str, Any]]) -> list[str]:
+    """Returns the facts that differ between processes, each as 'name: 1 in processes 0, 2; 5 in process 1'."""
     listed = []
     for name in sorted(set[str]().union(*facts)):
         by_value: dict[str, list[str]] = {}

@@ -11,11 +11,12 @@ import time
 import numpy as np
 import pytest
 
-from bqat_jax.distributed.processes import initialize
+from bqat_jax.distributed.processes import differences_between, initialize
 from bqat_jax.errors import UserError
 from tests.conftest import ONE_DEVICE, ROOT
 
 STEPS = 12
+SLOW = pytest.mark.slow
 FLAGS = (
     '--config.network.width=4',
     '--config.data.on_device=false',
@@ -34,7 +35,7 @@ FLAGS = (
 
 @pytest.fixture(scope='module')
 def start(digits_dir, tmp_path_factory):
-    """Starts main.py in `count` processes that share `devices` devices, and returns them."""
+    """Starts main.py in `count` processes that share `devices` devices, and returns them; {number} is the process's."""
     cache = str(tmp_path_factory.mktemp('cache'))
     started = []
 
@@ -47,12 +48,16 @@ def start(digits_dir, tmp_path_factory):
         processes = []
         for number in range(count):
             distributed = [f'--config.distributed=127.0.0.1:{port},{count},{number}'] if count > 1 else []
-            own = str(workdir).format(number=number)
+            own, flags_of_all = str(workdir).format(number=number), [flag.format(number=number) for flag in more]
             command = [sys.executable, 'main.py', f'--workdir={own}', f'--config.data.dir={digits_dir}']
             with (workdir.parent / f'{workdir.name}.{count}.{number}.log').open('w') as log:
                 processes.append(
                     subprocess.Popen(
-                        [*command, *FLAGS, *distributed, *more], cwd=ROOT, env=environment, stdout=log, stderr=log
+                        [*command, *FLAGS, *distributed, *flags_of_all],
+                        cwd=ROOT,
+                        env=environment,
+                        stdout=log,
+                        stderr=log,
                     )
                 )
         started.extend(processes)
@@ -152,6 +157,41 @@ def test_a_run_goes_on_with_fewer_processes_after_a_kill_and_after_sigterm(start
 
     assert 'goes on after step' in finish(start(workdir, 1, '--config.mesh.fsdp=2'), workdir)
     assert_same_run(workdir, alone)
+
+
+@pytest.mark.parametrize(
+    ('flags', 'differences'),
+    [
+        (
+            ('--config.optimizer.learning_rate=0.0{number}1', '--config.seed={number}'),
+            ('optimizer.learning_rate: 0.001 in process 0; 0.011 in process 1', 'seed: 0 in process 0; 1 in process 1'),
+        ),
+        pytest.param(('--config.plugins={{folder}}/{number}/mine.py',), ('text of the plugin mine.py',), marks=SLOW),
+        pytest.param(('--config.network.name=resnet{number}',), ('network.name: "resnet0"',), marks=SLOW),
+    ],
+    ids=['config', 'plugin', 'network'],
+)
+def test_processes_that_do_not_agree_are_told_before_anything_is_computed(start, tmp_path, flags, differences):
+    for number in range(2):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / 'mine.py').write_text(f'x = {number}')
+    flags = [flag.replace('{{folder}}', str(tmp_path)) for flag in flags]
+    for number, process in enumerate(start(tmp_path / 'run', 2, *flags)):
+        assert process.wait(200) == 1
+        log = (tmp_path / f'run.2.{number}.log').read_text()
+        assert 'The processes of this run do not agree' in log and 'Traceback' not in log
+        for difference in differences:
+            assert difference in log
+    assert not (tmp_path / 'run').exists()
+
+
+def test_differences_are_told_by_name_and_process():
+    facts = [{'a': 1, 'b': 2}, {'a': 1, 'b': 3}, {'a': 1, 'b': 2, 'c': [4]}]
+    assert differences_between(facts) == [
+        'b: 2 in processes 0, 2; 3 in process 1',
+        'c: absent in processes 0, 1; [4] in process 2',
+    ]
+    assert differences_between([facts[0], facts[0]]) == []
 
 
 @pytest.mark.slow

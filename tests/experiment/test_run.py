@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import jax
@@ -11,10 +12,12 @@ import pytest
 
 from bqat_jax.distributed.preemption import Stopped
 from bqat_jax.errors import UserError
+from bqat_jax.experiment import reading as experiment_reading
 from bqat_jax.experiment import run_phase
 from bqat_jax.experiment.checkpoints import Checkpoints
 from bqat_jax.experiment.run import diagnose_run, evaluate_run, import_partner, summarize_network, train
-from bqat_jax.storage import read_json
+from bqat_jax.storage import read_json, write_json
+from bqat_jax.training.evaluation import Evaluation
 from tests.conftest import ROOT
 from tests.experiment.test_configuration import load_recipe
 
@@ -158,6 +161,66 @@ def test_a_loss_that_is_not_finite_stops_the_run(config, finished, tmp_path):
     assert [path.name for path in (tmp_path / 'run' / 'checkpoints').iterdir()] == ['0']
 
 
+def test_parameters_that_are_not_finite_are_no_good_checkpoint(config, finished, tmp_path):
+    """The loss of the only step is finite, and its update is not."""
+    config.partner.workdir = str(finished[1])
+    config.optimizer.learning_rate, config.train.steps = 1e38, 1
+    with pytest.raises(UserError, match=r'a parameter became NaN or infinite in step 1 .* is that of step 0'):
+        train(config, tmp_path / 'run', name='digits')
+    assert not (tmp_path / 'run' / 'result.json').exists()
+
+
+def test_images_that_overflow_the_network_count_as_wrong_and_are_told(finished, config, tmp_path, monkeypatch):
+    """What a checkpoint of finite parameters can still do in bfloat16, or after statistics were estimated anew."""
+    _, workdir, _ = finished
+    monkeypatch.setattr(experiment_reading, 'evaluate', lambda step, batches: (Evaluation(0.5, 360, 7),))
+    result = evaluate_run(config, workdir)
+    assert result['logits_not_finite'] == 14  # of the network and of its partner
+
+
+def test_a_network_starts_from_that_of_another_run_with_other_bits(finished, config, tmp_path):
+    _, workdir, result = finished
+    config.init.workdir = str(workdir)
+    config.quant.weights.bits = 4
+    config.train.steps = 0
+    started = train(config, tmp_path / 'other bits', name='digits')
+    assert started['init'] == str(workdir) and started['partner'] == f'workdir {workdir}'
+    config.quant.weights.bits, config.init.quantizers = 2, 'keep'
+    kept = train(config, tmp_path / 'kept', name='digits')
+    assert kept['top1'] == result['top1'] and kept['checkpoint_step'] == 0
+    config.quant.weights.bits = 3
+    with pytest.raises(UserError, match=r"init.quantizers='keep'.*conv1.weights.bits: 2 -> 3"):
+        train(config, tmp_path / 'refused', name='digits')
+
+
+def test_what_a_network_can_not_start_from_is_told(finished, config, tmp_path):
+    config.partner.workdir = str(finished[1])
+    config.init.workdir = str(tmp_path / 'absent')
+    with pytest.raises(UserError, match='absent holds no run'):
+        train(config, tmp_path / 'run', name='digits')
+    config.init.quantizers = 'kept'
+    with pytest.raises(UserError, match=r"init.quantizers='kept': it must be 'calibrate' or 'keep'"):
+        train(config, tmp_path / 'other', name='digits')
+
+
+def test_a_workdir_from_before_a_key_came_is_resumed(finished, config, tmp_path):
+    _, workdir, result = finished
+    shutil.copytree(workdir, tmp_path / 'run')
+    known = read_json(tmp_path / 'run' / 'config.json')
+    del known['init'], known['quant']['reestimation_batches']
+    write_json(tmp_path / 'run' / 'config.json', known)
+    assert train(config, tmp_path / 'run', name='digits') == result
+
+
+def test_a_workdir_of_an_older_version_is_refused_by_its_version(finished, config, tmp_path):
+    shutil.copytree(finished[1], tmp_path / 'run')
+    environment = read_json(tmp_path / 'run' / 'environment.json')
+    environment['versions']['bqat_jax'] = '0.1.0'
+    write_json(tmp_path / 'run' / 'environment.json', environment)
+    with pytest.raises(UserError, match=r'made by bqat_jax 0\.1\.0'):
+        train(config, tmp_path / 'run', name='digits')
+
+
 def test_oscillating_weights_are_dampened_frozen_and_their_statistics_estimated_anew(config, finished, tmp_path):
     config.partner.workdir = str(finished[1])
     config.quant.oscillations.dampening, config.quant.oscillations.freezing = 0.1, True
@@ -259,6 +322,7 @@ def test_an_imported_partner_is_evaluated_and_trained_from(config, finished, tmp
     _, workdir, first = finished
     with pytest.raises(UserError, match='nothing to import'):
         import_partner(config, tmp_path / 'run', name='digits')
+    assert not (tmp_path / 'run').exists()
     config.partner.workdir = str(workdir)
     result = import_partner(config, tmp_path / 'run', name='digits')
     assert result['fp_top1'] == first['fp_top1'] and result['examples_evaluated'] == 360
@@ -308,6 +372,16 @@ def test_a_network_of_the_users_runs_by_its_name(config, tmp_path, registries):
     config.network = ml_collections.ConfigDict({'name': 'mine', 'sise': 8})
     with pytest.raises(UserError, match="Did you mean 'size'"):
         train(config, tmp_path / 'third', name='digits')
+
+
+def test_a_plugin_that_raises_is_named_with_its_line(config, tmp_path, registries):
+    plugin = tmp_path / 'mine.py'
+    plugin.write_text(
+        "import bqat_jax as bq\n@bq.register_plan('broken')\ndef broken(num_blocks):\n    return {}['nothing']\n"
+    )
+    config.plugins, config.replacement.plan = str(plugin), 'broken'
+    with pytest.raises(UserError, match=r"The plugin .*mine\.py, line 4, raised KeyError: 'nothing'"):
+        train(config, tmp_path / 'run', name='digits')
 
 
 def test_there_must_be_something_to_evaluate(config, tmp_path):
