@@ -1,6 +1,7 @@
 """Small files, written so that a reader never sees half of one, and locks."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -10,6 +11,9 @@ from typing import Any
 
 from bqat_jax.distributed.processes import is_first, wait_for_all
 from bqat_jax.errors import UserError
+
+# What flock raises on file systems that have no locks.
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -68,4 +72,25 @@ def locked(directory: Path) -> Iterator[None]:
             raise UserError(
                 f'{directory} is in use by another training process. Wait for it, or take another --workdir.'
             ) from error
+        yield
+
+
+@contextlib.contextmanager
+def wait_for_lock(path: Path) -> Iterator[None]:
+    """Waits for a lock file and holds it; the lock goes with the process, however it ends.
+
+    Where the file system has no locks, nothing is waited for.
+
+    Args:
+        path: of the lock file, which is made if it is not there, and stays.
+
+    Raises:
+        OSError: if the file cannot be made.
+    """
+    with path.open('a') as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
         yield

@@ -70,6 +70,7 @@ def base_config() -> Config:
     config.data = ml_collections.ConfigDict()
     config.data.name = 'digits'  # 'digits' or a TensorFlow Datasets name
     config.data.dir = config_dict.placeholder(str)  # where prepared datasets lie; TensorFlow Datasets' default if unset
+    config.data.train_split = 'train'  # what is trained on: a split, or a slice such as 'train[:80%]'
     config.data.test_split = 'test'  # what is evaluated at the end
     config.data.image_size = config_dict.placeholder(
         int
@@ -79,7 +80,9 @@ def base_config() -> Config:
     config.data.workers = 0  # processes that decode images, when the data is not on the device
     config.data.train_examples = config_dict.placeholder(int)  # so many of the training images, the same in every run
     config.data.validation_fraction = 0.0  # of the training split, held out for choosing the best checkpoint
-    config.data.mean = (0.5,)  # normalisation: (pixel / 255 - mean) / std
+    # What becomes 0 and 1 of float images, such as (-1.0, 1.0); unset: a sample of the training images says it.
+    config.data.value_range = config_dict.placeholder(tuple)
+    config.data.mean = (0.5,)  # normalisation: (pixel / largest pixel - mean) / std
     config.data.std = (0.5,)
     config.data.crop_padding = 0  # random crops after padding by so many pixels
     config.data.flip = False  # random mirroring
