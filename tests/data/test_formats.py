@@ -15,6 +15,7 @@ from bqat_jax.data.crops import Crop
 from bqat_jax.data.examples import ExampleFormat, WrongExample, scale
 from bqat_jax.data.features import check_features
 from bqat_jax.data.pipeline import Split, read_whole
+from bqat_jax.data.preprocessing import Augmentation, Preprocessing
 from bqat_jax.data.sources import SAMPLE, ImageOptions, Subset, load_images
 from bqat_jax.errors import UserError
 from tests.data.made import LABEL, examples, png, prepare, tensor
@@ -262,3 +263,11 @@ def test_floats_are_cropped_with_black_and_other_types_are_refused():
     assert set(np.unique(cropped)) == {0.0, 1.0}
     with pytest.raises(TypeError, match='int32'):
         normalize(jnp.ones((1, 4, 4, 1), jnp.int32), (0.5,), (0.5,))
+
+
+def test_a_batch_of_floats_is_augmented_and_normalised_as_the_same_bytes():
+    preprocessing = Preprocessing((0.4, 0.5, 0.6), (0.2, 0.3, 0.4), Augmentation(1, True, 0.0))
+    labels = jnp.zeros(12, jnp.int32)
+    images = (jnp.asarray(BYTES), jnp.asarray(BYTES, jnp.float32) / 255)
+    bytes_, floats = (preprocessing({'image': one, 'label': labels}, None, jax.random.key(1)).inputs for one in images)
+    np.testing.assert_allclose(bytes_, floats, atol=1e-5)

@@ -1,5 +1,6 @@
 """Names, slices, damaged files, and data sets that prepare themselves: what is wrong is told when they are opened."""
 
+import dataclasses
 import errno
 import fcntl
 import json
@@ -114,6 +115,41 @@ def test_a_directory_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / 'file').write_text('')
     with pytest.raises(UserError, match=r"data.name='digits' cannot be prepared .*can be written .--config\.data\.dir"):
         load_images('digits', str(tmp_path / 'file' / 'below'))
+
+
+def test_a_home_that_cannot_be_written_is_told():
+    code = "from bqat_jax.data.sources import load_images; load_images('digits', None)"
+    environment = {'HOME': '/dev/null', 'PATH': '', 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)}
+    run = subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True, text=True, check=False)
+    last = run.stderr.strip().splitlines()[-1]
+    assert "UserError: data.name='digits' cannot be prepared in /dev/null/" in last
+    assert last.endswith('Give a folder that can be written (--config.data.dir=DIR).')
+
+
+def test_a_directory_that_may_not_be_read_is_told(tmp_path, monkeypatch):
+    def refuse(*_, **options):
+        raise PermissionError(errno.EACCES, 'Permission denied', str(options['data_dir']))
+
+    monkeypatch.setattr(tfds, 'builder', refuse)
+    with pytest.raises(UserError, match=r"data\.name='made' cannot be opened .*PermissionError.*--config\.data\.dir"):
+        load_images('made', str(tmp_path))
+
+
+def test_a_record_that_cannot_be_read_is_named_when_all_are_read(made):
+    """Also where it is one of a run that is read at once."""
+    images = load_images('made', str(made))
+
+    class Spoiled:
+        def __getitems__(self, positions):
+            return [self[position] for position in positions]
+
+        def __getitem__(self, position):
+            if position == 7:
+                raise RuntimeError('Corrupted')
+            return images.train.source[position]
+
+    with pytest.raises(UserError, match=r'^Record 7 of .*made-train.* cannot be read: RuntimeError: Corrupted\. Copy'):
+        read_whole(dataclasses.replace(images.train, source=Spoiled()))
 
 
 def test_a_missing_directory_is_told(tmp_path):
