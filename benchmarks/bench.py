@@ -92,7 +92,7 @@ def make_bench(config: Config, devices: Sequence[Any] | None = None, *, with_arr
         quantization = build_quantization(layers, settings, {path: path.startswith('stem') for path in layers})
         phase = low_precision_phase(experiment, Partner(experiment.shapes, facts), quantization)
         batch = {
-            'image': jax.ShapeDtypeStruct((*axes, *images.image_shape), 'uint8', sharding=sharding),
+            'image': jax.ShapeDtypeStruct((*axes, *images.image_shape), images.dtype, sharding=sharding),
             'label': jax.ShapeDtypeStruct(axes, 'int32', sharding=sharding),
         }
         return _make_bench(experiment, phase, phase.state_shapes, batch)

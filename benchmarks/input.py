@@ -21,7 +21,7 @@ from absl import app, flags
 
 from benchmarks.photographs import Photographs
 from bqat_jax.data.pipeline import Split
-from bqat_jax.data.sources import ImageData, load_images
+from bqat_jax.data.sources import ImageData, ImageOptions, load_images
 
 
 def bare_loop(images: ImageData, count: int) -> float:
@@ -51,7 +51,8 @@ def main(argv: list[str]) -> None:
     directory = Path(tempfile.mkdtemp(prefix='photographs_'))
     try:
         Photographs(data_dir=str(directory)).download_and_prepare(file_format='array_record')
-        images = load_images(Photographs.name, str(directory), 0.0, flags.FLAGS.image_size, 'validation')
+        options = ImageOptions(image_size=flags.FLAGS.image_size, test_split='validation')
+        images = load_images(Photographs.name, str(directory), options)
         variants: dict[str, tuple[int, Callable[[], float]]] = {'bare loop': (1, lambda: bare_loop(images, count))}
         for workers in map(int, flags.FLAGS.workers):
             split = Split(images.train, None, workers, images.crop)

@@ -127,13 +127,22 @@ def locked(directory: Path) -> Iterator[None]:
         yield
 
 
-def is_locked(directory: Path) -> bool:
-    """Returns whether another process holds a directory; False where that cannot be found out."""
-    try:
-        with (directory / LOCK).open('r') as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # no lock file, or a file system without locks
-        return False
-    return False
+@contextlib.contextmanager
+def wait_for_lock(path: Path) -> Iterator[None]:
+    """Waits for a lock file and holds it; the lock goes with the process, however it ends.
+
+    Where the file system has no locks, nothing is waited for.
+
+    Args:
+        path: of the lock file, which is made if it is not there, and stays.
+
+    Raises:
+        OSError: if the file cannot be made.
+    """
+    with path.open('a') as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        yield

@@ -23,7 +23,7 @@ LIBRARY = {
 BELOW = set(LIBRARY)
 PROGRAM = {
     'storage': {'distributed'},
-    'data': {'replacement', 'registry'},
+    'data': {'replacement', 'registry', 'storage'},
     'analysis': BELOW | {'storage'},
     'experiment': BELOW | {'analysis', 'data', 'storage', '__init__'},
     'sweeps': {'experiment', 'distributed', 'registry', 'storage'},

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bqat_jax.errors import UserError
-from bqat_jax.storage import is_locked, locked, place, read_json, write_json, write_text
+from bqat_jax.storage import locked, place, read_json, write_json, write_text
 
 
 def test_what_is_written_is_read_and_nothing_else_is_left(tmp_path):
@@ -75,7 +75,6 @@ def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, cap
     monkeypatch.setattr(fcntl, 'flock', refuse)
     with caplog.at_level(logging.WARNING), locked(tmp_path):
         assert 'has no locks' in caplog.text
-    assert not is_locked(tmp_path)
 
 
 def test_an_error_of_the_disk_is_not_called_a_lock(tmp_path, monkeypatch):

@@ -1,7 +1,23 @@
-"""What happens to images on the device: augmentation in training, and normalisation."""
+"""What happens to images on the device: augmentation in training, and normalisation.
+
+Images are uint8, where the largest pixel is 255, or float32, where it is 1; black is 0 in both.
+"""
 
 import jax
 import jax.numpy as jnp
+
+
+def largest_pixel(images: jax.Array) -> float:
+    """Returns the value of the brightest pixel that images of a dtype can have: 255 of uint8, 1 of float32.
+
+    Raises:
+        TypeError: for another dtype.
+    """
+    if images.dtype == jnp.uint8:
+        return 255.0
+    if images.dtype == jnp.float32:
+        return 1.0
+    raise TypeError(f'Images are {images.dtype}; they must be uint8, from 0 to 255, or float32, from 0 to 1.')
 
 
 def random_crop(key: jax.Array, images: jax.Array, padding: int) -> jax.Array:
@@ -38,7 +54,7 @@ def color_jitter(key: jax.Array, images: jax.Array, strength: float) -> jax.Arra
 
     Args:
         key: random key.
-        images: uint8 (batch, height, width, 1 or 3 channels).
+        images: uint8 or float32 (batch, height, width, 1 or 3 channels).
         strength: 0 changes nothing.
     """
     if strength == 0:
@@ -52,7 +68,7 @@ def adjust_colors(images: jax.Array, brightness: jax.Array, contrast: jax.Array,
     """Returns images with brightness, contrast and saturation multiplied by factors, one after the other.
 
     Args:
-        images: uint8 (batch, height, width, 1 or 3 channels).
+        images: uint8 or float32 (batch, height, width, 1 or 3 channels).
         brightness: (batch, 1, 1, 1), as the two others; 1 changes nothing.
         contrast: see above.
         saturation: see above.
@@ -63,13 +79,14 @@ def adjust_colors(images: jax.Array, brightness: jax.Array, contrast: jax.Array,
         return jnp.sum(x * weights.reshape(1, 1, 1, -1), axis=-1, keepdims=True)
 
     def blend(x, other, factor):
-        return jnp.clip(other + factor * (x - other), 0.0, 255.0)
+        return jnp.clip(other + factor * (x - other), 0.0, largest)
 
+    largest = largest_pixel(images)
     x = images.astype(jnp.float32)
     x = blend(x, jnp.zeros_like(x), brightness)
     x = blend(x, jnp.mean(grey(x), axis=(1, 2), keepdims=True), contrast)
     x = blend(x, grey(x), saturation)
-    return jnp.round(x).astype(images.dtype)
+    return x if images.dtype == jnp.float32 else jnp.round(x).astype(images.dtype)
 
 
 def augment(key: jax.Array, images: jax.Array, *, crop_padding: int, flip: bool, jitter: float = 0.0) -> jax.Array:
@@ -81,7 +98,13 @@ def augment(key: jax.Array, images: jax.Array, *, crop_padding: int, flip: bool,
 
 
 def normalize(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
-    """Maps uint8 images to float32: (value / 255 - mean) / std, channel by channel."""
+    """Maps images to float32: (value / largest pixel - mean) / std, channel by channel.
+
+    Args:
+        images: uint8 or float32 (..., channels).
+        mean: of every channel, in units of the largest pixel.
+        std: of every channel, in the same units.
+    """
     shape = (1,) * (images.ndim - 1) + (len(mean),)
-    scaled = images.astype(jnp.float32) / 255.0
+    scaled = images.astype(jnp.float32) / largest_pixel(images)
     return (scaled - jnp.array(mean, jnp.float32).reshape(shape)) / jnp.array(std, jnp.float32).reshape(shape)

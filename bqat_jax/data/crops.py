@@ -7,6 +7,8 @@ import math
 import numpy as np
 from PIL import Image
 
+from bqat_jax.data.examples import WrongExample
+
 # Szegedy et al., arXiv 1409.4842, section 6: area 8 % to 100 %, aspect ratio 3/4 to 4/3; as torchvision has it, ten
 # tries and then the centre.
 AREA = (0.08, 1.0)
@@ -20,6 +22,8 @@ MARGIN = 256 / 224
 class Crop:
     """Decodes an image and cuts out a square.
 
+    Pillow converts palettes, CMYK and transparency to RGB or grey; transparency is dropped.
+
     Attributes:
         size: side of the square in pixels.
         channels: 1 or 3.
@@ -29,19 +33,32 @@ class Crop:
     channels: int
 
     def random(self, encoded: bytes, generator: np.random.Generator) -> np.ndarray:
-        """Returns a random part of an encoded image, resized: uint8 (size, size, channels)."""
+        """Returns a random part of an encoded image, resized: uint8 (size, size, channels).
+
+        Raises:
+            WrongExample: if it has more than 8 bits a pixel.
+        """
         image = Image.open(io.BytesIO(encoded))
         left, top, width, height = random_box(generator, *image.size)
         return self._cut(image, (left, top, left + width, top + height))
 
     def center(self, encoded: bytes) -> np.ndarray:
-        """Returns the centre of an encoded image whose short side is 256/224 of the size: uint8 as in `random`."""
+        """Returns the centre of an encoded image whose short side is 256/224 of the size: uint8 as in `random`.
+
+        Raises:
+            WrongExample: if it has more than 8 bits a pixel.
+        """
         image = Image.open(io.BytesIO(encoded))
         side = min(image.size) * self.size / round(self.size * MARGIN)
         left, top = ((length - side) / 2 for length in image.size)
         return self._cut(image, (left, top, left + side, top + side))
 
     def _cut(self, image: Image.Image, box: tuple[float, float, float, float]) -> np.ndarray:
+        if image.mode.startswith(('I', 'F')):  # Pillow would cut off what is above 255
+            raise WrongExample(
+                f"its 'image' is a file of mode {image.mode}, with more than 8 bits a pixel, and Pillow resizes 8-bit "
+                'images alone. Prepare the data set with 8-bit images'
+            )
         whole = image.size
         # JPEG can be decoded at a half, a quarter or an eighth; not so far that the box gets smaller than the result.
         shrink = min(box[2] - box[0], box[3] - box[1]) / self.size

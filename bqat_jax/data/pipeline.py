@@ -15,7 +15,8 @@ import numpy as np
 from absl import flags
 
 from bqat_jax.data.crops import Crop
-from bqat_jax.data.sources import Subset
+from bqat_jax.data.examples import WrongExample
+from bqat_jax.data.sources import Subset, unreadable
 from bqat_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class Split:
 
     Attributes:
         source: the examples.
-        arrays: the whole split, {'image': uint8 (examples, height, width, channels), 'label': int32 (examples,)}, if it
+        arrays: the whole split, {'image': (examples, height, width, channels), 'label': int32 (examples,)}, if it
             lives on the device; else None.
         workers: processes that decode; 0 for threads of this one. Not read when the split lives on the device.
         crop: how squares are cut out of encoded images; None where images come decoded.
@@ -151,11 +152,15 @@ class _ReadExample:
         if self.source is None:
             return {'index': np.int32(number), 'mask': mask}
         if not self.skips_damaged:
-            return {**self._read(number, generator), 'mask': mask}
+            try:
+                return {**self._read(number, generator), 'mask': mask}
+            except _DamagedExample as error:
+                remedy = 'Prepare the dataset again, or skip what is damaged (--config.data.skip_damaged=true).'
+                raise unreadable(self.source.where(number), error.cause, remedy) from error.cause
         for other in range(number, number + MOST_DAMAGED):
             try:
                 example = self._read(other % self.count, generator)
-            except UserError:
+            except _DamagedExample:
                 continue
             damaged = np.int32(INTACT if other == number else number)
             return {**example, 'mask': mask & (self.for_training | (other == number)), DAMAGED: damaged}
@@ -170,19 +175,32 @@ class _ReadExample:
             image = example['image']
             if self.crop is not None:
                 image = self.crop.center(image) if generator is None else self.crop.random(image, generator)
+        except UserError:  # it is not damaged, but not what the data set declares: never skipped
+            raise
+        except WrongExample as error:
+            raise self.source.wrong(number, error) from error
         except Exception as error:  # ArrayRecord, Pillow and TensorFlow Datasets raise many kinds for damaged files
-            where = self.source.where(number)
-            raise UserError(
-                f'{where[0].upper()}{where[1:]} cannot be read: {type(error).__name__}: {error}. Prepare the dataset '
-                'again, or skip what is damaged (--config.data.skip_damaged=true).'
-            ) from error
+            raise _DamagedExample(error) from error
         return {'image': image, 'label': np.int32(example['label'])}
 
 
+class _DamagedExample(Exception):
+    """An example that cannot be read."""
+
+    def __init__(self, cause: Exception):
+        super().__init__(str(cause))
+        self.cause = cause
+
+
 def read_whole(source: Subset) -> dict[str, np.ndarray]:
-    """Decodes a whole split into memory: {'image': uint8, 'label': int32}."""
-    shape = source[0]['image'].shape
-    arrays = {'image': np.empty((len(source), *shape), np.uint8), 'label': np.empty(len(source), np.int32)}
+    """Decodes a whole split into memory: {'image': uint8 or float32, 'label': int32}.
+
+    Raises:
+        UserError: if an example cannot be read, or is not what the data set declares.
+    """
+    (first,) = source.read(slice(0, 1))
+    shape, dtype = first['image'].shape, first['image'].dtype
+    arrays = {'image': np.empty((len(source), *shape), dtype), 'label': np.empty(len(source), np.int32)}
     for start in range(0, len(source), READ_AT_ONCE):
         run = slice(start, start + READ_AT_ONCE)
         examples = source.read(run)

@@ -1,8 +1,8 @@
 """Where images come from: TensorFlow Datasets' random-access sources (ArrayRecord), read without TensorFlow."""
 
+import collections
 import dataclasses
 import logging
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,9 @@ import tensorflow_datasets as tfds
 
 from bqat_jax.data.crops import Crop
 from bqat_jax.data.digits import Digits
+from bqat_jax.data.examples import COMMON_RANGES, STATE_RANGE, ExampleFormat, WrongExample, extremes
+from bqat_jax.data.features import check_features
+from bqat_jax.data.opening import brief, check_files, describe_data, open_builder
 from bqat_jax.errors import UserError
 from bqat_jax.registry import Names
 
@@ -18,6 +21,9 @@ logger = logging.getLogger(__name__)
 # Which training images are taken and which are held out depends on nothing but their number: every run, whatever its
 # seed, makes its choices on the same ones.
 VALIDATION_SEED = 0
+# So many examples of a split, evenly spread, are looked at when it is opened.
+SAMPLE = 64
+_SPLIT_KEYS = ('train_split', 'test_split')
 # Data sets that prepare themselves where they are first asked for, without TensorFlow.
 DATASETS = Names('data set')
 
@@ -26,7 +32,7 @@ def register_dataset(builder: Any) -> Any:
     """Makes a builder class of TensorFlow Datasets known, which prepares itself when it is first read; a decorator.
 
     `config.data.name` is the class's name in snake case. Its features are 'image' and 'label', its splits 'train' and
-    'test'.
+    'test', if `config.data.train_split` and `.test_split` do not say others.
 
     Raises:
         ValueError: if the name belongs to a class of another module.
@@ -42,36 +48,85 @@ class Subset:
     """Some examples of a random-access source, in a given order.
 
     Attributes:
-        source: of examples.
+        source: of examples as they are stored.
         positions: of the examples in it.
-        files: name and number of records of each file of the source, in its order.
+        format: what the examples are; None to hand them on as they are stored.
+        split: name of the source.
+        files: name, number of the first record and number of records of each part of a file in the source, in order.
     """
 
     source: Any
     positions: np.ndarray
-    files: tuple[tuple[str, int], ...] = ()
+    format: ExampleFormat | None = None
+    split: str = ''
+    files: tuple[tuple[str, int, int], ...] = ()
 
     def __len__(self) -> int:
         return len(self.positions)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        return self.source[int(self.positions[number])]
+        """Returns an example, {'image', 'label'}, as `ExampleFormat.read` does.
+
+        Raises:
+            UserError: if it is not what the data set declares. Damaged files raise errors of many other kinds.
+        """
+        return self._convert(number, self.source[int(self.positions[number])])
 
     def read(self, numbers: slice) -> list[dict[str, Any]]:
-        """Returns a run of examples; at once where the source can, which ArrayRecord does twice as fast."""
-        positions = self.positions[numbers].tolist()
+        """Returns a run of examples; at once where the source can, which ArrayRecord does twice as fast.
+
+        Raises:
+            UserError: if one cannot be read, or is not what the data set declares.
+        """
+        chosen = range(len(self))[numbers]
+        examples = None
         if hasattr(self.source, '__getitems__'):
-            return self.source.__getitems__(positions)
-        return [self.source[position] for position in positions]
+            try:
+                examples = self.source.__getitems__(self.positions[numbers].tolist())
+            except Exception:  # one of them is damaged; read one by one, below, it is known which
+                logger.debug('Reading one by one.', exc_info=True)
+        return [self._read_one(number, examples and examples[place]) for place, number in enumerate(chosen)]
 
     def where(self, number: int) -> str:
         """Returns in words which record of which file an example is."""
-        record = int(self.positions[number])
-        for name, count in self.files:
-            if record < count:
-                return f'record {record} of {name}'
-            record -= count
+        position = int(self.positions[number])
+        for name, first, count in self.files:
+            if position < count:
+                return f'record {first + position} of {name}'
+            position -= count
         return f'example {int(self.positions[number])} of its split'
+
+    def _read_one(self, number: int, example: dict[str, Any] | None) -> dict[str, Any]:
+        try:
+            return self[number] if example is None else self._convert(number, example)
+        except UserError:
+            raise
+        except Exception as error:  # see `__getitem__`
+            raise unreadable(self.where(number), error) from error
+
+    def _convert(self, number: int, example: dict[str, Any]) -> dict[str, Any]:
+        if self.format is None:
+            return example
+        try:
+            return self.format.read(example)
+        except WrongExample as error:
+            raise self.wrong(number, error) from error
+
+    def wrong(self, number: int, error: WrongExample) -> UserError:
+        """Returns the error that says that an example is not what the data set declares."""
+        split = f' of split {self.split!r}' if self.split else ''
+        return UserError(f'Example {int(self.positions[number])}{split} ({self.where(number)}) is refused: {error}.')
+
+
+def unreadable(where: str, error: Exception, remedy: str = 'Copy or prepare the data set again.') -> UserError:
+    """Returns the error that says that an example cannot be read.
+
+    Args:
+        where: the example, in words.
+        error: what was raised.
+        remedy: a sentence.
+    """
+    return UserError(f'{where[0].upper()}{where[1:]} cannot be read: {brief(error)}. {remedy}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +138,10 @@ class ImageData:
         validation: held out of the training data; choices are made on it. May be empty.
         test: evaluated at the end, selects nothing.
         num_classes: number of classes.
-        image_shape: (height, width, channels) of what a network gets; images are uint8.
+        image_shape: (height, width, channels) of what a network gets.
         crop: how squares are cut out of encoded images; None where images come decoded, all of one size.
+        dtype: of images: 'uint8', from 0 to 255, or 'float32', from 0 to 1.
+        value_range: of float32 images: the stored values that became 0 and 1.
     """
 
     train: Subset
@@ -93,98 +150,174 @@ class ImageData:
     num_classes: int
     image_shape: tuple[int, ...]
     crop: Crop | None = None
+    dtype: str = 'uint8'
+    value_range: tuple[float, float] | None = None
 
 
-def load_images(
-    name: str,
-    directory: str | None,
-    validation_fraction: float,
-    image_size: int | None = None,
-    test_split: str = 'test',
-    train_examples: int | None = None,
-) -> ImageData:
-    """Opens a dataset by its TensorFlow Datasets name.
+@dataclasses.dataclass(frozen=True)
+class ImageOptions:
+    """What is taken of a dataset, and how.
+
+    Attributes:
+        validation_fraction: how much of the training split to hold out, 0 <= fraction < 1.
+        image_size: side of the squares that are cut out of the images; None to take images of one size as they are.
+        train_split: split that is trained on, or a slice of one, such as 'train[:80%]'.
+        test_split: split that is evaluated at the end, or a slice of one.
+        train_examples: how many of the training images to take, before some are held out; None for all.
+        value_range: lowest and highest value of float pixels, which become 0 and 1; None to look at a sample.
+    """
+
+    validation_fraction: float = 0.0
+    image_size: int | None = None
+    train_split: str = 'train'
+    test_split: str = 'test'
+    train_examples: int | None = None
+    value_range: tuple[float, float] | None = None
+
+
+def load_images(name: str, directory: str | None, options: ImageOptions = ImageOptions()) -> ImageData:
+    """Opens a dataset by its TensorFlow Datasets name; what it declares and a sample of each split are checked.
 
     Args:
         name: of `DATASETS`, such as 'digits', which prepare themselves, or a TensorFlow Datasets name.
         directory: where prepared datasets lie; None for TensorFlow Datasets' default.
-        validation_fraction: how much of the training split to hold out, 0 <= fraction < 1.
-        image_size: side of the squares that are cut out of the images; None to take images of one size as they are.
-        test_split: name of the split that is evaluated at the end.
-        train_examples: how many of the training images to take, before some are held out; None for all.
+        options: what is taken of it.
 
     Raises:
-        UserError: if there is no such dataset, it is not prepared, or it is not one of labelled images.
+        UserError: if there is no such dataset, it is not prepared, damaged, or not one of labelled images.
     """
-    if not 0 <= validation_fraction < 1:
-        raise UserError(f'data.validation_fraction={validation_fraction}: it must be at least 0 and less than 1.')
-    builder: Any = _open_builder(name, directory)
-    features = builder.info.features
-    splits = set(builder.info.splits)
-    if features is None or not {'image', 'label'} <= set(features) or not {'train', test_split} <= splits:
-        raise UserError(
-            f"data.name={name!r}: it needs features 'image' and 'label' and splits 'train' and {test_split!r} "
-            f'(data.test_split); its splits: {", ".join(sorted(splits))}.'
-        )
-    shape, crop, decoders = tuple(features['image'].shape), None, {}
-    if image_size is not None:
-        if image_size < 1:
-            raise UserError(f'data.image_size={image_size}: it must be at least 1.')
-        shape = (image_size, image_size, shape[-1] or 3)
-        crop, decoders = Crop(image_size, shape[-1]), {'image': tfds.decode.SkipDecoding()}
-    elif None in shape:
-        raise UserError(
-            f'data.name={name!r} has images of many sizes: say how large squares to cut out of them '
-            '(--config.data.image_size=224).'
-        )
-    train = builder.as_data_source('train', decoders=decoders)
-    test = builder.as_data_source(test_split, decoders=decoders)
+    fraction = options.validation_fraction
+    if not 0 <= fraction < 1:
+        raise UserError(f'data.validation_fraction={fraction}: it must be at least 0 and less than 1.')
+    builder = open_builder(name, directory, DATASETS.entries)
+    features, splits = describe_data(name, builder)
+    form, channels = check_features(name, features, options.image_size, options.value_range)
+    chosen = {key: _find_split(name, key, getattr(options, key), builder, splits) for key in _SPLIT_KEYS}
+    _check_disjoint(options, *chosen.values())
+    for instructions in chosen.values():
+        check_files(instructions)
+    train, test = (_open_split(builder, getattr(options, key), chosen[key], form) for key in _SPLIT_KEYS)
+    if form.shape is not None and form.value_range is None and form.dtype != np.uint8:
+        form = dataclasses.replace(form, value_range=_find_range(name, train))
+        train, test = (dataclasses.replace(split, format=form) for split in (train, test))
+    for split in (train, test):
+        _read_sample(split, lambda split, number: split[number])
     order = np.random.default_rng(VALIDATION_SEED).permutation(len(train))
-    if train_examples is not None:
-        if not 1 <= train_examples <= len(train):
-            raise UserError(f'data.train_examples={train_examples}: {name!r} has 1 to {len(train)}.')
-        order = order[:train_examples]
-    held_out = round(validation_fraction * len(order))
-    train_files, test_files = (_files_of(builder, split) for split in ('train', test_split))
+    if options.train_examples is not None:
+        if not 1 <= options.train_examples <= len(train):
+            raise UserError(f'data.train_examples={options.train_examples}: {name!r} has 1 to {len(train)}.')
+        order = order[: options.train_examples]
+    held_out = round(fraction * len(order))
+    if held_out == len(order) or (fraction > 0 and held_out == 0):
+        raise UserError(
+            f'data.validation_fraction={fraction} of {len(order)} training images is {held_out}: at least one must be '
+            'held out and one left. Take another fraction, or more images.'
+        )
+    size: Any = options.image_size
     return ImageData(
-        train=Subset(train, np.sort(order[held_out:]), train_files),
-        validation=Subset(train, np.sort(order[:held_out]), train_files),
-        test=Subset(test, np.arange(len(test)), test_files),
-        num_classes=features['label'].num_classes,
-        image_shape=shape,
-        crop=crop,
+        train=dataclasses.replace(train, positions=np.sort(order[held_out:])),
+        validation=dataclasses.replace(train, positions=np.sort(order[:held_out])),
+        test=test,
+        num_classes=form.num_classes,
+        image_shape=form.shape or (size, size, channels),
+        crop=None if size is None else Crop(size, channels),
+        dtype='uint8' if form.value_range is None else 'float32',
+        value_range=form.value_range,
     )
 
 
-def _open_builder(name: str, directory: str | None) -> tfds.core.DatasetBuilder:
-    tfds.disable_progress_bar()
-    if name in DATASETS.entries:
-        builder = DATASETS.get(name)(data_dir=_expand(directory))
-        if not builder.is_prepared():
-            logger.info('Preparing the data set %s in %s.', name, builder.data_path)
-            builder.download_and_prepare(file_format='array_record')
-        return builder
+def _find_split(name: str, key: str, split: str, builder: Any, splits: list[str]) -> Any:
+    """Which records of which files a split or a slice of one is."""
+    known = f'The splits of {name!r}: {", ".join(splits)}; a slice is written {splits[0] if splits else "train"}[:80%].'
     try:
-        builder = tfds.builder(name, data_dir=_expand(directory))
-    except tfds.core.DatasetNotFoundError as error:
+        info = builder.info.splits[split]
+        instructions, count = list(info.file_instructions), info.num_examples
+    except Exception as error:  # ValueError for most; whatever is raised, it is the text that is wrong
+        raise UserError(f'data.{key}={split!r} is no split: {brief(error)}. {known}') from error
+    if count == 0:
+        raise UserError(f'data.{key}={split!r} has no examples. {known}')
+    shared = _shared(instructions, instructions) - count
+    if shared:
+        raise UserError(f'data.{key}={split!r} has {shared // 2} examples more than once. {known}')
+    return instructions
+
+
+def _check_disjoint(options: ImageOptions, train: Any, test: Any) -> None:
+    shared = _shared(train, test)
+    if shared:
         raise UserError(
-            f'data.name={name!r}: TensorFlow Datasets has no dataset of that name'
-            + (f', and {directory} holds none.' if directory else '.')
-        ) from error
-    if not builder.is_prepared() or builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
-        raise UserError(
-            f'data.name={name!r} is not prepared as ArrayRecord in {builder.data_path}. If it lies elsewhere say so '
-            f'(--config.data.dir=DIR). To prepare it, once, in another virtual environment (it needs TensorFlow):\n'
-            f'  pip install tensorflow-cpu tensorflow-datasets array_record\n'
-            f"  python -c \"import tensorflow_datasets as tfds; tfds.builder('{name}', data_dir='DIR', "
-            f"file_format='array_record').download_and_prepare()\""
+            f'data.train_split={options.train_split!r}, data.test_split={options.test_split!r}: {shared} examples are '
+            'in both, and what is trained on cannot be tested on. Take slices that do not overlap.'
         )
-    return builder
 
 
-def _files_of(builder: Any, split: str) -> tuple[tuple[str, int], ...]:
-    return tuple((str(file.filename), file.take) for file in builder.info.splits[split].file_instructions)
+def _shared(these: Any, those: Any) -> int:
+    """The number of records that are in both of two lists of file instructions."""
+    by_file = collections.defaultdict(list)
+    for other in those:
+        by_file[str(other.filename)].append(other)
+    return sum(
+        max(0, min(one.skip + one.take, other.skip + other.take) - max(one.skip, other.skip))
+        for one in these
+        for other in by_file[str(one.filename)]
+    )
 
 
-def _expand(directory: str | None) -> str | None:
-    return None if directory is None else str(Path(directory).expanduser())
+def _open_split(builder: Any, split: str, instructions: Any, form: ExampleFormat) -> Subset:
+    decoders: Any = {'image': tfds.decode.SkipDecoding()} if form.is_encoded else {}
+    files = tuple((str(file.filename), file.skip, file.take) for file in instructions)
+    try:
+        source = builder.as_data_source(split, decoders=decoders)
+        positions = np.arange(len(source))
+    except Exception as error:  # the libraries raise many kinds
+        raise UserError(
+            f'Split {split!r} in {builder.data_path} cannot be read: {brief(error)}. Copy or prepare the data set '
+            'again.'
+        ) from error
+    return Subset(source, positions, form, split, files)
+
+
+def _read_sample(split: Subset, read: Any) -> list[Any]:
+    """What `read(split, number)` returns of an evenly spread sample; what is damaged is left to be told when needed.
+
+    Raises:
+        UserError: for the first that is not what the data set declares, or if none can be read.
+    """
+    results, damage = [], None
+    for number in np.unique(np.linspace(0, len(split) - 1, SAMPLE).astype(int)):
+        try:
+            results.append(read(split, number))
+        except UserError:
+            raise
+        except Exception as error:  # see `Subset.__getitem__`
+            damage = damage or unreadable(split.where(number), error)
+    if damage is not None and not results:
+        raise damage
+    return results
+
+
+def _find_range(name: str, train: Subset) -> tuple[float, float]:
+    """The first of the common ranges that holds the pixels of a sample of the training split."""
+
+    def read(split: Subset, number: int) -> tuple[float, float]:
+        assert split.format is not None
+        try:
+            return extremes(split.format.pixels(split.source[int(split.positions[number])]))
+        except WrongExample as error:
+            raise split.wrong(number, error) from error
+
+    lows, highs = zip(*_read_sample(train, read), strict=True)
+    low, high = min(lows), max(highs)
+    for lowest, highest in COMMON_RANGES:
+        if lowest <= low and high <= highest:
+            logger.info(
+                'The pixels of %s are taken to go from %g to %g: in %d training images they go from %g to %g. If that '
+                'is wrong, state the range (%s).',
+                *(name, lowest, highest, len(lows), low, high, STATE_RANGE),
+            )
+            return lowest, highest
+    raise UserError(
+        f"data.name={name!r}: the pixels of its feature 'image' go from {low:g} to {high:g} in {len(lows)} training "
+        'images, which is in none of the ranges 0 to 1, -1 to 1 and 0 to 255. State the range of all images '
+        f'({STATE_RANGE}).'
+    )

@@ -106,7 +106,8 @@ def _check_value(name: str, value: Any) -> None:
     key = BY_NAME.get(name)
     if key is not None and not _is_of_type(value, key):
         unset = ', or None' if key.may_be_unset else ''
-        what = f'a tuple like {key.default}' if key.kind is tuple else f'of type {key.kind.__name__}'
+        what = 'a tuple' if key.kind is tuple else f'of type {key.kind.__name__}'
+        what += f' like {key.default}' if key.kind is tuple and key.default and not key.may_be_unset else ''
         raise UserError(f'{name}={value!r}: it must be {what}{unset}.')
     for number in value if isinstance(value, tuple | list) else (value,):
         if isinstance(number, int | float) and not is_within(number, range_of(name)):
@@ -117,10 +118,8 @@ def _is_of_type(value: Any, key: Key) -> bool:
     if value is None:
         return key.may_be_unset
     if key.kind is tuple:
-        of_numbers = bool(key.default) and isinstance(key.default[0], int | float)
-        return isinstance(value, tuple | list) and not (
-            of_numbers and not all(_is_number(number, type(key.default[0])) for number in value)
-        )
+        of = float if key.may_be_unset or not key.default else type(key.default[0])
+        return isinstance(value, tuple | list) and (not key.range or all(_is_number(number, of) for number in value))
     return _is_number(value, key.kind) if key.kind in (int, float) else isinstance(value, key.kind)
 
 

@@ -94,7 +94,8 @@ KEYS: tuple[Key, ...] = (
         "folder of prepared data sets; unset: TensorFlow Datasets' own, in the home folder",
         may_change=True,
     ),
-    Key('data.test_split', 'test', 'split that is evaluated at the end'),
+    Key('data.train_split', 'train', 'what is trained on: a split, or a slice such as `train[:80%]`'),
+    Key('data.test_split', 'test', 'what is evaluated at the end: a split, or a slice'),
     Key('data.image_size', Unset(int), 'side of squares that are cut out of images; unset: all are one size', COUNT),
     Key(
         'data.on_device', True, 'the whole split lives on the device; batches are gathered in the step', may_change=True
@@ -103,8 +104,19 @@ KEYS: tuple[Key, ...] = (
     Key('data.workers', 0, 'processes that decode images where data is not on the device', COUNT_OR_NONE, True),
     Key('data.train_examples', Unset(int), 'take so many of the training images, the same in every run', COUNT),
     Key('data.validation_fraction', 0.0, 'part of the training images held out to choose checkpoints on', '[0, 1)'),
-    Key('data.mean', (0.5,), 'normalization: (pixel / 255 - mean) / std, one number for each channel', '(-inf, inf)'),
-    Key('data.std', (0.5,), 'see `data.mean`', POSITIVE),
+    Key(
+        'data.value_range',
+        Unset(tuple),
+        'what becomes 0 and 1 of float images, such as `(-1.0, 1.0)`; unset: a sample of the training images says it',
+        '(-inf, inf)',
+    ),
+    Key(
+        'data.mean',
+        (0.5,),
+        'normalization: (pixel - mean) / std, in units of the largest pixel, one number for each channel',
+        FRACTION,
+    ),
+    Key('data.std', (0.5,), 'see `data.mean`', '(0, 1]'),
     Key('data.crop_padding', 0, 'random crops after padding by so many pixels', COUNT_OR_NONE),
     Key('data.flip', False, 'random mirroring, left to right'),
     Key('data.color_jitter', 0.0, 'random brightness, contrast and saturation, each by a factor of 1 ± this', NUMBER),

@@ -14,7 +14,7 @@ import rich.console
 
 from bqat_jax.analysis.measurement import DiagnosisSettings
 from bqat_jax.data.preprocessing import Augmentation
-from bqat_jax.data.sources import ImageData, load_images
+from bqat_jax.data.sources import ImageData, ImageOptions, load_images
 from bqat_jax.distributed.replicas import Replicas
 from bqat_jax.distributed.sharding import Placement, make_mesh, parse_rules
 from bqat_jax.errors import UserError
@@ -183,10 +183,15 @@ def _open_images(config: Config) -> ImageData:
             f'data.image_size={data.image_size}, data.on_device=True: squares are cut out on the way to the '
             'device; give --config.data.on_device=false.'
         )
-    directory = None if data.dir is None else str(place(data.dir, 'data.dir'))
-    return load_images(
-        data.name, directory, data.validation_fraction, data.image_size, data.test_split, data.train_examples
+    options = ImageOptions(
+        validation_fraction=data.validation_fraction,
+        image_size=data.image_size,
+        train_split=data.train_split,
+        test_split=data.test_split,
+        train_examples=data.train_examples,
+        value_range=data.value_range,
     )
+    return load_images(data.name, None if data.dir is None else str(place(data.dir, 'data.dir')), options)
 
 
 def _make_data_spec(config: Config, images: ImageData) -> DataSpec:

@@ -7,7 +7,7 @@ from PIL import Image
 
 from bqat_jax.data.crops import AREA, RATIO, Crop, random_box
 from bqat_jax.data.pipeline import Split
-from bqat_jax.data.sources import load_images
+from bqat_jax.data.sources import ImageOptions, Subset, load_images
 from bqat_jax.errors import UserError
 
 
@@ -99,7 +99,7 @@ def test_grey_and_palette_images_become_what_is_asked_for():
 
 
 def test_photographs_are_read_in_squares(photos):
-    images = load_images('photos', photos, 0.2, 32, 'validation')
+    images = load_images('photos', photos, ImageOptions(0.2, 32, test_split='validation'))
     assert images.image_shape == (32, 32, 3) and images.num_classes == 3
     assert (len(images.train), len(images.validation), len(images.test)) == (24, 6, 7)
     split = Split(images.train, None, 0, images.crop)
@@ -160,7 +160,7 @@ def damaged(tmp_path):
     starts = [at for at in range(len(content)) if content[at : at + 3] == b'\xff\xd8\xff']
     content[starts[1] + 20] ^= 0xFF
     path.write_bytes(content)
-    return load_images('photos', str(tmp_path), 0.0, 16, 'validation'), str(path)
+    return load_images('photos', str(tmp_path), ImageOptions(0.0, 16, test_split='validation')), str(path)
 
 
 @pytest.mark.parametrize('workers', [0, 2])
@@ -176,20 +176,29 @@ def test_a_damaged_record_is_named_or_skipped_and_counted(damaged, workers):
         assert batch['image'].shape == (10, 16, 16, 3) and np.asarray(batch['mask']).all() and 'damaged' not in batch
 
 
-def test_a_file_that_is_cut_short_is_named(damaged):
-    images, path = damaged
-    with open(path, 'r+b') as file:
-        file.truncate(70_000)
-    with pytest.raises(UserError, match=f'of {path} cannot be read'):
-        list(Split(images.train, None, 0, images.crop).evaluation_batches(8))
+def test_a_file_that_is_cut_short_is_named(tmp_path):
+    builder = Photos(data_dir=str(tmp_path))
+    builder.download_and_prepare(file_format='array_record')
+    (path,) = builder.data_path.glob('*train.array_record*')
+    path.write_bytes(path.read_bytes()[:70_000])
+    with pytest.raises(UserError, match=f'{path} cannot be read'):
+        load_images('photos', str(tmp_path), ImageOptions(image_size=16, test_split='validation'))
+
+
+def test_where_nothing_can_be_read_skipping_ends():
+    class Unreadable:
+        def __getitem__(self, position):
+            raise RuntimeError('gone')
+
+    subset = Subset(Unreadable(), np.arange(20))
     with pytest.raises(UserError, match='10 examples one after another cannot be read'):
-        list(Split(images.train, None, 0, images.crop, skips_damaged=True).evaluation_batches(8))
+        list(Split(subset, None, 0, Crop(8, 3), skips_damaged=True).evaluation_batches(8))
 
 
 def test_many_sizes_need_a_size_and_splits_a_name(photos):
     with pytest.raises(UserError, match='image_size=224'):
-        load_images('photos', photos, 0.0, None, 'validation')
-    with pytest.raises(UserError, match='its splits: train, validation'):
-        load_images('photos', photos, 0.0, 32)
+        load_images('photos', photos, ImageOptions(test_split='validation'))
+    with pytest.raises(UserError, match="The splits of 'photos': train, validation"):
+        load_images('photos', photos, ImageOptions(image_size=32))
     with pytest.raises(UserError, match='image_size=0'):
-        load_images('photos', photos, 0.0, 0, 'validation')
+        load_images('photos', photos, ImageOptions(image_size=0, test_split='validation'))

@@ -8,12 +8,12 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from bqat_jax.data.pipeline import read_whole
-from bqat_jax.data.sources import DATASETS, load_images, register_dataset
+from bqat_jax.data.sources import DATASETS, ImageOptions, load_images, register_dataset
 
 
 @pytest.mark.parametrize('name', list(DATASETS))
 def test_a_data_set_that_prepares_itself(name, digits_dir):
-    images = load_images(name, digits_dir, 0.1)
+    images = load_images(name, digits_dir, ImageOptions(0.1))
     for subset in (images.train, images.validation, images.test):
         arrays = read_whole(subset)
         assert arrays['image'].dtype == np.uint8 and arrays['image'].shape[1:] == images.image_shape
@@ -40,7 +40,7 @@ def test_a_data_set_of_the_users_is_known_by_its_name(tmp_path, registries):
                 encoded.seek(0)
                 yield number, {'image': encoded, 'label': number % 2}
 
-    images = load_images('two_colors', str(tmp_path), 0.25)
+    images = load_images('two_colors', str(tmp_path), ImageOptions(0.25))
     assert (len(images.train), len(images.validation), len(images.test)) == (6, 2, 2)
     arrays = read_whole(images.test)
     np.testing.assert_array_equal(arrays['image'][:, 0, 0, 0], 255 * arrays['label'])

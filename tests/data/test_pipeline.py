@@ -4,13 +4,13 @@ import pytest
 
 from bqat_jax.data.pipeline import Share, Split, read_whole
 from bqat_jax.data.preprocessing import get_examples
-from bqat_jax.data.sources import load_images
+from bqat_jax.data.sources import ImageOptions, load_images
 from bqat_jax.errors import UserError
 
 
 @pytest.fixture(scope='module')
 def images(digits_dir):
-    return load_images('digits', digits_dir, 0.1)
+    return load_images('digits', digits_dir, ImageOptions(0.1))
 
 
 @pytest.fixture(scope='module')
@@ -20,7 +20,7 @@ def splits(images):
 
 
 def test_digits_are_all_there_and_split_evenly(digits_dir):
-    images = load_images('digits', digits_dir, 0.0)
+    images = load_images('digits', digits_dir)
     assert (len(images.train), len(images.validation), len(images.test)) == (1437, 0, 360)
     assert images.num_classes == 10 and images.image_shape == (8, 8, 1)
     test = read_whole(images.test)
@@ -31,7 +31,7 @@ def test_digits_are_all_there_and_split_evenly(digits_dir):
 def test_digits_are_scikit_learns(digits_dir):
     from sklearn.datasets import load_digits
 
-    images = load_images('digits', digits_dir, 0.0)
+    images = load_images('digits', digits_dir)
     ours = np.concatenate([read_whole(split)['image'][..., 0] for split in (images.train, images.test)])
     theirs = np.round(load_digits().images * 255 / 16).astype(np.uint8)
     assert sorted(image.tobytes() for image in ours) == sorted(image.tobytes() for image in theirs)
@@ -45,7 +45,7 @@ def test_validation_is_held_out_of_training(images):
 @pytest.mark.parametrize('fraction', [-0.1, 1.0])
 def test_bad_validation_fractions_are_refused(fraction, digits_dir):
     with pytest.raises(UserError, match='validation_fraction'):
-        load_images('digits', digits_dir, fraction)
+        load_images('digits', digits_dir, ImageOptions(fraction))
 
 
 def test_every_epoch_has_every_example_once_in_another_order(splits):
@@ -121,13 +121,13 @@ def test_evaluation_counts_every_example_once(images, batch_size):
 
 def test_missing_datasets_are_refused_with_the_remedy(tmp_path):
     with pytest.raises(UserError, match='download_and_prepare'):
-        load_images('cifar10', str(tmp_path), 0.0)
+        load_images('cifar10', str(tmp_path))
     with pytest.raises(UserError, match='no dataset of that name'):
-        load_images('cifar11', str(tmp_path), 0.0)
+        load_images('cifar11', str(tmp_path))
 
 
 def test_cifar10_is_read(shared_data):
-    images = load_images('cifar10', str(shared_data / 'tfds'), 0.1)
+    images = load_images('cifar10', str(shared_data / 'tfds'), ImageOptions(0.1))
     assert (len(images.train), len(images.validation), len(images.test)) == (45000, 5000, 10000)
     example = images.test[0]
     assert example['image'].shape == (32, 32, 3) and example['image'].dtype == np.uint8

@@ -1,0 +1,125 @@
+"""What the examples of a data set are: checked one by one, and images made uint8 or float32 from 0 to 1."""
+
+import dataclasses
+import io
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+# In what a range of float or integer pixels is looked for when it is not stated; the first that holds.
+COMMON_RANGES = ((0.0, 1.0), (-1.0, 1.0), (0.0, 255.0))
+STATE_RANGE = "--config.data.value_range='(LOWEST, HIGHEST)'"
+
+
+class WrongExample(Exception):
+    """An example that is not what its data set declares; the message says in what, and the remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleFormat:
+    """What the examples of a data set are declared to be.
+
+    Attributes:
+        num_classes: labels are 0 to num_classes - 1.
+        dtype: of the stored pixels.
+        is_encoded: whether images come as the bytes of a PNG or JPEG file.
+        shape: (height, width, channels) of every image; None if images stay encoded, to be cropped later.
+        value_range: the values that become 0 and 1; None for uint8 pixels that stay as they are.
+    """
+
+    num_classes: int
+    dtype: np.dtype
+    is_encoded: bool
+    shape: tuple[int, ...] | None
+    value_range: tuple[float, float] | None = None
+
+    def read(self, example: dict[str, Any]) -> dict[str, Any]:
+        """Returns an example as the program knows it.
+
+        Args:
+            example: {'image', 'label'} as stored; images are encoded if `is_encoded`.
+
+        Returns:
+            {'image', 'label'}: uint8, or float32 from 0 to 1 with a `value_range`, (height, width, channels); encoded
+            bytes without a `shape`. The label is int32.
+
+        Raises:
+            WrongExample: if label, shape, dtype or range are not the declared ones.
+        """
+        label = self._check_label(example['label'])
+        if self.shape is None:
+            return {'image': example['image'], 'label': label}
+        pixels = self.pixels(example)
+        return {'image': pixels if self.value_range is None else scale(pixels, self.value_range), 'label': label}
+
+    def pixels(self, example: dict[str, Any]) -> np.ndarray:
+        """Returns the decoded image as it is stored, not scaled.
+
+        Raises:
+            WrongExample: if shape or dtype are not the declared ones.
+        """
+        pixels = self._decode(example['image']) if self.is_encoded else np.asarray(example['image'])
+        if pixels.dtype != self.dtype or pixels.shape != self.shape:
+            raise WrongExample(
+                f"its 'image' is {pixels.dtype} of shape {pixels.shape}, and the data set declares {self.dtype} of "
+                f'shape {self.shape}. Prepare the data set with images of the declared kind'
+            )
+        return pixels
+
+    def _decode(self, encoded: bytes) -> np.ndarray:
+        image = Image.open(io.BytesIO(encoded))
+        if self.dtype == np.float32:  # TensorFlow Datasets stores the four bytes of a float as the channels of a PNG
+            four = np.ascontiguousarray(image)
+            if four.dtype != np.uint8 or four.ndim != 3 or four.shape[-1] != 4:
+                raise WrongExample(
+                    f"its 'image' is a file of mode {image.mode}, and TensorFlow Datasets stores float32 images as "
+                    'RGBA. Prepare the data set again'
+                )
+            return four.view(np.float32)
+        if image.mode == '1':
+            image = image.convert('L')
+        elif image.mode == 'P':  # the array of a palette image holds places in the palette, not colours
+            image = image.convert('RGBA' if 'transparency' in image.info else 'RGB')
+        pixels = np.asarray(image)
+        if image.mode == 'I' and self.dtype == np.uint16:  # so older Pillows open 16-bit files
+            pixels = pixels.astype(np.uint16)
+        return pixels[..., np.newaxis] if pixels.ndim == 2 else pixels
+
+    def _check_label(self, label: Any) -> np.int32:
+        if 0 <= label < self.num_classes:
+            return np.int32(label)
+        what = "it has no label (its 'label' is -1)" if label == -1 else f"its 'label' is {label}"
+        raise WrongExample(
+            f'{what}, and labels are 0 to {self.num_classes - 1}. Take splits with labels (--config.data.train_split, '
+            '--config.data.test_split), or prepare the data set with right ones'
+        )
+
+
+def scale(pixels: np.ndarray, value_range: tuple[float, float]) -> np.ndarray:
+    """Maps pixels linearly to float32, so that a range becomes 0 to 1.
+
+    Raises:
+        WrongExample: if a pixel is outside the range, or not a number.
+    """
+    # A float32 pixel is compared with the bound as float32: 0.7 is not above 0.7.
+    lowest, highest = np.array(value_range, pixels.dtype if pixels.dtype.kind == 'f' else np.float64)
+    low, high = extremes(pixels)
+    if low < lowest or high > highest:
+        raise WrongExample(
+            f"the pixels of its 'image' go from {low:g} to {high:g}, outside of data.value_range="
+            f'({value_range[0]:g}, {value_range[1]:g}). State the range of all images ({STATE_RANGE})'
+        )
+    lowest, highest = np.float32(lowest), np.float32(highest)
+    return np.clip((pixels.astype(np.float32) - lowest) / (highest - lowest), 0, 1)
+
+
+def extremes(pixels: np.ndarray) -> tuple[float, float]:
+    """Returns the smallest and the largest pixel.
+
+    Raises:
+        WrongExample: if a pixel is NaN or infinite.
+    """
+    if pixels.dtype.kind == 'f' and not np.isfinite(pixels).all():
+        raise WrongExample("its 'image' holds NaN or infinity. Prepare the data set with finite pixels")
+    return pixels.min().item(), pixels.max().item()

@@ -1,0 +1,132 @@
+"""What a data set declares of its images and labels, checked before any of them is read."""
+
+import math
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from bqat_jax.data.examples import STATE_RANGE, ExampleFormat
+from bqat_jax.errors import UserError
+
+FULL_RANGE = {'bool': (0.0, 1.0), 'uint16': (0.0, 65535.0)}
+NEEDED = (
+    "An 'image' must be a tfds.features.Image, or a tfds.features.Tensor of numbers, of shape (height, width, "
+    'channels), with 1 or 3 channels'
+)
+
+
+def check_features(
+    name: str, features: Any, image_size: int | None, value_range: tuple[float, float] | None
+) -> tuple[ExampleFormat, int]:
+    """Returns the format that a data set declares, and the number of channels.
+
+    Args:
+        name: of the data set.
+        features: of the data set, as TensorFlow Datasets describes them.
+        image_size: side of the squares that are cut out; None for images of one size.
+        value_range: as stated by the user; None for what the dtype says. The format of float and wide integer images
+            has none then: it is to be looked for.
+
+    Raises:
+        UserError: if they are not those of labelled images, or do not go with `image_size` or `value_range`.
+    """
+    if not isinstance(features, tfds.features.FeaturesDict) or not {'image', 'label'} <= set(features):
+        kind = ', '.join(features) if isinstance(features, tfds.features.FeaturesDict) else type(features).__name__
+        raise UserError(
+            f"data.name={name!r} has the features {kind}; it needs 'image' and 'label'. Take another data set, or "
+            'prepare it under these names.'
+        )
+    value_range = _check_range(value_range)
+    num_classes = _check_label(name, features['label'])
+    image: Any = features['image']
+    told = f"data.name={name!r}: its feature 'image' is {describe(image)}"
+    # Other features are subclasses of these two: masks of LabeledImage, boxes, text.
+    kind: Any = type(image)
+    encoded = kind is tfds.features.Image
+    if not encoded and kind is not tfds.features.Tensor:
+        raise UserError(f'{told}. {NEEDED}; take another data set, or prepare it as such.')
+    shape, dtype = tuple(image.shape), np.dtype(image.np_dtype)
+    if len(shape) != 3:
+        kinds = {2: ', images without an axis of channels', 4: ', videos or volumes'}
+        raise UserError(f'{told}{kinds.get(len(shape), "")}. {NEEDED}; take another data set, or prepare it as such.')
+    if shape[-1] not in ((None, 0, 1, 3) if encoded and image_size is not None else (None, 1, 3)):
+        raise UserError(
+            f'{told}, with {shape[-1]} channels. {NEEDED}; prepare it without transparency, as RGB or grey.'
+        )
+    if dtype.kind not in 'buif':
+        raise UserError(f'{told}. {NEEDED}; prepare it as uint8.')
+    if encoded and dtype == np.uint16 and shape[-1] != 1:
+        raise UserError(
+            f'{told}: Pillow reads 16-bit files in colour as 8-bit ones. Prepare it as uint8, or as a '
+            'tfds.features.Tensor of uint16.'
+        )
+    if image_size is not None:
+        _check_crops(told, image_size, encoded, dtype, value_range)
+        return ExampleFormat(num_classes, dtype, True, None), shape[-1] or 3
+    if None in shape:
+        remedy = (
+            'say how large squares to cut out of them (--config.data.image_size=224).'
+            if encoded and dtype == np.uint8
+            else 'prepare it with images of one size.'
+        )
+        raise UserError(f'data.name={name!r} has images of many sizes (its feature is {describe(image)}): {remedy}')
+    if 0 in shape:
+        raise UserError(f'{told}: images without pixels. {NEEDED}; prepare it as such.')
+    value_range = value_range or FULL_RANGE.get(dtype.name)
+    if dtype == np.uint8 and value_range == (0.0, 255.0):
+        value_range = None
+    return ExampleFormat(num_classes, dtype, encoded, shape, value_range), shape[-1]
+
+
+def describe(feature: Any) -> str:
+    """Returns in words what a feature is: its class, dtype and shape."""
+    try:
+        shape: Any = feature.shape
+        dtype: Any = feature.np_dtype
+        shape, dtype = tuple(shape), np.dtype(dtype).name
+    except Exception:  # features of other features have no one shape
+        return f'a {type(feature).__name__}'
+    return f'a {type(feature).__name__} ({dtype}, shape {shape})'
+
+
+def _check_range(value_range: Any) -> tuple[float, float] | None:
+    if value_range is None:
+        return None
+    try:
+        lowest, highest = map(float, value_range)
+    except (TypeError, ValueError):
+        lowest = highest = math.nan
+    if not (math.isfinite(lowest) and math.isfinite(highest) and lowest < highest):
+        raise UserError(
+            f'data.value_range={value_range}: it must be the lowest and the highest value that a pixel can have, such '
+            'as (0.0, 1.0), (0.0, 255.0) or (-1.0, 1.0).'
+        )
+    return lowest, highest
+
+
+def _check_label(name: str, label: Any) -> int:
+    if not isinstance(label, tfds.features.ClassLabel) or label.num_classes is None or label.num_classes < 2:
+        classes = f' of {label.num_classes} classes' if isinstance(label, tfds.features.ClassLabel) else ''
+        raise UserError(
+            f"data.name={name!r}: its feature 'label' is {describe(label)}{classes}. It must be a "
+            'tfds.features.ClassLabel of two or more classes, one label for each image; take another data set, or '
+            'prepare it as such.'
+        )
+    return label.num_classes
+
+
+def _check_crops(told: str, image_size: int, encoded: bool, dtype: np.dtype, value_range: Any) -> None:
+    if image_size < 1:
+        raise UserError(f'data.image_size={image_size}: it must be at least 1.')
+    if not encoded or dtype != np.uint8:
+        raise UserError(
+            f'data.image_size={image_size}: {told[0].lower()}{told[1:]}. Squares are cut out of encoded 8-bit images '
+            '(tfds.features.Image of uint8) alone, because Pillow resizes no others; leave data.image_size away, or '
+            'prepare it as such.'
+        )
+    if value_range not in (None, (0.0, 255.0)):
+        raise UserError(
+            f'data.value_range={value_range}, data.image_size={image_size}: the pixels of encoded 8-bit images go '
+            f'from 0 to 255. Leave {STATE_RANGE.partition("=")[0]} away.'
+        )
