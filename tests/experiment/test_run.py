@@ -260,7 +260,7 @@ def test_zero_steps_evaluate_the_calibrated_network(config, finished, tmp_path):
         ('data.train_split', 'train[:80', r"data\.train_split='train\[:80' is no split"),
         ('data.train_split', 'test', '360 examples are in both'),
         ('data.value_range', (1.0, 0.0), r'data\.value_range=\(1\.0, 0\.0\)'),
-        ('data.mean', (77.9,), 'in units of the largest pixel'),
+        ('data.mean', (77.9,), 'at least 0 and at most 1'),
         ('replacement.cut', 'layer', 'stage, block'),
         ('replacement.cut', 'stage2_block1,stage1_block1', 'in this order'),
         ('replacement.probability', 'liner', "Did you mean 'linear'"),
