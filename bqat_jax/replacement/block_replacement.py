@@ -1,7 +1,7 @@
 """Block replacement as one object: a network, its quantizers, a plan, an objective, and how they run together."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -86,8 +86,12 @@ class BlockReplacement:
             The loss, a scalar, and (new batch statistics, metrics).
 
         Raises:
-            ValueError: if the plan draws, and there is neither a draw nor a key.
+            ValueError: if the plan draws, and there is neither a draw nor a key; or without a partner that is needed.
         """
+        if partner is None and self.needs_partner:
+            raise ValueError(
+                f'partner=None: the plan {self.plan.name!r} or the objective reads the partner. Give its variables.'
+            )
         plan_key, key = (None, None) if context.key is None else jax.random.split(context.key)
         if draw is None:
             draw = self.plan.draw(plan_key, context.progress)
@@ -118,7 +122,7 @@ class BlockReplacement:
 def replace_blocks(
     network: BlockNetwork,
     partner: Any,
-    batches: Sequence[Any],
+    batches: Iterable[Any],
     quantizers: Mapping[str, Any],
     plan: Plan | str = 'prefix',
     objective: Objective | None = None,
@@ -140,6 +144,15 @@ def replace_blocks(
     Raises:
         ValueError: for settings, rules or plans that do not exist or do not fit the network, or without a batch.
     """
+    if not isinstance(quantizers, Mapping) or not {'weights', 'activations'} <= set(quantizers):
+        raise ValueError(
+            f"quantizers={quantizers!r}: write {{'weights': settings, 'activations': settings}}, and 'rules' if layers "
+            'differ.'
+        )
+    if not isinstance(plan, Plan | str):
+        raise ValueError(f"plan={plan!r}: give a Plan or the name of one, 'none' for no mixed-precision models.")
+    if not isinstance(partner, Mapping) or 'params' not in partner:
+        raise ValueError("The partner's variables have no 'params': give {'params': ..., 'batch_stats': ...}.")
     run = network.as_function(partner, train=True, key=jax.random.key(0))
     quantization, parameters = prepare(run, partner['params'], batches, **quantizers)
     replacement = BlockReplacement(

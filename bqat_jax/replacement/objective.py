@@ -11,6 +11,7 @@ relatives (FitNets, arXiv 1412.6550); its form here, the defaults of all weights
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax
@@ -58,11 +59,11 @@ class Objective:
     distillation_schedule: Schedule = ALWAYS
 
     def __post_init__(self):
-        if self.temperature <= 0:
-            raise ValueError(f'replacement.temperature={self.temperature}: it must be positive.')
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f'replacement.temperature={self.temperature}: it must be positive and finite.')
         for name in WEIGHTS:
-            if getattr(self, name) < 0:
-                raise ValueError(f'replacement.{name}={getattr(self, name)}: a weight of the loss cannot be negative.')
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f'replacement.{name}={getattr(self, name)}: it must be finite and not negative.')
         if min(self.distillation_schedule.ends) < 0:
             raise ValueError(f'replacement.distillation_schedule: {min(self.distillation_schedule.ends)} is negative.')
 

@@ -18,6 +18,7 @@ That MP models come from block-by-block replacement on the FP model, and run bes
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -149,6 +150,8 @@ class Plan:
     schedule: Schedule = ALWAYS
 
     def __post_init__(self):
+        if isinstance(self.weights, list):
+            object.__setattr__(self, 'weights', tuple(self.weights))  # a plan is hashed where programs are compiled
         PLANS.get(self.name)  # raises ValueError for a plan that does not exist
         if self.name != 'none' and self.num_blocks < 2:
             raise ValueError(
@@ -187,10 +190,10 @@ class Plan:
                 )
             return
         count = self.num_sampled if self.draws_any_mask else len(self.models)
-        if len(self.weights) != count or min(self.weights, default=0) < 0:
+        if len(self.weights) != count or not all(0 <= weight < math.inf for weight in self.weights):
             raise ValueError(
                 f'replacement.weights={",".join(map(str, self.weights))}: the plan {self.name!r} needs {count} '
-                'numbers, none of them negative.'
+                'finite numbers, none of them negative.'
             )
 
     @property

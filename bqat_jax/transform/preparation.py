@@ -1,6 +1,6 @@
 """From a full-precision network to a quantized one with initial scales, in one call."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from bqat_jax.transform.calibration import calibrate, find_signed_inputs
@@ -24,7 +24,7 @@ class Prepared(NamedTuple):
 def prepare(
     run: Callable[[Any, Any], Any],
     params: Any,
-    batches: Sequence[Any],
+    batches: Iterable[Any],
     *,
     weights: Mapping[str, Any],
     activations: Mapping[str, Any],
@@ -35,7 +35,8 @@ def prepare(
     Args:
         run: `run(params, batch)` runs the full-precision network, as in training.
         params: its 'params' collection.
-        batches: what to calibrate on, as the network takes it; at least one batch, with examples along the first axis.
+        batches: what to calibrate on, as the network takes it: a list or an iterator of at least one batch, with
+            examples along the first axis.
         weights: settings of the weights' quantizers, the fields of `QuantizerSettings`, such as {'name': 'lsq',
             'bits': 2}.
         activations: settings of the quantizers of the layers' inputs.
@@ -45,8 +46,7 @@ def prepare(
         ValueError: for settings or rules that do not exist or do not fit the network, without a batch, or if weights or
             inputs are not finite.
     """
-    if not batches:
-        raise ValueError('Calibration needs at least one batch.')
+    batches = _as_list(batches)
     layers = find_layers(run, params, batches[0]).quantizable
     return prepare_layers(run, params, batches, layers, assign_quantizers(tuple(layers), weights, activations, rules))
 
@@ -54,7 +54,7 @@ def prepare(
 def prepare_layers(
     run: Callable[[Any, Any], Any],
     params: Any,
-    batches: Sequence[Any],
+    batches: Iterable[Any],
     layers: Mapping[str, Layer],
     settings: Mapping[str, LayerSettings],
 ) -> Prepared:
@@ -70,6 +70,17 @@ def prepare_layers(
     Raises:
         ValueError: as `prepare`.
     """
+    batches = _as_list(batches)
     signed = find_signed_inputs(run, params, batches, layers, settings)
     quantization = build_quantization(layers, settings, signed)
     return Prepared(quantization, calibrate(quantization, params, run, batches))
+
+
+def _as_list(batches: Iterable[Any]) -> list[Any]:
+    """Batches that can be read more than once."""
+    if hasattr(batches, 'shape') or isinstance(batches, Mapping):
+        raise ValueError('batches is one batch: write [batch], a list of them.')
+    batches = list(batches)
+    if not batches:
+        raise ValueError('Calibration needs at least one batch.')
+    return batches

@@ -123,6 +123,8 @@ def assign_quantizers(
     Raises:
         ValueError: for a rule that is not understood, or that applies to no layer, and for settings that do not exist.
     """
+    if isinstance(rules, Mapping | str):
+        raise ValueError(f'The quantization rules {rules!r} are no list: write [{{...}}], one dict for each rule.')
     compiled = [_parse_rule(rule) for rule in rules]
     used = [False] * len(compiled)
     settings = {}
@@ -170,13 +172,19 @@ def _settings(role: str, defaults: Mapping[str, Any], changes: Mapping[str, Any]
         return None
     if not isinstance(changes, Mapping):
         raise ValueError(f"{role}={changes!r} in a quantization rule: write 'none' or a dict of settings.")
+    if not isinstance(defaults, Mapping):
+        raise ValueError(f"{role}={defaults!r}: write a dict of settings, such as {{'name': 'lsq', 'bits': 2}}.")
     fields = [field.name for field in dataclasses.fields(QuantizerSettings)]
     # The sign of weights is no choice, and a layer's input has no output channels and is not scaled again.
     fields = [field for field in fields if field not in NOT_OF[role]]
     _check_keys({**defaults, **changes}, fields, f'A quantizer of {role}')
-    settings = QuantizerSettings(**{**defaults, **changes})
-    if settings.name == NO_QUANTIZER:
+    given = {**defaults, **changes}
+    if given.get('name') == NO_QUANTIZER:
         return None
+    for key in ('name', 'bits'):
+        if key not in given:
+            raise ValueError(f"A quantizer of {role} has no {key!r}; write it as {{'name': 'lsq', 'bits': 2}}.")
+    settings = QuantizerSettings(**given)
     settings.check(of_weights=role == 'weights')
     return settings
 

@@ -128,7 +128,7 @@ def test_plans_say_what_they_need():
         (('bernoulli', 3), {'probability': Linear(start=0.5, end=1.5)}, 'between 0 and 1'),
         (('single', 3), {'include_last': True}, 'prefix, prefix_sampled'),
         (('prefix', 3), {'weights': 'half'}, 'halving, uniform, mean'),
-        (('prefix', 3), {'weights': (1.0,)}, '2 numbers'),
+        (('prefix', 3), {'weights': (1.0,)}, '2 finite numbers'),
         (('prefix', 3), {'weights': (1.0, -1.0)}, 'none of them negative'),
         (('prefix', 3), {'schedule': Linear(start=1.0, end=-1.0)}, 'negative'),
     ],
