@@ -167,7 +167,7 @@ def run_file(file: Path, name: str, kind: str) -> ModuleType:
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise UserError(f'The {kind} {file} failed: {type(error).__name__}: {error}') from error
     return module

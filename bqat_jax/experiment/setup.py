@@ -79,7 +79,10 @@ def make_experiment(
         shapes: Any = jax.eval_shape(lambda: network.init(jax.random.key(0), images.image_shape))
         layers = find_network_layers(network, shapes, images.image_shape)
         quantizers = assign_quantizers(
-            tuple(layers.quantizable), config.quant.weights, config.quant.activations, config.quant.rules
+            tuple(layers.quantizable),
+            config.quant.weights.to_dict(),
+            config.quant.activations.to_dict(),
+            config.quant.rules,
         )
         regularizers = Regularizers(**config.quant.oscillations)
         _check_regularizers(regularizers, layers, quantizers)
