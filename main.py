@@ -16,6 +16,7 @@ from bqat_jax.experiment.command_line import CommandLine, read_command_line, uns
 from bqat_jax.experiment.compilation import keep_compiled
 from bqat_jax.experiment.environment import check_processes
 from bqat_jax.experiment.run import diagnose_run, evaluate_run, import_partner, summarize_network, train
+from bqat_jax.registry import place_in_plugins
 from bqat_jax.storage import place
 
 MODES = ('train', 'evaluate', 'import', 'summary', 'diagnose', 'sweep')
@@ -81,7 +82,8 @@ def explain(error: Exception) -> str | None:
             'them in parts (train.microbatches), recompute blocks (network.remat), share arrays between devices '
             '(mesh.fsdp), or leave the images on the host (data.on_device=false). What was saved is kept.'
         )
-    return None
+    where = place_in_plugins(error)
+    return None if where is None else f'{where} raised {type(error).__name__}: {text.partition(chr(10))[0]}'
 
 
 def run() -> None:

@@ -5,6 +5,7 @@ import difflib
 import importlib.util
 import math
 import sys
+import traceback
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -12,6 +13,9 @@ from types import ModuleType
 from typing import Any
 
 from bqat_jax.errors import UserError
+
+# What the modules of plugins are called, before their own name.
+PLUGIN = 'bqat_jax_plugin_'
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
@@ -144,10 +148,17 @@ def load_plugins(text: str | None) -> tuple[Path, ...]:
             raise UserError(f'plugins={text!r}: there is no file {file}. Give the path of a Python file.')
         stamp = (str(file.resolve()), file.stat().st_mtime_ns)
         # Two files may have the same name.
-        name = f'bqat_jax_plugin_{file.stem}_{zlib.crc32(stamp[0].encode()):08x}'
+        name = f'{PLUGIN}{file.stem}_{zlib.crc32(stamp[0].encode()):08x}'
         if getattr(sys.modules.get(name), 'stamp', None) != stamp:
             vars(run_file(file, name, 'plugin'))['stamp'] = stamp
     return files
+
+
+def place_in_plugins(error: BaseException) -> str | None:
+    """Returns the innermost line of a plugin in an error's traceback, in words; None if no plugin has part in it."""
+    loaded = {module.stamp[0] for name, module in list(sys.modules.items()) if name.startswith(PLUGIN)}
+    own = [line for line in traceback.extract_tb(error.__traceback__) if str(Path(line.filename).resolve()) in loaded]
+    return f'The plugin {own[-1].filename}, line {own[-1].lineno},' if own else None
 
 
 def run_file(file: Path, name: str, kind: str) -> ModuleType:

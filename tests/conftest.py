@@ -26,6 +26,7 @@ import pytest
 from bqat_jax.data.sources import DATASETS
 from bqat_jax.networks import NETWORKS
 from bqat_jax.quantizers import ESTIMATORS, QUANTIZERS
+from bqat_jax.replacement import plans
 from bqat_jax.replacement.plans import PLANS
 from bqat_jax.replacement.schedules import SCHEDULES
 
@@ -51,6 +52,7 @@ def registries(monkeypatch):
     """What a test registers is forgotten after it."""
     for registry in (DATASETS, ESTIMATORS, NETWORKS, PLANS, QUANTIZERS, SCHEDULES):
         monkeypatch.setattr(registry, 'entries', dict(registry.entries))
+    monkeypatch.setattr(plans, 'DRAWN', set(plans.DRAWN))
 
 
 @pytest.fixture(scope='session')

@@ -1,10 +1,11 @@
 import os
+import sys
 
 import pytest
 
 from bqat_jax.errors import UserError
 from bqat_jax.quantizers import ESTIMATORS, get_estimator
-from bqat_jax.registry import load_plugins
+from bqat_jax.registry import load_plugins, place_in_plugins
 
 PLUGIN = """
 from bqat_jax.quantizers.estimators import register_estimator
@@ -73,3 +74,23 @@ def test_a_plugin_that_fails_is_told(tmp_path, registries, content, message):
     other.write_text('')
     with pytest.raises(UserError, match=r'must end in \.py'):
         load_plugins(str(other))
+
+
+def test_an_error_is_placed_in_the_plugin_that_raised_it(tmp_path):
+    path = tmp_path / 'mine.py'
+    path.write_text('def rule(x):\n    return {}[x]\n\n\ndef call(x):\n    return int(rule(x))\n')
+    load_plugins(str(path))
+    module = next(module for module in sys.modules.values() if getattr(module, '__file__', None) == str(path))
+    with pytest.raises(KeyError) as raised:
+        module.call(3)
+    assert place_in_plugins(raised.value) == f'The plugin {path}, line 2,'
+    with pytest.raises(ZeroDivisionError) as raised:
+        1 / 0  # noqa: B018
+    assert place_in_plugins(raised.value) is None
+
+
+def test_a_file_that_exits_is_told(tmp_path):
+    path = tmp_path / 'exits.py'
+    path.write_text('import sys\nsys.exit(3)\n')
+    with pytest.raises(UserError, match='failed: SystemExit: 3'):
+        load_plugins(str(path))

@@ -4,7 +4,6 @@ This is the one place that turns a config into objects.
 """
 
 import functools
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from bqat_jax.experiment.environment import check_experiments
 from bqat_jax.experiment.experiment import DataSpec, Experiment, InitSource, Intervals, PartnerSource, PhaseSpec
 from bqat_jax.networks import make_network
 from bqat_jax.networks.convolution import conv_general_dilated
-from bqat_jax.registry import load_plugins
+from bqat_jax.registry import load_plugins, place_in_plugins
 from bqat_jax.replacement.network_layers import find_network_layers
 from bqat_jax.replacement.objective import WEIGHTS, Objective
 from bqat_jax.replacement.plans import Plan, parse_path_weights
@@ -126,10 +125,10 @@ def make_experiment(
     except ValueError as error:  # what the library's parts say of a value holds for the key that gave it
         raise UserError(str(error)) from error
     except Exception as error:
-        place_in_plugin = _place_in(plugins, error)
-        if place_in_plugin is None:
+        where = place_in_plugins(error)
+        if where is None:
             raise
-        raise UserError(f'{place_in_plugin} raised {type(error).__name__}: {error}') from error
+        raise UserError(f'{where} raised {type(error).__name__}: {error}') from error
     check_experiments(experiment)
     return experiment
 
@@ -137,13 +136,6 @@ def make_experiment(
 def _load_plugins(text: str | None) -> tuple[Path, ...]:
     files = [str(place(part.strip(), 'plugins')) for part in (text or '').split(',') if part.strip()]
     return load_plugins(','.join(files))
-
-
-def _place_in(plugins: Sequence[Path], error: Exception) -> str | None:
-    """The innermost line of the plugins in an error's traceback, in words; None if they have no part in it."""
-    lines = traceback.extract_tb(error.__traceback__)
-    own = [line for line in lines if Path(line.filename).resolve() in [file.resolve() for file in plugins]]
-    return f'The plugin {own[-1].filename}, line {own[-1].lineno},' if own else None
 
 
 def _check_batch(config: Config, devices: int) -> None:

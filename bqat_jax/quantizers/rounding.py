@@ -13,6 +13,8 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bqat_jax.errors import UserError
+
 
 class Context(NamedTuple):
     """When, where and with what randomness a tensor is quantized; a pytree.
@@ -135,6 +137,12 @@ class QuantizeSpec:
         between = jnp.clip(value, self.lower, self.upper)
         rounded = self.estimator.round(between, where)
         gradient = self.estimator.backward(cotangent, between, rounded, where)
+        for what, x in (('round', rounded), ('backward', gradient)):
+            if jnp.shape(x) != value.shape:
+                raise UserError(
+                    f'{what} of the estimator {self.estimator.name!r} returned the shape {jnp.shape(x)} for '
+                    f'{value.shape}: it must return an array of the same shape.'
+                )
         bound = jnp.where(value <= self.lower, float(self.lower), float(self.upper))
         counts = (value >= self.lower) & (value <= self.upper) if self.includes_bounds else inside
         clipped = self.estimator.backward_clipped(cotangent, value, bound, where, passes=self.passes_bounds)

@@ -199,7 +199,13 @@ class Plan:
     @property
     def models(self) -> tuple[Model, ...]:
         """The models that there may be, a mask over the blocks each; none where any mask may be drawn."""
-        models = tuple(PLANS.get(self.name)(self.num_blocks))
+        models = PLANS.get(self.name)(self.num_blocks)
+        if not isinstance(models, list | tuple) or not all(isinstance(model, list | tuple) for model in models):
+            raise ValueError(
+                f'The plan {self.name!r} returned {models!r} for {self.num_blocks} blocks: it must return a tuple of '
+                'models, each a tuple that says of every block whether it is LP.'
+            )
+        models = tuple(tuple(model) for model in models)
         return (*models, (True,) * self.num_blocks) if self.include_last else models
 
     @property

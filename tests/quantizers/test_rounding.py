@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bqat_jax.errors import UserError
 from bqat_jax.quantizers import LSQ
 from bqat_jax.quantizers.estimators import ESTIMATORS, get_estimator
 from bqat_jax.quantizers.rounding import EVALUATION, Context, Estimator, round_with_estimator
@@ -78,6 +79,21 @@ def test_identity_passes_the_gradient_on():
         return jnp.sum(3.0 * round_with_estimator(get_estimator('identity'), v, lower=-8, upper=7))
 
     np.testing.assert_array_equal(jax.grad(loss)(jnp.asarray(VALUES[1:-1])), np.full(VALUES.size - 2, 3.0))
+
+
+class Summing(Estimator):
+    """A rule with a mistake: NumPy's rules would broadcast what it returns."""
+
+    def backward(self, cotangent, value, rounded, context):
+        return jnp.sum(cotangent)
+
+
+def test_a_gradient_of_another_shape_is_told():
+    def loss(v):
+        return jnp.sum(round_with_estimator(Summing(), v, lower=-8, upper=7))
+
+    with pytest.raises(UserError, match=r'backward of the estimator .* returned the shape \(\) for \(3,\)'):
+        jax.grad(loss)(jnp.ones(3))
 
 
 @pytest.mark.parametrize('text', TEXTS)

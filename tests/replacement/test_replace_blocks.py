@@ -70,6 +70,13 @@ def test_mistakes_are_told(change, message):
         bq.replace_blocks(**{**GOOD, **change})
 
 
+@pytest.mark.parametrize('returned', [7, None, (True, False), 'prefix', {'a': 1}])
+def test_a_plan_that_returns_no_models_is_told(returned, registries):
+    bq.register_plan('odd')(lambda num_blocks: returned)
+    with pytest.raises(ValueError, match="The plan 'odd' returned"):
+        bq.replace_blocks(**{**GOOD, 'plan': 'odd'})
+
+
 def test_a_partner_that_is_needed_is_asked_for():
     replacement, variables = bq.replace_blocks(**GOOD)
     batch = bq.Batch(INPUTS, jnp.array([0, 1, 2, 0]))
