@@ -81,16 +81,31 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=False) + '\n')
 
 
-def read_json(path: Path) -> Any:
-    """Returns what a JSON file holds.
+def read_json(path: Path, **fields: type | tuple[type, ...]) -> dict[str, Any]:
+    """Returns the JSON object that a file holds.
+
+    Args:
+        path: of the file.
+        **fields: the entries that it must have, with their types.
 
     Raises:
-        UserError: if it is not JSON.
+        UserError: if it is not JSON, or not such an object.
     """
     try:
-        return json.loads(path.read_text(encoding='utf-8'))
+        content = json.loads(path.read_text(encoding='utf-8'))
     except ValueError as error:
-        raise UserError(f'{path} is damaged: it is not JSON ({error}). Take another --workdir.') from error
+        raise damaged(path, f'it is not JSON ({error})') from error
+    if not isinstance(content, dict):
+        raise damaged(path, f'it holds a {type(content).__name__}, and no object')
+    for name, kind in fields.items():
+        if not isinstance(content.get(name), kind):
+            raise damaged(path, f'its entry {name!r} is missing, or of another type')
+    return content
+
+
+def damaged(path: Path, why: str) -> UserError:
+    """Returns the error for a file of a run's that is not as it was written."""
+    return UserError(f'{path} is damaged: {why}. Put it back as it was, or take another --workdir.')
 
 
 def write_once(path: Path, value: Any) -> None:

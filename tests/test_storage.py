@@ -31,6 +31,24 @@ def test_a_damaged_file_is_named(tmp_path):
         read_json(tmp_path / 'a.json')
 
 
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('[1]', 'holds a list'),
+        ('3', 'holds a int'),
+        ('{"b": 1}', "its entry 'a' is missing"),
+        ('{"a": 1}', 'another type'),
+    ],
+)
+def test_json_of_another_form_is_damaged(tmp_path, text, message):
+    (tmp_path / 'a.json').write_text(text)
+    with pytest.raises(UserError, match=rf'a\.json is damaged: .*{message}'):
+        read_json(tmp_path / 'a.json', a=str)
+    (tmp_path / 'a.json').write_bytes(b'\xff\xfe')
+    with pytest.raises(UserError, match='it is not JSON'):
+        read_json(tmp_path / 'a.json')
+
+
 def test_a_lock_is_held_once_and_given_back(tmp_path):
     with locked(tmp_path), pytest.raises(UserError, match='in use'), locked(tmp_path):
         pass

@@ -68,9 +68,12 @@ class Checkpoints:
             read_only: to look at what another process may be writing.
 
         Raises:
-            UserError: if a score is damaged and, the directory being read-only, cannot be moved aside.
+            UserError: if the directory is a file; or a score is damaged and, the directory being read-only, cannot be
+                moved aside.
         """
         self.directory = directory.absolute()
+        if self.directory.exists() and not self.directory.is_dir():
+            raise UserError(f'{self.directory} is a file, and checkpoints go into a folder of that name. Move it away.')
         self._read_only = read_only
         # Orbax reads every score as it opens a directory, and gives up on one that it cannot read.
         for path in [path for path in _steps_in(self.directory) if not _has_readable_score(path)]:

@@ -12,6 +12,7 @@ from ml_collections import config_dict
 from bqat_jax.errors import UserError
 from bqat_jax.experiment.keys import BY_NAME, KEYS, MOST_STEPS, NETWORK, SEED, Key, in_words, is_within, range_of
 from bqat_jax.registry import suggest
+from bqat_jax.storage import damaged
 
 # An ml_collections.ConfigDict; type checkers cannot know its keys.
 Config: TypeAlias = Any
@@ -175,7 +176,7 @@ def check_resumable(old: Mapping[str, Any], new: Mapping[str, Any], workdir: Pat
         UserError: if a key differs that the result depends on; all such keys are named.
     """
     unsafe = []
-    for change in changed_keys(_completed(old), new):
+    for change in changed_keys(completed(old, workdir), new):
         name = change.partition(':')[0]
         if name not in BY_NAME and not name.startswith(NETWORK):
             raise UserError(
@@ -200,8 +201,12 @@ def _hint(changes: list[str], workdir: Path) -> str:
     return ''
 
 
-def _completed(plain: Mapping[str, Any]) -> dict[str, Any]:
-    """A plain config with the keys that it lacks, outside of the network's options, at their defaults."""
+def completed(plain: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
+    """Returns a workdir's plain config with the keys that it lacks, but the network's options, at their defaults.
+
+    Raises:
+        UserError: if it is not one.
+    """
     config = json.loads(json.dumps(plain))
     for key in KEYS:
         if not key.name.startswith(NETWORK):
@@ -209,5 +214,7 @@ def _completed(plain: Mapping[str, Any]) -> dict[str, Any]:
             section = config
             for name in sections:
                 section = section.setdefault(name, {})
+                if not isinstance(section, dict):
+                    raise damaged(workdir / 'config.json', f'{name} is no section')
             section.setdefault(last, None if key.may_be_unset else to_plain(key.default))
     return config

@@ -16,6 +16,7 @@ from bqat_jax.distributed.processes import check_agreement
 from bqat_jax.errors import UserError
 from bqat_jax.experiment.configuration import Config, leaves, to_plain
 from bqat_jax.experiment.experiment import Experiment
+from bqat_jax.storage import damaged
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'tensorflow-datasets', 'grain', 'numpy')
 # Settings of JAX by which numbers differ, as `jax.config` names them; upper case, they are environment variables.
@@ -81,6 +82,8 @@ def check_environment(recorded: Mapping[str, Any], workdir: Path) -> None:
             'Go on with that version, or take another --workdir.'
         )
     then, now = recorded.get('numerics', {}), numerics()
+    if not isinstance(then, Mapping):
+        raise damaged(workdir / 'environment.json', "its entry 'numerics' is no object")
     changes = [f'{name}: {then[name]} -> {now[name]}' for name in now if name in then and then[name] != now[name]]
     if changes:
         raise UserError(

@@ -8,7 +8,7 @@ import rich.console
 
 from bqat_jax.errors import UserError
 from bqat_jax.experiment.checkpoints import Restored
-from bqat_jax.experiment.configuration import Config, changed_keys
+from bqat_jax.experiment.configuration import Config, changed_keys, completed
 from bqat_jax.experiment.experiment import Experiment
 from bqat_jax.experiment.low_precision import QUANTIZERS_FILE, Start, low_precision_phase, read_quantization
 from bqat_jax.experiment.partner import Partner, load_partner
@@ -89,7 +89,7 @@ def find_start(experiment: Experiment, partner: Partner) -> Start:
 def _config_of(workdir: Path, experiment: Experiment) -> Config:
     """The config of another run, on the devices and with the data folder of this one."""
     check_is_run(workdir)
-    config: Config = ml_collections.ConfigDict(read_json(workdir / CONFIG))
+    config: Config = ml_collections.ConfigDict(completed(read_json(workdir / CONFIG), workdir))
     own = experiment.config
     config.mesh = ml_collections.ConfigDict(own['mesh'])
     for key in ('dir', 'workers', 'on_device'):

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +22,7 @@ from bqat_jax.experiment.streams import Stream, random_key
 from bqat_jax.quantizers import describe_quantizer
 from bqat_jax.replacement.block_replacement import BlockReplacement
 from bqat_jax.replacement.paths import Variables
-from bqat_jax.storage import read_json, write_once
+from bqat_jax.storage import damaged, read_json, write_once
 from bqat_jax.training.spec import TrainSpec
 from bqat_jax.transform import (
     LayerQuantizers,
@@ -134,12 +135,18 @@ def read_quantization(experiment: Experiment) -> Quantization:
     path = experiment.workdir / QUANTIZERS_FILE
     if not path.exists():
         raise UserError(f'{experiment.workdir} holds no low-precision network yet: train first (--mode=train).')
-    return _build_quantization(experiment, read_json(path))
+    return _build_quantization(experiment, read_json(path), path)
 
 
-def _build_quantization(experiment: Experiment, described: dict[str, Any]) -> Quantization:
-    """The config's quantizers, with the signs of inputs that calibration found."""
-    signed = {path: layer['activations']['signed'] for path, layer in described.items() if layer['activations']}
+def _build_quantization(experiment: Experiment, described: dict[str, Any], file: Path) -> Quantization:
+    """The config's quantizers, with the signs of inputs that calibration found and a file describes."""
+    signed = {}
+    for path, layer in experiment.quantizers.items():
+        if layer.activations is not None:
+            try:
+                signed[path] = bool(described[path]['activations']['signed'])
+            except (KeyError, TypeError) as error:
+                raise damaged(file, f'it does not say whether the inputs of {path} are signed') from error
     try:
         return build_quantization(experiment.layers.quantizable, experiment.quantizers, signed)
     except ValueError as error:
@@ -148,7 +155,8 @@ def _build_quantization(experiment: Experiment, described: dict[str, Any]) -> Qu
 
 def _same_quantization(experiment: Experiment, described: dict[str, Any]) -> Quantization:
     """The config's quantizers, if they are those of another run."""
-    quantization = _build_quantization(experiment, described)
+    source = Path(experiment.init.workdir or '') / QUANTIZERS_FILE
+    quantization = _build_quantization(experiment, described, source)
     changes = changed_keys(described, _describe(quantization))
     if changes:
         raise UserError(

@@ -136,7 +136,7 @@ def load_partner(experiment: Experiment, workdir: Path) -> Partner | None:
     path = workdir / DIRECTORY / FACTS
     if not agree(path.is_file()):
         return None
-    facts = read_json(path)
+    facts = read_json(path, network=dict, mean=list, std=list, source=str)
     changes = changed_keys(facts['network'], experiment.network_description)
     if changes:
         listed = '; '.join(changes)

@@ -41,7 +41,7 @@ def check_config(experiment: Experiment) -> None:
     """
     workdir = experiment.workdir
     if agree((workdir / ENVIRONMENT).exists()):
-        check_environment(read_json(workdir / ENVIRONMENT), workdir)
+        check_environment(read_json(workdir / ENVIRONMENT, versions=dict), workdir)
     if agree((workdir / CONFIG).exists()):
         check_resumable(read_json(workdir / CONFIG), experiment.config, workdir)
 

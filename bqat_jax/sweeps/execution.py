@@ -181,9 +181,9 @@ class _Execution:
         known = run.workdir / 'config.json'
         if known.exists():
             check_resumable(read_json(known), to_plain(run.config), run.workdir)
-        for name in (RESULT, ERROR):
+        for name, fields in ((RESULT, {'top1': float, 'steps': int}), (ERROR, {'error': str})):
             if (run.workdir / name).exists():
-                return read_json(run.workdir / name)
+                return read_json(run.workdir / name, **fields)
         self.console.print(str(run.workdir.relative_to(self.workdir)))
         began = time.monotonic()
         try:

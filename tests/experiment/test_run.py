@@ -212,6 +212,33 @@ def test_a_workdir_from_before_a_key_came_is_resumed(finished, config, tmp_path)
     assert train(config, tmp_path / 'run', name='digits') == result
 
 
+@pytest.mark.parametrize(
+    ('file', 'text', 'message'),
+    [
+        ('config.json', '{"train": 3}', 'train is no section'),
+        ('config.json', '[]', 'holds a list'),
+        ('environment.json', '{"versions": 3}', "entry 'versions'"),
+        ('environment.json', '{"versions": {}, "numerics": 3}', "entry 'numerics'"),
+        ('quantizers.json', '{"stem/conv": 3}', 'whether the inputs of stem/conv are signed'),
+        ('quantizers.json', '{}', 'does not say'),
+        ('partner/partner.json', '{"network": 7}', "entry 'network'"),
+    ],
+)
+def test_files_of_a_run_that_were_changed_are_told(finished, config, tmp_path, file, text, message):
+    shutil.copytree(finished[1], tmp_path / 'run', ignore=shutil.ignore_patterns('tensorboard'))
+    (tmp_path / 'run' / file).write_text(text)
+    with pytest.raises(UserError, match=f'{file} is damaged.*{message}'):
+        evaluate_run(config, tmp_path / 'run')
+
+
+def test_a_file_where_checkpoints_go_is_told(finished, config, tmp_path):
+    config.partner.workdir = str(finished[1])
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run' / 'checkpoints').write_text('')
+    with pytest.raises(UserError, match='checkpoints is a file'):
+        train(config, tmp_path / 'run', name='digits')
+
+
 def test_a_workdir_of_an_older_version_is_refused_by_its_version(finished, config, tmp_path):
     shutil.copytree(finished[1], tmp_path / 'run')
     environment = read_json(tmp_path / 'run' / 'environment.json')
