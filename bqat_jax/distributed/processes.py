@@ -20,6 +20,7 @@ from bqat_jax.errors import UserError
 logger = logging.getLogger(__name__)
 
 OFF, AUTO = 'off', 'auto'
+LARGEST_PORT = 65535
 # Differences between processes that a message shows.
 SHOWN = 10
 
@@ -52,12 +53,13 @@ def _join(distributed: str) -> None:
         try:
             address, count, number = distributed.split(',')
             arguments = {'coordinator_address': address, 'num_processes': int(count), 'process_id': int(number)}
-            if ':' not in address or not 0 <= int(number) < int(count):
+            host, _, port = address.rpartition(':')
+            if not host or not 1 <= int(port) <= LARGEST_PORT or not 0 <= int(number) < int(count):
                 raise ValueError(distributed)
         except ValueError as error:
             raise UserError(
                 f"distributed={distributed!r}: it must be 'off', 'auto', or HOST:PORT,n,i for process i of n, counted "
-                'from 0, with the address of process 0.'
+                'from 0, with the address of process 0, whose port is 1 to 65535.'
             ) from error
     try:
         jax.distributed.initialize(**arguments)

@@ -15,6 +15,8 @@ from bqat_jax.experiment.experiment import Experiment
 from bqat_jax.storage import locked, read_json, write_bytes, write_once
 
 CONFIG, ENVIRONMENT = 'config.json', 'environment.json'
+# What a run has left once something was computed.
+WORK = ('partner', 'quantizers.json', 'checkpoints')
 ROLL_CALL = '.processes'
 
 
@@ -40,6 +42,8 @@ def check_config(experiment: Experiment) -> None:
         UserError: if a key or a setting of JAX differs that the result depends on, or another version made it.
     """
     workdir = experiment.workdir
+    if not agree(any((workdir / name).exists() for name in WORK)):
+        return  # what was begun there failed before it left anything that a config is of
     if agree((workdir / ENVIRONMENT).exists()):
         check_environment(read_json(workdir / ENVIRONMENT, versions=dict), workdir)
     if agree((workdir / CONFIG).exists()):

@@ -202,7 +202,20 @@ def test_a_workdir_that_is_not_shared_is_told(start, tmp_path):
         assert '1 of 2 processes do not see' in (tmp_path / f'run{{number}}.2.{number}.log').read_text()
 
 
-@pytest.mark.parametrize('text', ['on', 'host,2,0', 'host:1,2,2', 'host:1,2', 'host:1,two,0'])
+@pytest.mark.parametrize(
+    'text',
+    [
+        'on',
+        'host:port,2,0',
+        'host:0,2,0',
+        'host:99999,2,0',
+        ':1,2,0',
+        'host,2,0',
+        'host:1,2,2',
+        'host:1,2',
+        'host:1,two,0',
+    ],
+)
 def test_what_says_no_processes_is_refused(text):
     with pytest.raises(UserError, match='HOST:PORT,n,i'):
         initialize(text)

@@ -113,6 +113,15 @@ def test_another_config_is_refused(finished):
             function()
 
 
+def test_a_config_that_failed_before_it_left_anything_may_be_corrected(finished, config, tmp_path):
+    config.partner.workdir = str(tmp_path / 'absent')
+    with pytest.raises(UserError, match='no finished partner'):
+        train(config, tmp_path / 'run', name='digits')
+    assert (tmp_path / 'run' / 'config.json').exists()
+    config.partner.workdir, config.train.steps = str(finished[1]), 0
+    assert train(config, tmp_path / 'run', name='digits')['checkpoint_step'] == 0
+
+
 def test_the_partner_of_another_run_is_taken_with_its_normalisation(finished, config, tmp_path):
     _, workdir, result = finished
     config.partner.workdir = str(workdir)
