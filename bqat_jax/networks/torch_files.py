@@ -255,7 +255,7 @@ def _load_safetensors(file: str | Path) -> dict[str, Any]:
 
 def _is_tensor(value: Any) -> bool:
     """Whether it is a tensor of PyTorch, or an array."""
-    return hasattr(value, 'shape') and hasattr(value, 'dtype')
+    return hasattr(value, 'dtype') and hasattr(value, '__array__')  # a nested tensor has no shape
 
 
 def _holds_tensor(value: Any) -> bool:
@@ -352,6 +352,8 @@ def _from_torch(tensor: Any) -> np.ndarray:
     Raises:
         TypeError: if it has values that stand for others, or none.
     """
+    if tensor.is_nested:
+        raise TypeError('nested, of rows of several lengths; call to_padded_tensor() on it')
     if tensor.is_quantized:
         raise TypeError('quantized; call dequantize() on it')
     if tensor.is_meta:

@@ -148,11 +148,12 @@ def odd_tensors():
             'quantized': (torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), r'qint8: .*dequantize\(\)'),
             'sparse': (torch.eye(2).to_sparse(), r'float32: sparse; call to_dense\(\)'),
             'sparse_rows': (torch.eye(2).to_sparse_csr(), r'float32: sparse; call to_dense\(\)'),
+            'nested': (torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), 'float32: nested'),
             'meta': (torch.ones(2, device='meta'), r'float32: on the meta device, without values'),
         }
 
 
-@pytest.mark.parametrize('kind', ['quantized', 'sparse', 'sparse_rows', 'meta'])
+@pytest.mark.parametrize('kind', ['quantized', 'sparse', 'sparse_rows', 'nested', 'meta'])
 def test_a_tensor_that_no_array_can_stand_for_is_named_with_its_dtype(tmp_path, kind):
     tensor, told = odd_tensors()[kind]
     with warnings.catch_warnings():
