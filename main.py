@@ -3,11 +3,18 @@
 import errno
 import logging
 import sys
+import tempfile
+import traceback
 from pathlib import Path
 
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
+
+try:
+    import jax  # noqa: F401
+except ValueError as problem:  # an environment variable with a value that JAX does not take
+    sys.exit(f'Error: {problem}. Unset the variable, or give it a value that JAX takes.')
 
 from bqat_jax.distributed.preemption import Stopped
 from bqat_jax.distributed.processes import initialize
@@ -16,7 +23,7 @@ from bqat_jax.experiment.command_line import CommandLine, read_command_line, uns
 from bqat_jax.experiment.compilation import keep_compiled
 from bqat_jax.experiment.environment import check_processes
 from bqat_jax.experiment.run import diagnose_run, evaluate_run, import_partner, summarize_network, train
-from bqat_jax.registry import place_in_plugins
+from bqat_jax.registry import loaded_plugins, place_in_plugins
 from bqat_jax.storage import place
 
 MODES = ('train', 'evaluate', 'import', 'summary', 'diagnose', 'sweep')
@@ -82,15 +89,23 @@ def explain(error: Exception) -> str | None:
             'them in parts (train.microbatches), recompute blocks (network.remat), share arrays between devices '
             '(mesh.fsdp), or leave the images on the host (data.on_device=false). What was saved is kept.'
         )
-    where = place_in_plugins(error)
-    return None if where is None else f'{where} raised {type(error).__name__}: {text.partition(chr(10))[0]}'
+    return explain_with_plugins(error) if loaded_plugins() else None
+
+
+def explain_with_plugins(error: Exception) -> str:
+    """Returns what is known of an error that a plugin may have led to; the traceback goes into a file."""
+    where = place_in_plugins(error) or f'Beside the plugins {", ".join(loaded_plugins())} the program'
+    with tempfile.NamedTemporaryFile('w', prefix='bqat_jax_', suffix='.txt', delete=False) as file:
+        file.write(''.join(traceback.format_exception(error)))
+    what = f'{type(error).__name__}: {str(error).partition(chr(10))[0]}'
+    return f'{where} raised {what}. The traceback is in {file.name}.'
 
 
 def run() -> None:
     """Runs main; a mistake that the user can mend is told in plain words, without a traceback."""
-    # Our own words are shown; of the libraries' only errors: they warn of folders that are merely not there yet.
-    absl_logging.set_verbosity(absl_logging.ERROR)
-    # What failed in a thread of Orbax's is raised in ours too.
+    # Our own words are shown, and none of the libraries': they warn of folders that are merely not there yet, and what
+    # fails in them is raised here too.
+    absl_logging.set_verbosity(absl_logging.FATAL)
     logging.getLogger('asyncio').setLevel(logging.CRITICAL)
     ours = logging.getLogger('bqat_jax')
     ours.setLevel(logging.INFO)

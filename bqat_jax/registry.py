@@ -154,10 +154,15 @@ def load_plugins(text: str | None) -> tuple[Path, ...]:
     return files
 
 
+def loaded_plugins() -> list[str]:
+    """Returns the paths of the plugins that were run in this process."""
+    return [module.stamp[0] for name, module in list(sys.modules.items()) if name.startswith(PLUGIN)]
+
+
 def place_in_plugins(error: BaseException) -> str | None:
     """Returns the innermost line of a plugin in an error's traceback, in words; None if no plugin has part in it."""
-    loaded = {module.stamp[0] for name, module in list(sys.modules.items()) if name.startswith(PLUGIN)}
-    own = [line for line in traceback.extract_tb(error.__traceback__) if str(Path(line.filename).resolve()) in loaded]
+    loaded, lines = loaded_plugins(), traceback.extract_tb(error.__traceback__)
+    own = [line for line in lines if str(Path(line.filename).resolve()) in loaded]
     return f'The plugin {own[-1].filename}, line {own[-1].lineno},' if own else None
 
 

@@ -86,7 +86,8 @@ def check_values(config: Config) -> None:
     values = dict(leaves(config))
     for name in [name for name in values if name not in BY_NAME and not name.startswith(NETWORK)]:
         raise UserError(f'The recipe sets {name}, and nothing reads such a key.{suggest(name, BY_NAME)}')
-    for name in [name for name in BY_NAME if name not in values and not name.startswith(NETWORK)]:
+    needed = [name for name in BY_NAME if not name.startswith(NETWORK) or name == f'{NETWORK}name']
+    for name in [name for name in needed if name not in values]:
         raise UserError(f'The recipe has no {name}: begin with base_config(), and leave its keys in place.')
     for name, value in values.items():
         _check_value(name, value)

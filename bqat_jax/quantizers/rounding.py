@@ -123,7 +123,8 @@ class QuantizeSpec:
     def codes(self, value: jax.Array, context: Context) -> jax.Array:
         """Returns the codes of values in the integer domain, in float32."""
         # Rounding before clipping is the same as after it: the bounds are integers.
-        return jnp.clip(self.estimator.round(value, self._where(context)), self.lower, self.upper)
+        rounded = self._check('round', self.estimator.round(value, self._where(context)), value)
+        return jnp.clip(rounded, self.lower, self.upper)
 
     def backward(self, cotangent: jax.Array, value: jax.Array, context: Context) -> tuple[jax.Array, ...]:
         """Returns (inside, counts, rounded, gradient between the bounds, bound, gradient with respect to value).
@@ -135,18 +136,24 @@ class QuantizeSpec:
         inside = (value > self.lower) & (value < self.upper)
         # The rule only sees values between the bounds: far outside it may not be finite.
         between = jnp.clip(value, self.lower, self.upper)
-        rounded = self.estimator.round(between, where)
+        rounded = self._check('round', self.estimator.round(between, where), value)
         gradient = self.estimator.backward(cotangent, between, rounded, where)
-        for what, x in (('round', rounded), ('backward', gradient)):
-            if jnp.shape(x) != value.shape:
-                raise UserError(
-                    f'{what} of the estimator {self.estimator.name!r} returned the shape {jnp.shape(x)} for '
-                    f'{value.shape}: it must return an array of the same shape.'
-                )
+        self._check('backward', gradient, value)
         bound = jnp.where(value <= self.lower, float(self.lower), float(self.upper))
         counts = (value >= self.lower) & (value <= self.upper) if self.includes_bounds else inside
         clipped = self.estimator.backward_clipped(cotangent, value, bound, where, passes=self.passes_bounds)
         return inside, counts, rounded, gradient, bound, jnp.where(counts, gradient, clipped)
+
+    def _check(self, method: str, returned: Any, value: Any) -> jax.Array:
+        """What a method of the estimator returned, if it is an array like `value`: another would be broadcast."""
+        shape = getattr(returned, 'shape', None)
+        if shape != value.shape:
+            found = f'a {type(returned).__name__}' if shape is None else f'the shape {shape}'
+            raise UserError(
+                f'{method} of the estimator {self.estimator.name!r} returned {found} for an array of shape '
+                f'{value.shape}: it must return one of the same shape.'
+            )
+        return returned
 
     def _where(self, context: Context) -> Context:
         return context._replace(lower=self.lower, upper=self.upper)

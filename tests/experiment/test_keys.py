@@ -75,10 +75,11 @@ def test_a_key_that_nothing_reads_and_one_that_is_missing_are_told():
     config.optimizer.learningrate = 0.1
     with pytest.raises(UserError, match=r"optimizer.learningrate.*Did you mean 'optimizer.learning_rate'"):
         check_values(config)
-    config = base_config()
-    del config.train.batch_size
-    with pytest.raises(UserError, match=r'no train\.batch_size'):
-        check_values(config)
+    for section, key in (('train', 'batch_size'), ('network', 'name')):
+        config = base_config()
+        del config[section][key]
+        with pytest.raises(UserError, match=rf'no {section}\.{key}'):
+            check_values(config)
 
 
 def test_options_of_networks_are_checked_too():

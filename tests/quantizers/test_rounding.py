@@ -1,6 +1,7 @@
 """What every registered estimator must be: rounding in evaluation, finite gradients, and described by a text."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -81,18 +82,34 @@ def test_identity_passes_the_gradient_on():
     np.testing.assert_array_equal(jax.grad(loss)(jnp.asarray(VALUES[1:-1])), np.full(VALUES.size - 2, 3.0))
 
 
-class Summing(Estimator):
-    """A rule with a mistake: NumPy's rules would broadcast what it returns."""
+@dataclasses.dataclass(frozen=True)
+class Odd(Estimator):
+    """A rule with a mistake; NumPy's rules would broadcast a scalar."""
+
+    rounded: Callable | None = None
+    gradient: Callable | None = None
+
+    def round(self, value, context):
+        return jnp.round(value) if self.rounded is None else self.rounded(value)
 
     def backward(self, cotangent, value, rounded, context):
-        return jnp.sum(cotangent)
+        return cotangent if self.gradient is None else self.gradient(cotangent)
 
 
-def test_a_gradient_of_another_shape_is_told():
+@pytest.mark.parametrize(
+    ('estimator', 'message'),
+    [
+        (Odd(gradient=jnp.sum), r'backward of the estimator .* returned the shape \(\) for an array of shape \(3,\)'),
+        (Odd(gradient=lambda x: None), 'returned a NoneType'),
+        (Odd(rounded=lambda x: 'x'), 'round of the estimator .* returned a str'),
+        (Odd(rounded=jnp.max), r'returned the shape \(\)'),
+    ],
+)
+def test_what_is_no_array_like_the_input_is_told(estimator, message):
     def loss(v):
-        return jnp.sum(round_with_estimator(Summing(), v, lower=-8, upper=7))
+        return jnp.sum(round_with_estimator(estimator, v, lower=-8, upper=7))
 
-    with pytest.raises(UserError, match=r'backward of the estimator .* returned the shape \(\) for \(3,\)'):
+    with pytest.raises(UserError, match=message):
         jax.grad(loss)(jnp.ones(3))
 
 
