@@ -27,8 +27,9 @@ from bqat_jax.registry import loaded_plugins, place_in_plugins
 from bqat_jax.storage import place
 
 MODES = ('train', 'evaluate', 'import', 'summary', 'diagnose', 'sweep')
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # They come without the name of a file where a write fails.
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
+DISK_ERRORS = (*FULL, errno.EROFS, errno.EIO, errno.ESTALE)
 DEFAULT_RECIPE = Path(__file__).resolve().parent / 'configs' / 'digits.py'
 
 
@@ -82,7 +83,8 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, UserError | flags.Error):
         return text
     if isinstance(error, OSError) and (error.filename is not None or error.errno in DISK_ERRORS):
-        return f'{text}. Make room, or give a path that can be read and written; run the same command again to go on.'
+        remedy = 'Make room' if error.errno in FULL else 'Give a path that can be read and written'
+        return f'{text}. {remedy}; run the same command again to go on.'
     if isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in text:
         return (
             f'The memory is full ({text.partition(chr(10))[0][:300]}). Take smaller batches (train.batch_size), run '

@@ -61,6 +61,7 @@ def _join(distributed: str) -> None:
                 f"distributed={distributed!r}: it must be 'off', 'auto', or HOST:PORT,n,i for process i of n, counted "
                 'from 0, with the address of process 0, whose port is 1 to 65535.'
             ) from error
+    logger.info('Waiting for the other processes (distributed=%s).', distributed)
     try:
         jax.distributed.initialize(**arguments)
     except Exception as error:  # whatever went wrong in the network

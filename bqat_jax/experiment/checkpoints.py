@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 DAMAGED = 'damaged'
 # Another process that trains may prune a checkpoint while it is read; so often another is tried.
 TRIES = 5
+REMEDY = (
+    'If it is the newest, --mode=train makes its steps again; else move it away from there, and another is selected.'
+)
 
 
 class Restored(NamedTuple):
@@ -177,13 +180,14 @@ class Checkpoints:
             )
         return None
 
-    def restore_selected(self, target: Any) -> Restored | None:
+    def restore_selected(self, target: Any, remedy: str = REMEDY) -> Restored | None:
         """Returns the checkpoint with the highest score, or the newest where there are no scores; None without any.
 
         It is that one and no other.
 
         Args:
             target: the tree to read, of `jax.ShapeDtypeStruct`s with shardings.
+            remedy: what can be done if it is damaged, for the message.
 
         Raises:
             UserError: if it is damaged, has other arrays or may not be read.
@@ -201,8 +205,7 @@ class Checkpoints:
             except _Damaged as problem:
                 raise UserError(
                     f'The checkpoint of step {step} in {self.directory}, which is selected, is damaged: {problem}. '
-                    'If it is the newest, --mode=train makes its steps again; else move it away from there, and '
-                    'another is selected.'
+                    f'{remedy}'
                 ) from problem
         raise UserError(
             f'Training is under way in {self.directory}: its checkpoints are replaced before they can be read. '

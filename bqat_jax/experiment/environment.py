@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import math
 import os
 import platform
 import sys
@@ -109,6 +110,24 @@ def check_processes(config: Config, mode: str) -> None:
              for digest in digests([file]).values()}  # fmt: skip
     packages = {f'version of {name}': version for name, version in versions().items()}
     check_agreement({'--mode': mode, **own, **packages, **numerics(), **texts})
+
+
+def check_memory(experiment: Experiment) -> None:
+    """Checks that a device can hold its part of the parameters alone; training needs several times as much.
+
+    Raises:
+        UserError: if it cannot, or, where devices do not tell, if the machine's memory is less than that.
+    """
+    devices = experiment.placement.mesh.local_devices
+    leaves = jax.tree.leaves(experiment.shapes)
+    own = sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in leaves)
+    told = (devices[0].memory_stats() or {}).get('bytes_limit')
+    limit = told or os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    if own > limit:
+        raise UserError(
+            f'The network has {own / 1e9:.1f} GB of parameters on each device, and there are {limit / 1e9:.1f} GB of '
+            'memory. Take a smaller network (config.network), or share its arrays between more devices (mesh.fsdp).'
+        )
 
 
 def check_experiments(experiment: Experiment) -> None:

@@ -6,9 +6,10 @@ From it come the base config, the check of every value, and `docs/configuration.
 """
 
 import dataclasses
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+import numpy as np
 
 # Steps are counted in int32; seeds are the 32 bits that JAX's random keys take.
 MOST_STEPS = 2**31 - 1
@@ -16,6 +17,7 @@ STEPS, SEED = f'[0, {MOST_STEPS}]', f'[0, {2**32 - 1}]'
 COUNT, COUNT_OR_NONE = '[1, inf)', '[0, inf)'
 NUMBER, POSITIVE, FRACTION = '[0, inf)', '(0, inf)', '[0, 1]'
 NETWORK = 'network.'
+LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,8 +258,8 @@ def range_of(name: str) -> str:
 
 
 def is_within(value: float, interval: str) -> bool:
-    """Returns whether a number is finite and lies in an interval such as '[0, 1)'; in any for ''."""
-    if not math.isfinite(value):
+    """Returns whether a number is finite in float32 and lies in an interval such as '[0, 1)'; in any for ''."""
+    if not abs(value) <= LARGEST_FLOAT32:
         return False
     if not interval:
         return True

@@ -142,14 +142,19 @@ def load_partner(experiment: Experiment, workdir: Path) -> Partner | None:
         listed = '; '.join(changes)
         raise UserError(f'The partner in {workdir} is not the network of this config (there -> here): {listed}.')
     with Checkpoints(workdir / DIRECTORY / 'final', read_only=True) as checkpoints:
-        restored = checkpoints.restore_selected(experiment.shapes)
+        restored = checkpoints.restore_selected(
+            experiment.shapes, f'Move {workdir / DIRECTORY} away, and the partner is trained or imported again.'
+        )
     return None if restored is None else Partner(restored.state, facts)
 
 
 def _take_from_workdir(experiment: Experiment, workdir: Path) -> Partner:
     partner = load_partner(experiment, workdir)
     if partner is None:
-        raise UserError(f'partner.workdir={str(workdir)!r} holds no finished partner (no {DIRECTORY}/{FACTS} in it).')
+        raise UserError(
+            f'{workdir}, which the partner is taken from, holds no finished partner (no {DIRECTORY}/{FACTS} in it). '
+            'Finish that run, or give partner.workdir or partner.torch_file.'
+        )
     return partner._replace(facts={**partner.facts, 'source': f'workdir {workdir}'})
 
 

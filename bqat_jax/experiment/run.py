@@ -15,6 +15,7 @@ from bqat_jax.errors import UserError
 from bqat_jax.experiment.checkpoints import Restored
 from bqat_jax.experiment.configuration import Config
 from bqat_jax.experiment.diagnosing import diagnose_phase
+from bqat_jax.experiment.environment import check_memory
 from bqat_jax.experiment.experiment import Experiment
 from bqat_jax.experiment.finished import Finished, find_start, open_run
 from bqat_jax.experiment.low_precision import train_low_precision
@@ -56,6 +57,7 @@ def train(
         check_config(experiment)
         write_record(experiment, name, overrides)
         _summarize(experiment)
+        check_memory(experiment)
         partner, data = find_partner(experiment), load_data(experiment)
         if partner is None:
             partner = pretrain_partner(experiment, data, stop)
@@ -137,6 +139,7 @@ def prepare_partner(config: Config, workdir: Path, *, name: str, console: rich.c
         experiment = make_experiment(config, workdir, console)
         check_config(experiment)
         write_record(experiment, name, {})
+        check_memory(experiment)
         if find_partner(experiment) is None:
             pretrain_partner(experiment, load_data(experiment), stop)
 

@@ -103,9 +103,10 @@ def test_the_last_seed_is_one_too():
     ('interval', 'inside', 'beyond', 'words'),
     [
         ('[0, 1)', (0, 0.5), (-1e-9, 1), 'at least 0 and less than 1'),
+        ('[0, inf)', (0, 3e38), (4e38, 1e300), 'at least 0 and finite'),
         ('(0, inf)', (1e-30, 1e30), (0, math.inf, math.nan), 'more than 0 and finite'),
         ('[1, 32]', (1, 32), (0, 33), 'at least 1 and at most 32'),
-        ('(-inf, inf)', (-1e300, 0), (math.inf, -math.inf, math.nan), 'finite'),
+        ('(-inf, inf)', (-1e30, 0), (-1e300, math.inf, -math.inf, math.nan), 'finite'),
         ('', (3,), (math.nan,), 'finite'),
     ],
 )

@@ -240,6 +240,13 @@ def test_files_of_a_run_that_were_changed_are_told(finished, config, tmp_path, f
         evaluate_run(config, tmp_path / 'run')
 
 
+def test_a_network_that_no_memory_holds_is_told_before_it_is_made(config, tmp_path):
+    config.network.width = 100000
+    assert summarize_network(config, tmp_path / 'summary')['parameters'] > 1e12
+    with pytest.raises(UserError, match=r'GB of parameters on each device'):
+        train(config, tmp_path / 'run', name='digits')
+
+
 def test_a_file_where_checkpoints_go_is_told(finished, config, tmp_path):
     config.partner.workdir = str(finished[1])
     (tmp_path / 'run').mkdir()
