@@ -144,7 +144,7 @@ def replace_blocks(
     Raises:
         ValueError: for settings, rules or plans that do not exist or do not fit the network, or without a batch.
     """
-    if not isinstance(quantizers, Mapping) or not {'weights', 'activations'} <= set(quantizers):
+    if not hasattr(quantizers, 'keys') or not {'weights', 'activations'} <= set(quantizers):
         raise ValueError(
             f"quantizers={quantizers!r}: write {{'weights': settings, 'activations': settings}}, and 'rules' if layers "
             'differ.'
