@@ -39,7 +39,7 @@ from bqat_jax.training.optimizer import make_optimizer
 from bqat_jax.training.spec import TrainSpec
 from bqat_jax.training.state import init_state
 from bqat_jax.training.step import evaluation_step, train_step
-from bqat_jax.training.strengths import TraceSettings, make_measurement
+from bqat_jax.training.strengths import TraceSettings, make_measurement, mean_strengths
 from bqat_jax.transform import prepare
 from bqat_jax.transform.rules import assign_quantizers
 from configs.digits import get_config
@@ -145,7 +145,7 @@ def run_cell(bench: Bench, cell: dict[str, Any], steps: int, seeds: int) -> list
         for number in range(steps):
             index = rng.choice(len(train['label']), batch_size, replace=False).astype(np.int32)
             if needs_strength and number and number % MEASURE_EVERY == 0:
-                strengths = measure(state, None, train, {'index': index}, jnp.int32(0))
+                strengths = mean_strengths([measure(state, None, train, {'index': index}, jnp.int32(0))])
                 state = dataclasses.replace(state, strengths=strengths)
             state, _ = step(state, None, train, {'index': index})
         counts = evaluate(state.params, state.batch_stats, test, everything)
