@@ -128,30 +128,25 @@ class Registry(Names):
         return cls
 
 
-def load_plugins(text: str | None) -> tuple[Path, ...]:
-    """Runs the files that `config.plugins` names, so that what they register can be named in the config.
+def load_plugins(files: Iterable[Path]) -> None:
+    """Runs a user's files, so that what they register can be named.
 
     A file that has been run in this process, and has not changed since, is not run again.
 
     Args:
-        text: paths, separated by commas; or None.
-
-    Returns:
-        The files.
+        files: Python files.
 
     Raises:
         UserError: for a file that is not there, or fails.
     """
-    files = tuple(Path(part.strip()) for part in (text or '').split(',') if part.strip())
     for file in files:
         if not file.is_file():
-            raise UserError(f'plugins={text!r}: there is no file {file}. Give the path of a Python file.')
+            raise UserError(f'plugins: there is no file {file}. Give the path of a Python file.')
         stamp = (str(file.resolve()), file.stat().st_mtime_ns)
         # Two files may have the same name.
         name = f'{PLUGIN}{file.stem}_{zlib.crc32(stamp[0].encode()):08x}'
         if getattr(sys.modules.get(name), 'stamp', None) != stamp:
             vars(run_file(file, name, 'plugin'))['stamp'] = stamp
-    return files
 
 
 def loaded_plugins() -> list[str]:

@@ -1,9 +1,11 @@
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
 from bqat_jax.errors import UserError
+from bqat_jax.experiment.configuration import base_config, plugin_files
 from bqat_jax.quantizers import ESTIMATORS, get_estimator
 from bqat_jax.registry import load_plugins, place_in_plugins
 
@@ -27,22 +29,24 @@ def write(path, name='mine', strength=0.5):
 
 
 def test_what_a_plugin_registers_can_be_named(tmp_path, registries):
-    text = f'{write(tmp_path / "first.py")}, {write(tmp_path / "second.py", "theirs", 2.0)}'
-    assert [path.name for path in load_plugins(text)] == ['first.py', 'second.py']
+    config = base_config()
+    assert plugin_files(config) == ()
+    config.plugins = f'{write(tmp_path / "first.py")}, {write(tmp_path / "second.py", "theirs", 2.0)},'
+    assert plugin_files(config) == (tmp_path / 'first.py', tmp_path / 'second.py')
+    load_plugins(plugin_files(config))
     assert get_estimator('mine:strength=0.25').strength == 0.25
     assert get_estimator('theirs').strength == 2.0
-    assert load_plugins(None) == load_plugins('') == ()
 
 
 def test_a_plugin_is_run_again_only_after_a_change(tmp_path, registries):
-    text = write(tmp_path / 'changing.py')
-    load_plugins(text)
+    path = Path(write(tmp_path / 'changing.py'))
+    load_plugins([path])
     before = ESTIMATORS.get('mine')
-    load_plugins(text)
+    load_plugins([path])
     assert ESTIMATORS.get('mine') is before
     write(tmp_path / 'changing.py', strength=3.0)
-    os.utime(text, ns=(0, 0))
-    load_plugins(text)
+    os.utime(path, ns=(0, 0))
+    load_plugins([path])
     assert get_estimator('mine').strength == 3.0
 
 
@@ -51,7 +55,7 @@ def test_two_plugins_cannot_share_a_name(tmp_path, registries):
         (tmp_path / folder).mkdir()
         write(tmp_path / folder / 'my.py')
     with pytest.raises(UserError, match="'mine' already"):
-        load_plugins(f'{tmp_path}/a/my.py,{tmp_path}/b/my.py')
+        load_plugins([tmp_path / 'a' / 'my.py', tmp_path / 'b' / 'my.py'])
 
 
 @pytest.mark.parametrize(
@@ -69,17 +73,17 @@ def test_a_plugin_that_fails_is_told(tmp_path, registries, content, message):
     if content is not None:
         path.write_text(content)
     with pytest.raises(UserError, match=message):
-        load_plugins(str(path))
+        load_plugins([path])
     other = tmp_path / 'notes.txt'
     other.write_text('')
     with pytest.raises(UserError, match=r'must end in \.py'):
-        load_plugins(str(other))
+        load_plugins([other])
 
 
 def test_an_error_is_placed_in_the_plugin_that_raised_it(tmp_path):
     path = tmp_path / 'mine.py'
     path.write_text('def rule(x):\n    return {}[x]\n\n\ndef call(x):\n    return int(rule(x))\n')
-    load_plugins(str(path))
+    load_plugins([path])
     module = next(module for module in sys.modules.values() if getattr(module, '__file__', None) == str(path))
     with pytest.raises(KeyError) as raised:
         module.call(3)
@@ -93,4 +97,4 @@ def test_a_file_that_exits_is_told(tmp_path):
     path = tmp_path / 'exits.py'
     path.write_text('import sys\nsys.exit(3)\n')
     with pytest.raises(UserError, match='failed: SystemExit: 3'):
-        load_plugins(str(path))
+        load_plugins([path])

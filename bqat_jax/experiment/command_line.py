@@ -9,7 +9,7 @@ from typing import Any
 import ml_collections
 
 from bqat_jax.errors import UserError
-from bqat_jax.experiment.configuration import Config, leaves
+from bqat_jax.experiment.configuration import Config, leaves, section_of
 from bqat_jax.experiment.keys import BY_NAME
 from bqat_jax.registry import run_file, suggest
 
@@ -55,7 +55,8 @@ def read_command_line(argv: list[str], default: Path) -> CommandLine:
             kept.append(argument)
             continue
         _check_key(config, match['name'])
-        if match['value'] is None and match[1] is None and not isinstance(_value(config, match['name']), bool):
+        section, key = section_of(config, match['name'])
+        if match['value'] is None and match[1] is None and not isinstance(section[key], bool):
             argument = f'{argument}={next(arguments, "")}'  # --config.KEY VALUE
         unset.pop(match['name'], None)  # the last one counts
         if argument.partition('=')[2] == UNSET and _value_may_be_unset(match['name']):
@@ -95,11 +96,8 @@ def load_recipe(text: str) -> tuple[Path, Config]:
 def unset(config: Config, names: Iterable[str]) -> None:
     """Sets keys to None."""
     for name in names:
-        *sections, last = name.split('.')
-        section = config
-        for part in sections:
-            section = section[part]
-        section[last] = None
+        section, key = section_of(config, name)
+        section[key] = None
 
 
 def _take_recipe(argv: list[str], default: Path) -> tuple[str, list[str]]:
@@ -143,12 +141,6 @@ def _hint(part: str, section: Config, known: list[str]) -> str:
     if begun or elsewhere:
         return f' Did you mean {(begun or elsewhere)[0]!r}?'
     return suggest(part, section) or ' docs/configuration.md lists all keys.'
-
-
-def _value(config: Config, name: str) -> Any:
-    for part in name.split('.'):
-        config = config[part]
-    return config
 
 
 def _value_may_be_unset(name: str) -> bool:

@@ -12,7 +12,7 @@ from ml_collections import config_dict
 from bqat_jax.errors import UserError
 from bqat_jax.experiment.keys import BY_NAME, KEYS, MOST_STEPS, NETWORK, SEED, Key, in_words, is_within, range_of
 from bqat_jax.registry import suggest
-from bqat_jax.storage import damaged
+from bqat_jax.storage import damaged, place
 
 # An ml_collections.ConfigDict; type checkers cannot know its keys.
 Config: TypeAlias = Any
@@ -22,7 +22,12 @@ def base_config() -> Config:
     """Returns a config with every key there is, as `bqat_jax.experiment.keys` lists them; recipes set what differs."""
     config: Config = ml_collections.ConfigDict()
     for key in KEYS:
-        section, name = _section_of(config, key.name, make=True)
+        *sections, name = key.name.split('.')
+        section = config
+        for part in sections:
+            if part not in section:
+                section[part] = ml_collections.ConfigDict()
+            section = section[part]
         section[name] = config_dict.placeholder(key.kind) if key.may_be_unset else copy.deepcopy(key.default)
     return config
 
@@ -65,7 +70,7 @@ def duration(config: Config, name: str, epoch: float) -> int:
     Raises:
         UserError: for a duration that steps cannot count.
     """
-    section, start = _section_of(config, name)
+    section, start = section_of(config, name)
     steps, epochs = section[f'{start}steps'], section[f'{start}epochs']
     if steps is not None:
         return steps
@@ -138,14 +143,27 @@ def leaves(config: Config, prefix: str = '') -> Iterator[tuple[str, Any]]:
             yield f'{prefix}{key}', config[key]
 
 
-def _section_of(config: Config, name: str, *, make: bool = False) -> tuple[Config, str]:
-    """The section that a dotted name leads to, and the name in it."""
+def section_of(config: Config, name: str) -> tuple[Config, str]:
+    """Returns the section that a dotted name leads to, and the last part of the name.
+
+    Raises:
+        KeyError: if there is no such section.
+        AttributeError: as ml_collections raises it instead, for a name like another.
+        TypeError: if a part of the name is no section.
+    """
     *sections, last = name.split('.')
     for section in sections:
-        if make and section not in config:
-            config[section] = ml_collections.ConfigDict()
         config = config[section]
     return config, last
+
+
+def plugin_files(config: Config) -> tuple[Path, ...]:
+    """Returns the paths that `config.plugins` names.
+
+    Raises:
+        UserError: for a path that `bqat_jax.storage.place` refuses.
+    """
+    return tuple(place(part.strip(), 'plugins') for part in (config.plugins or '').split(',') if part.strip())
 
 
 def to_plain(value: Any) -> Any:

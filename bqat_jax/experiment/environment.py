@@ -15,7 +15,7 @@ import jax
 import bqat_jax
 from bqat_jax.distributed.processes import check_agreement
 from bqat_jax.errors import UserError
-from bqat_jax.experiment.configuration import Config, leaves, to_plain
+from bqat_jax.experiment.configuration import Config, leaves, plugin_files, to_plain
 from bqat_jax.experiment.experiment import Experiment
 from bqat_jax.storage import damaged
 
@@ -105,9 +105,8 @@ def check_processes(config: Config, mode: str) -> None:
         UserError: naming what differs, and in which process.
     """
     own = {name: to_plain(value) for name, value in leaves(config) if name not in OF_ONE_PROCESS}
-    files = [Path(part.strip()).expanduser() for part in (config.plugins or '').split(',') if part.strip()]
-    texts = {f'text of the plugin {file.name}': digest[:12] for file in files if file.is_file()
-             for digest in digests([file]).values()}  # fmt: skip
+    plugins = digests(file for file in plugin_files(config) if file.is_file())
+    texts = {f'text of the plugin {Path(file).name}': digest[:12] for file, digest in plugins.items()}
     packages = {f'version of {name}': version for name, version in versions().items()}
     check_agreement({'--mode': mode, **own, **packages, **numerics(), **texts})
 

@@ -3,7 +3,6 @@
 This is the one place that turns a config into objects.
 """
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from bqat_jax.data.sources import ImageData, ImageOptions, load_images
 from bqat_jax.distributed.replicas import Replicas
 from bqat_jax.distributed.sharding import Placement, make_mesh, parse_rules
 from bqat_jax.errors import UserError
-from bqat_jax.experiment.configuration import Config, check_values, duration, to_plain
+from bqat_jax.experiment.configuration import Config, check_values, duration, plugin_files, section_of, to_plain
 from bqat_jax.experiment.environment import check_experiments
 from bqat_jax.experiment.experiment import DataSpec, Experiment, InitSource, Intervals, PartnerSource, PhaseSpec
 from bqat_jax.networks import make_network
@@ -62,7 +61,8 @@ def make_experiment(
     check_values(config)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
     _check_batch(config, mesh.devices.size)
-    plugins = _load_plugins(config.plugins)  # a plugin may bring the dataset
+    plugins = plugin_files(config)
+    load_plugins(plugins)  # one may bring the dataset
     images = images or _open_images(config)
     data = _make_data_spec(config, images)
     epoch = len(images.train) / config.train.batch_size  # steps
@@ -131,11 +131,6 @@ def make_experiment(
         raise UserError(f'{where} raised {type(error).__name__}: {error}') from error
     check_experiments(experiment)
     return experiment
-
-
-def _load_plugins(text: str | None) -> tuple[Path, ...]:
-    files = [str(place(part.strip(), 'plugins')) for part in (text or '').split(',') if part.strip()]
-    return load_plugins(','.join(files))
 
 
 def _check_batch(config: Config, devices: int) -> None:
@@ -235,7 +230,7 @@ def _make_objective(config: Config) -> Objective:
 
 
 def _make_optimizer(config: Config, name: str, epoch: float) -> OptimizerSpec:
-    section: Any = functools.reduce(lambda section, part: section[part], name.split('.'), config)
+    section, _ = section_of(config, f'{name}.name')
     own = section.get('quantizers')
     return OptimizerSpec(
         name=section.name,

@@ -9,6 +9,7 @@ import jax
 
 from bqat_jax.distributed.processes import agree, gather_bools, is_first, wait_for_all
 from bqat_jax.errors import UserError
+from bqat_jax.experiment import low_precision, partner
 from bqat_jax.experiment.configuration import check_resumable, to_plain
 from bqat_jax.experiment.environment import check_environment, describe_environment
 from bqat_jax.experiment.experiment import Experiment
@@ -16,7 +17,7 @@ from bqat_jax.storage import locked, read_json, write_bytes, write_once
 
 CONFIG, ENVIRONMENT = 'config.json', 'environment.json'
 # What a run has left once something was computed.
-WORK = ('partner', 'quantizers.json', 'checkpoints')
+WORK = (partner.DIRECTORY, low_precision.QUANTIZERS_FILE, low_precision.CHECKPOINTS)
 ROLL_CALL = '.processes'
 
 

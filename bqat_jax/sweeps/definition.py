@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bqat_jax.errors import UserError
-from bqat_jax.experiment.configuration import Config
+from bqat_jax.experiment.configuration import Config, section_of
 from bqat_jax.registry import run_file
 from bqat_jax.storage import place
 
@@ -87,11 +87,8 @@ def override(config: Config, *changes: Overrides) -> Config:
     config.lock()
     for overrides in changes:
         for key, value in overrides.items():
-            *sections, last = key.split('.')
             try:
-                section = config
-                for name in sections:
-                    section = section[name]
+                section, last = section_of(config, key)
                 if last not in section:
                     raise KeyError(key)
                 section[last] = value

@@ -197,6 +197,15 @@ def test_evaluation_counts_only_what_the_mask_shows():
         assert 0 <= int(counts['correct']) <= int(everything['correct'])
 
 
+def test_images_whose_logits_are_not_finite_are_counted_and_are_not_correct():
+    spec, quantizers = make_spec('none')
+    params = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), VARIABLES['params'])
+    step = make_evaluation_step(spec, Replicas(1, Placement(make_mesh(1))))
+    batch = {'index': np.arange(64, dtype=np.int32), 'mask': np.arange(64) < 50}
+    counts = step({'network': params, 'quantizers': quantizers}, VARIABLES['batch_stats'], ARRAYS, batch)
+    assert {name: int(count) for name, count in counts.items()} == {'correct': 0, 'examples': 50, 'not_finite': 50}
+
+
 def test_the_state_is_donated():
     spec, quantizers = make_spec('none', distillation=0.0)
     mesh = make_mesh(1)
