@@ -97,12 +97,15 @@ def make_jax_runner(config: Any) -> tuple[Callable[[int], None], dict[str, Any]]
         'device': jax.devices()[0].device_kind,
     }
     state = bench.state
+    waits = jax.default_backend() == 'cpu'  # XLA's CPU devices can block each other behind a long queue
 
     def run(count: int) -> None:
         nonlocal state
         for _ in range(count):
             state, metrics = compiled(state, bench.partner, None, bench.batch)
-            jax.block_until_ready(metrics)  # XLA's CPU devices can block each other behind a long queue
+            if waits:
+                jax.block_until_ready(metrics)
+        jax.block_until_ready(state)
 
     return run, facts
 
@@ -120,11 +123,13 @@ def make_torch_runner(config: Any, variant: str) -> tuple[Callable[[int], None],
     network = config.network
     if network.name != 'cifar_resnet' or network.shortcut != 'A' or network.preactivation:
         raise ValueError('The PyTorch variants are CIFAR ResNets with shortcut A.')
-    square = torch.ones(CEILING_SIZE, CEILING_SIZE)
-    ceiling = _ceiling(lambda: square @ square)
+    cuda = torch.cuda.is_available()
+    square = torch.ones(CEILING_SIZE, CEILING_SIZE, device='cuda' if cuda else 'cpu')
+    ceiling = _ceiling(lambda: (square @ square).sum().item())
     bits = 0 if variant == 'torch_fp' else config.quant.weights.bits
     step = Step(network.depth, network.width, bits, config.train.batch_size)
-    facts = {'ceiling': ceiling, 'images': config.train.batch_size, 'device': f'PyTorch {torch.__version__}'}
+    name = torch.cuda.get_device_name() if cuda else 'cpu'
+    facts = {'ceiling': ceiling, 'images': config.train.batch_size, 'device': f'PyTorch {torch.__version__}, {name}'}
 
     def run(count: int) -> None:
         step(count)

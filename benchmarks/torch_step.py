@@ -49,7 +49,7 @@ class Quantizer(nn.Module):
     def forward(self, v: torch.Tensor) -> torch.Tensor:
         """Returns the tensor fake-quantized."""
         if not self.is_set:
-            self.step.data = 2 * v.detach().abs().mean() / math.sqrt(self.high)
+            self.step.data.copy_(2 * v.detach().abs().mean() / math.sqrt(self.high))
             self.is_set = True
         count = v[0].numel() if self.has_batch else v.numel()
         fake_quantize: Any = FakeQuantize.apply  # of which PyTorch declares no type
@@ -113,14 +113,15 @@ def cifar_resnet(depth: int, width: int, bits: int) -> nn.Module:
 
 
 class Step:
-    """A training step, called with a number of steps to make."""
+    """A training step on the GPU if PyTorch has one, called with a number of steps to make."""
 
     def __init__(self, depth: int, width: int, bits: int, batch_size: int):
         torch.manual_seed(0)
+        device = 'cuda' if torch.cuda.is_available() else 'cpu'
         network: Any = cifar_resnet(depth, width, bits)  # `to` is declared without its memory format
-        self.network = network.to(memory_format=torch.channels_last)
-        self.images = torch.randn(batch_size, 3, 32, 32).to(memory_format=torch.channels_last)
-        self.labels = torch.randint(0, 10, (batch_size,))
+        self.network = network.to(device, memory_format=torch.channels_last)
+        self.images = torch.randn(batch_size, 3, 32, 32).to(device, memory_format=torch.channels_last)
+        self.labels = torch.randint(0, 10, (batch_size,)).to(device)
         self.optimizer = torch.optim.SGD(self.network.parameters(), 0.01, 0.9, weight_decay=1e-4, nesterov=True)
 
     def __call__(self, count: int) -> float:
