@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import rich.console
 
+from bqat_jax.blocks.block_network import other_collections
 from bqat_jax.data.augmentation import normalize
 from bqat_jax.data.sources import ImageData, Subset
 from bqat_jax.distributed.sharding import over_batch
@@ -110,7 +111,7 @@ def make_bench(config: Config, devices: Sequence[Any] | None = None, *, with_arr
     run = experiment.network.as_function(variables, train=True)
     quantization, quantizers = prepare_layers(run, variables['params'], [sample], layers, settings)
     phase = low_precision_phase(experiment, Partner(variables, facts), quantization)
-    start = Variables(variables['params'], quantizers, variables['batch_stats'])
+    start = Variables(variables['params'], quantizers, other_collections(variables))
     state = initial_state(experiment, phase, lambda _: start)
     return _make_bench(experiment, phase, state, jax.device_put(batch, sharding))
 

@@ -227,7 +227,7 @@ def measure_quantizers(
                 path: {role: {'own': own, 'probe': probes[path][role]} for role, own in roles.items()}
                 for path, roles in variables.quantizers.items()
             }
-            observed = Variables(variables.params, parameters, variables.batch_stats)
+            observed = Variables(variables.params, parameters, variables.collections)
             run = run_backbone(replacement.network, Quantization(layers), observed, inputs, train=False)
             return jnp.sum(run.logits)
 

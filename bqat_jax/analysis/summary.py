@@ -1,7 +1,7 @@
 """What a network is before it is trained: layers, quantizers, parameters, operations and size."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -22,9 +22,7 @@ FULL_PRECISION_BITS = 32
 TABLE_WIDTH = 140
 
 
-def summarize(
-    network: BlockNetwork, image_shape: Sequence[int], layers: Layers, settings: Mapping[str, LayerSettings]
-) -> dict[str, Any]:
+def summarize(network: BlockNetwork, layers: Layers, settings: Mapping[str, LayerSettings]) -> dict[str, Any]:
     """Returns the summary of a network as JSON; nothing is computed.
 
     Per layer: 'path', 'block', 'kind', 'kernel' (its shape), 'weights' and 'activations' (quantizer and bits, or None),
@@ -35,19 +33,17 @@ def summarize(
     quantizers' own parameters. 'not_quantizable' has the path of every other weight, and why no quantizer reaches it.
 
     Args:
-        network: the network.
-        image_shape: (height, width, channels) of one image.
+        network: the network; it knows its inputs.
         layers: what `find_layers` found in it.
         settings: what `assign_quantizers` said of them.
     """
-    variables: Any = jax.eval_shape(lambda: network.init(jax.random.key(0), image_shape))
-    image = jax.ShapeDtypeStruct((1, *image_shape), 'float32')
+    variables: Any = jax.eval_shape(network.init, jax.random.key(0))
 
-    def run(params, x, batch_stats):
-        return network.apply({'params': params, 'batch_stats': batch_stats}, x, network.names, train=False)[0]
+    def run(variables, x):
+        return network.apply(variables, x, train=False)[0]
 
-    blocks = blocks_of_layers(network, variables, image_shape)
-    macs = count_macs(run, variables['params'], image, variables['batch_stats'])
+    blocks = blocks_of_layers(network, variables)
+    macs = count_macs(run, variables, network.batch_of(1))
     flat: Any = traverse_util.flatten_dict(variables['params'], sep='/')
     rows, saved_bits = [], 0
     for path, layer in layers.quantizable.items():
@@ -58,7 +54,7 @@ def summarize(
         rows.append(
             {
                 'path': path,
-                'block': blocks[path],
+                'block': blocks.get(path, '-'),
                 'kind': layer.kind,
                 'kernel': list(kernel),
                 'weights': _describe(own.weights),

@@ -1,103 +1,283 @@
-"""What block replacement needs to know of a network: that it is a stem, blocks and a head, run one after another."""
+"""What block replacement needs to know of a network: a Linen module, its inputs, and where its blocks end."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
-# A collection of variables in which `run` may carry something out of a lifted transformation.
-CARRIED = 'carried'
+from bqat_jax.blocks.program import Program, mark_modules, trace
+from bqat_jax.blocks.switch import Call, switch_module
+
+# Collections whose values are not carried from step to step: what `sow` and `perturb` leave there.
+PASSING = ('intermediates', 'perturbations')
+PARAMS, BATCH_STATS, DROPOUT = 'params', 'batch_stats', 'dropout'
 
 
-def run_submodules(module: Any, x: Any, names: Sequence[str], train: bool) -> Any:
-    """Runs a module's submodules called `names`, one after another, each as `submodule(x, train)`."""
-    for name in names:
-        x = getattr(module, name)(x, train)
-    return x
+class Crossing(NamedTuple):
+    """A value that is alive at a cut, or an output.
+
+    Attributes:
+        shape: for a batch of one.
+        dtype: of it.
+        axis: along which examples lie; None if there is no such axis.
+        is_shared: whether it depends on the inputs alone and not on variables, as a mask does.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+    axis: int | None
+    is_shared: bool
+
+    def shape_of(self, size: int) -> tuple[int, ...]:
+        """Returns the shape for a batch of `size` examples."""
+        return tuple(n * size if axis == self.axis else n for axis, n in enumerate(self.shape))
+
+    @property
+    def can_merge(self) -> bool:
+        """Whether examples of several batches can be put beside each other, or are the same."""
+        return self.is_shared if self.axis is None else self.shape[self.axis] == 1
+
+
+class Run(NamedTuple):
+    """What a run of the whole network gives.
+
+    Attributes:
+        outputs: a tree.
+        features: for every block what its end gives: an array, or a tuple of arrays.
+        alive: for every cut what is carried over it, a tuple of arrays.
+        state: the collections that training changes.
+    """
+
+    outputs: Any
+    features: list[Any]
+    alive: list[tuple[Any, ...]]
+    state: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockNetwork:
-    """A network cut into stem, blocks and head.
-
-    Each of them is one part of the network or several that run one after another; where the cuts lie does not change a
-    parameter's name.
+    """A network whose blocks run one after another: each reaches from the end of the one before to its own end.
 
     Attributes:
         module: the Linen module.
-        stem: names of the parts before the first block.
-        blocks: for each block the names of its parts.
-        head: names of the parts after the last block; they give the logits.
-        run: `run(module, x, names, train)` runs the parts called `names` of the bound module on x.
+        blocks: paths of the submodules behind which it is cut, in the order of their calls; perhaps with an iteration
+            of an `nn.scan`, 'layers[3]'. The first block begins at the input; the head is what follows the last.
+        call: runs the bound module: `call(module, inputs, train)`.
+        inputs: shapes and dtypes of one example, a tree of `jax.ShapeDtypeStruct`; None before `with_inputs`.
+        crossings: what is alive at every cut, and at last the outputs.
+        streams: names of the random streams that the module asks for in training.
+        mutable: collections of variables that training changes, beside the parameters.
     """
 
     module: nn.Module
-    stem: tuple[str, ...]
-    blocks: tuple[tuple[str, ...], ...]
-    head: tuple[str, ...]
-    run: Callable[[Any, Any, Sequence[str], bool], Any] = run_submodules
+    blocks: tuple[str, ...]
+    call: Call
+    inputs: Any = None
+    crossings: tuple[tuple[Crossing, ...], ...] = ()
+    streams: tuple[str, ...] = (DROPOUT,)
+    mutable: tuple[str, ...] = (BATCH_STATS,)
 
-    @property
-    def segments(self) -> tuple[tuple[str, ...], ...]:
-        """The blocks as they are replaced: the stem belongs to the first."""
-        return (self.stem + self.blocks[0], *self.blocks[1:])
+    def __post_init__(self):
+        if len(self.blocks) < 2:
+            raise ValueError(f'There are {len(self.blocks)} blocks: block replacement needs at least two.')
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """All parts, in order."""
-        return sum(self.segments, ()) + self.head
-
-    def init(self, key: jax.Array, image_shape: Sequence[int]) -> dict[str, Any]:
-        """Returns fresh variables, 'params' and 'batch_stats', for images of shape (height, width, channels).
+    def batch_of(self, size: int) -> Any:
+        """Returns shapes and dtypes of a batch of `size` inputs.
 
         Raises:
-            ValueError: if the network has variables of other kinds.
+            ValueError: before `with_inputs`.
         """
-        images = jax.ShapeDtypeStruct((1, *image_shape), 'float32')
-        variables: Any = self.module.lazy_init(
-            key, images, method=lambda module, x: self.run(module, x, self.names, False)
-        )
-        unknown = [name for name in variables if name not in ('params', 'batch_stats', CARRIED)]
-        if unknown:
-            raise ValueError(
-                f'The network has variables in {", ".join(unknown)}: block replacement knows what to do with '
-                "'params' and 'batch_stats' alone."
-            )
-        return {'params': variables['params'], 'batch_stats': variables.get('batch_stats', {})}
+        if self.inputs is None:
+            raise ValueError('The network does not know its inputs yet: take with_inputs(network, shapes).')
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape), x.dtype), self.inputs)
 
-    def apply(
-        self, variables: Any, x: Any, names: Sequence[str], *, train: bool, key: jax.Array | None = None
-    ) -> tuple[Any, Any]:
-        """Runs the parts called `names`.
+    def init(self, key: jax.Array, inputs: Any = None) -> dict[str, Any]:
+        """Returns fresh variables by collection, 'params', 'batch_stats' and others.
+
+        Boxes of metadata about parameters (`nn.with_partitioning`) are taken off; see `init_boxed`.
 
         Args:
-            variables: the network's variables.
-            x: what enters the first of them.
-            names: which to run, in order.
-            train: with batch statistics, or else with the stored ones.
-            key: of dropout, for a network that has it.
+            key: random.
+            inputs: as of `with_inputs`; by default the network's own.
+        """
+        return nn.meta.unbox(self.init_boxed(key, inputs))
+
+    def init_boxed(self, key: jax.Array, inputs: Any = None) -> dict[str, Any]:
+        """Returns what `init` returns, with the boxes; arguments as `init`."""
+        network = self if inputs is None else dataclasses.replace(self, inputs=describe_inputs(inputs))
+        variables: Any = switch_module(self.module, False).lazy_init(
+            key, network.batch_of(1), method=lambda module, x: self.call(module, x, False)
+        )
+        kept = {name: tree for name, tree in variables.items() if name not in PASSING}
+        return {PARAMS: {}, BATCH_STATS: {}, **kept}
+
+    def apply(
+        self,
+        variables: Any,
+        inputs: Any,
+        *,
+        train: bool,
+        key: jax.Array | None = None,
+        around: Callable[[Any], contextlib.AbstractContextManager] | None = None,
+    ) -> tuple[Any, dict[str, Any]]:
+        """Runs the whole network, as the module itself does.
+
+        Args:
+            variables: by collection.
+            inputs: a batch.
+            train: with batch statistics and dropout, or else as in evaluation.
+            key: of the random streams.
+            around: `around(module)` is a context in which the bound module is called.
 
         Returns:
-            The output, and the network's 'batch_stats', those of these parts updated when `train`.
+            The outputs, and the collections that training changes, as they are afterwards.
         """
+        state = {name: variables.get(name, {}) for name in self.mutable}
 
-        def run(module, x):
-            return self.run(module, x, tuple(names), train)
+        def run(module, inputs):
+            with contextlib.nullcontext() if around is None else around(module):
+                return self.call(module, inputs, train)
 
-        # Pieces that run on their own draw differently.
-        rngs = None if key is None else {'dropout': jax.random.fold_in(key, self.names.index(names[0]))}
-        mutable = ['batch_stats', CARRIED] if train else [CARRIED]
-        output, updated = self.module.apply(variables, x, method=run, mutable=mutable, rngs=rngs)
-        return output, updated.get('batch_stats', variables.get('batch_stats', {}))
+        outputs, updated = switch_module(self.module, train).apply(
+            variables,
+            inputs,
+            method=run,
+            mutable=list(self.mutable) if train else [],
+            rngs=None if key is None else stream_keys(key, self.streams),
+        )
+        return outputs, {**state, **{name: tree for name, tree in updated.items() if name in state}}
 
     def as_function(
         self, variables: Any, *, train: bool, key: jax.Array | None = None
     ) -> Callable[[Any, Any], tuple[Any, Any]]:
-        """Returns `run(params, x)`, the whole network with other parameters; arguments and output as `apply`."""
+        """Returns `run(params, inputs)`, the whole network with other parameters; arguments and output as `apply`."""
 
-        def run(params, x):
-            return self.apply({'batch_stats': {}, **variables, 'params': params}, x, self.names, train=train, key=key)
+        def run(params, inputs):
+            return self.apply({BATCH_STATS: {}, **variables, PARAMS: params}, inputs, train=train, key=key)
 
         return run
+
+    def trace(self, variables: Any, key: Any, *, train: bool, size: int) -> Program:
+        """Returns the network's program for a batch of `size` examples; arrays or shapes as `apply` takes them."""
+
+        def run(arguments, inputs):
+            return self.apply(arguments[0], inputs, train=train, key=arguments[1], around=mark_modules)
+
+        return trace(run, (variables, key), self.batch_of(size), self.blocks)
+
+    def bind(self, variables: Any, *, train: bool, key: jax.Array | None = None) -> 'BoundNetwork':
+        """Returns the network with its variables, to be run with its cuts or block by block; arguments as `apply`.
+
+        Raises:
+            ValueError: before `with_inputs`.
+        """
+        self.batch_of(1)
+        return BoundNetwork(self, variables, train, key)
+
+    def batch_size(self, cut: int, alive: Sequence[Any]) -> int:
+        """Returns how many examples there are in what is alive at cut number `cut`."""
+        for crossing, x in zip(self.crossings[cut], alive, strict=True):
+            if crossing.axis is not None:
+                return x.shape[crossing.axis] // crossing.shape[crossing.axis]
+        return 1
+
+
+@dataclasses.dataclass(frozen=True)
+class BoundNetwork:
+    """A network with its variables; it is traced once for every size of a batch, when it first runs on it."""
+
+    network: BlockNetwork
+    variables: Any
+    train: bool
+    key: jax.Array | None
+    programs: dict[int, Program] = dataclasses.field(default_factory=dict)
+
+    def run(self, inputs: Any) -> Run:
+        """Runs the whole network on a batch.
+
+        Raises:
+            ValueError: for inputs of another shape or dtype than the network's.
+        """
+        inputs = jax.tree.map(jnp.asarray, inputs)
+        own = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), inputs)
+        if own != self.network.inputs:
+            raise ValueError(
+                f'The network was made for inputs like {short(self.network.inputs)}, and these are like {short(own)} '
+                '(shapes without the batch axis).'
+            )
+        size = jax.tree.leaves(inputs)[0].shape[0]
+        return Run(*self._program(size).run((self.variables, self.key), inputs))
+
+    def run_pieces(self, first: int, last: int, alive: Sequence[Any]) -> Any:
+        """Runs blocks number `first` to `last`, counted from 0; the head has the number behind the last block's.
+
+        The collections that training changes stay as they are.
+
+        Args:
+            first: above 0.
+            last: of them.
+            alive: at the cut before the first.
+
+        Returns:
+            What is alive at the cut behind the last, a tuple of arrays; the outputs if the last is the head.
+        """
+        program = self._program(self.network.batch_size(first - 1, alive))
+        return program.run_piece(first, last, (self.variables, self.key), alive)
+
+    def _program(self, size: int) -> Program:
+        if size not in self.programs:
+            program = self.network.trace(self.variables, self.key, train=self.train, size=size)
+            check_alike(self.network, program, size, 'in training' if self.train else 'in evaluation')
+            self.programs[size] = program
+        return self.programs[size]
+
+
+def check_alike(network: BlockNetwork, program: Program, size: int, when: str) -> None:
+    """Checks that a program's cuts carry what the network's do.
+
+    Raises:
+        ValueError: if they do not.
+    """
+    names = (*(f'the cut behind {block!r}' for block in network.blocks), 'the outputs')
+    for name, crossings, own in zip(names, network.crossings, program.crossing_shapes(), strict=True):
+        known = [(crossing.shape_of(size), jnp.dtype(crossing.dtype)) for crossing in crossings]
+        if known != own:
+            raise ValueError(
+                f'At {name} the network carries {_listed(known)} by itself in evaluation, and {when} {_listed(own)}: '
+                'blocks could not stand in for each other. Cut elsewhere, or let a submodule return what differs.'
+            )
+
+
+def _listed(shapes: Sequence[tuple[tuple[int, ...], Any]]) -> str:
+    return ', '.join(f'{dtype}{list(shape)}' for shape, dtype in shapes) or 'nothing'
+
+
+def other_collections(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns all collections of a network's variables but 'params'; batch statistics are {} if there are none."""
+    return {BATCH_STATS: {}, **{name: tree for name, tree in variables.items() if name != PARAMS}}
+
+
+def stream_keys(key: jax.Array, streams: Sequence[str]) -> dict[str, jax.Array]:
+    """Returns a random key for each stream; dropout's is `key` itself."""
+    return {name: key if name == DROPOUT else jax.random.fold_in(key, zlib.crc32(name.encode())) for name in streams}
+
+
+def describe_inputs(inputs: Any) -> Any:
+    """Returns shapes and dtypes of inputs as a tree of `jax.ShapeDtypeStruct`; a tuple of numbers is float32."""
+    if isinstance(inputs, Sequence) and all(isinstance(n, int) for n in inputs):
+        return jax.ShapeDtypeStruct(tuple(inputs), jnp.float32)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(tuple(x.shape), jnp.dtype(x.dtype)), inputs)
+
+
+def short(inputs: Any) -> str:
+    """Returns shapes and dtypes of a tree in words."""
+    if isinstance(inputs, Mapping):
+        return '{' + ', '.join(f'{name!r}: {short(x)}' for name, x in inputs.items()) + '}'
+    if isinstance(inputs, tuple | list):
+        return f'({", ".join(short(x) for x in inputs)})'
+    return f'{inputs.dtype}{list(inputs.shape)}' if hasattr(inputs, 'shape') else str(inputs)

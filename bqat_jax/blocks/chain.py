@@ -5,7 +5,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from bqat_jax.blocks.block_network import BlockNetwork, run_submodules
+from bqat_jax.blocks.block_network import BlockNetwork
 
 CUTS = ('stage', 'block')
 Make = Callable[[], nn.Module]
@@ -27,7 +27,13 @@ class Chain(nn.Module):
 
     def __call__(self, x: Any, train: bool = False) -> Any:
         """Runs all submodules on x."""
-        return run_submodules(self, x, [name for name, _ in self.parts], train)
+        for name, _ in self.parts:
+            x = getattr(self, name)(x, train)
+        return x
+
+
+def _call(module: Any, inputs: Any, train: bool) -> Any:
+    return module(inputs, train)
 
 
 def split_chain(stem: Make, stages: Sequence[Mapping[str, Make]], head: Make, cut: str) -> BlockNetwork:
@@ -50,7 +56,8 @@ def split_chain(stem: Make, stages: Sequence[Mapping[str, Make]], head: Make, cu
         blocks = tuple((name,) for name in parts)
     else:
         blocks = _split_after(tuple(parts), tuple(name.strip() for name in cut.split(',')))
-    return BlockNetwork(Chain((('stem', stem), *parts.items(), ('head', head))), ('stem',), blocks, ('head',))
+    chain = Chain((('stem', stem), *parts.items(), ('head', head)))
+    return BlockNetwork(chain, tuple(block[-1] for block in blocks), _call)
 
 
 def _split_after(names: tuple[str, ...], ends: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:

@@ -80,7 +80,7 @@ def find_start(experiment: Experiment, partner: Partner) -> Start:
         raise UserError(f'{where}: its network is not that of this config (there -> here): {"; ".join(changes)}.')
     state = phase.replicas.first(restored.state)
     experiment.console.print(f'Starting from step {restored.step} of {source.workdir}.')
-    variables = {'params': state.variables.params, 'batch_stats': state.variables.batch_stats}
+    variables = state.variables.of_network
     if not source.keeps_quantizers:
         return Start(variables, None, None)
     return Start(variables, state.variables.quantizers, read_json(source.workdir / QUANTIZERS_FILE))

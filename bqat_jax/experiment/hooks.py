@@ -145,7 +145,7 @@ class Save:
             score: float | None = None
             facts: dict[str, Any] = {'next_batch': number, 'seconds': self.seconds}
             if self._evaluation is not None:
-                top1 = [one.top1 for one in self._evaluation(state.params, state.batch_stats)]
+                top1 = [one.top1 for one in self._evaluation(state.params, state.collections)]
                 score = sum(top1) / len(top1)
                 facts['validation_top1'] = top1
                 self._log.recorder.record(number, {'validation_top1': score})

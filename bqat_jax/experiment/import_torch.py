@@ -69,7 +69,7 @@ def find_classifier(experiment: Experiment) -> frozenset[str]:
     source, num_classes = experiment.partner_source, experiment.data.images.num_classes
     cut = experiment.config['replacement']['cut']
     other = make_network(source.network_name, num_classes + 1, cut, source.network_options)
-    shapes: Any = jax.eval_shape(lambda: other.init(jax.random.key(0), experiment.image_shape))
+    shapes: Any = jax.eval_shape(lambda: other.init(jax.random.key(0), experiment.network.inputs))
     theirs: Any = traverse_util.flatten_dict(shapes, sep='/')
     ours: Any = traverse_util.flatten_dict(experiment.shapes, sep='/')
     return frozenset(path for path, leaf in ours.items() if path not in theirs or leaf.shape != theirs[path].shape)

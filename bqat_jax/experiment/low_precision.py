@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from bqat_jax.blocks.block_network import other_collections
 from bqat_jax.data.pipeline import Split
 from bqat_jax.distributed.preemption import StopRequest
 from bqat_jax.distributed.processes import agree
@@ -96,7 +97,7 @@ def train_low_precision(
             quantizers = prepared.quantizers
         else:
             quantizers = _calibrate(experiment, partner, start, data.train, quantization, replica)
-        return Variables(start.variables['params'], quantizers, start.variables['batch_stats'])
+        return Variables(start.variables['params'], quantizers, other_collections(start.variables))
 
     return phase, run_phase(experiment, phase, data, init, stop)
 
@@ -120,7 +121,7 @@ def low_precision_phase(experiment: Experiment, partner: Partner, quantization: 
         spec=spec,
         optimizer=experiment.training.optimizer,
         partner=partner.variables,
-        shapes=Variables(experiment.shapes['params'], quantizer_shapes, experiment.shapes['batch_stats']),
+        shapes=Variables(experiment.shapes['params'], quantizer_shapes, other_collections(experiment.shapes)),
         directory=experiment.workdir / CHECKPOINTS,
         replicas=experiment.replicas,
     )
@@ -211,7 +212,7 @@ def _calibration_batches(experiment: Experiment, partner: Partner, split: Split,
 
 def _quantizer_shapes(experiment: Experiment, quantization: Quantization) -> Any:
     """Shapes and dtypes of the quantizers' parameters."""
-    batch = jax.ShapeDtypeStruct((1, *experiment.image_shape), 'float32')
+    batch = experiment.network.batch_of(1)
 
     def init(variables, batch):
         run = experiment.network.as_function(variables, train=False)

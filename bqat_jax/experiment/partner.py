@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from bqat_jax.blocks.block_network import other_collections
 from bqat_jax.data.preprocessing import Preprocessing
 from bqat_jax.distributed.preemption import StopRequest
 from bqat_jax.distributed.processes import agree
@@ -79,7 +80,7 @@ def pretrain_partner(experiment: Experiment, data: Data, stop: StopRequest) -> P
         spec=partner_spec(experiment, facts),
         optimizer=experiment.partner.optimizer,
         partner=None,
-        shapes=Variables(experiment.shapes['params'], {}, experiment.shapes['batch_stats']),
+        shapes=Variables(experiment.shapes['params'], {}, other_collections(experiment.shapes)),
         directory=experiment.workdir / TRAINING,
         replicas=experiment.single,
     )
@@ -87,14 +88,14 @@ def pretrain_partner(experiment: Experiment, data: Data, stop: StopRequest) -> P
     def init(_):
         # Each device makes its part: nowhere is the whole of a large tree.
         shardings = experiment.placement.shardings(experiment.shapes)
-        make = jax.jit(lambda key: experiment.network.init(key, experiment.image_shape), out_shardings=shardings)
+        make = jax.jit(lambda key: experiment.network.init(key), out_shardings=shardings)
         variables = make(random_key(experiment.seeds[0], Stream.PARTNER_INIT))
         if experiment.partner_source.new_head:
             variables = with_new_classifier(experiment, variables)
-        return Variables(variables['params'], {}, variables['batch_stats'])
+        return Variables(variables['params'], {}, other_collections(variables))
 
     variables = run_phase(experiment, phase, data, init, stop).state.variables
-    trained = {'params': variables.params, 'batch_stats': variables.batch_stats}
+    trained = variables.of_network
     source = f'trained for {phase.spec.steps} steps'
     if experiment.partner_source.new_head:
         source += f' from PyTorch file {Path(experiment.partner_source.torch_file or "").name} with a new head'

@@ -82,7 +82,7 @@ def make_evaluation(
     split: Split,
     before_each: Callable[[], None] = lambda: None,
 ) -> Callable[[Any, Any], tuple[Evaluation, ...]]:
-    """Returns `evaluation(params, batch_stats)`, which evaluates every replica on a split.
+    """Returns `evaluation(params, collections)`, which evaluates every replica on a split.
 
     Args:
         experiment: its devices and its batch size.
@@ -99,7 +99,7 @@ def make_evaluation(
             before_each()
             yield put_batch(batch, replicas.evaluation_sharding)
 
-    def evaluation(params, batch_stats):
-        return evaluate(lambda batch: step(params, batch_stats, split.arrays, batch), batches())
+    def evaluation(params, collections):
+        return evaluate(lambda batch: step(params, collections, split.arrays, batch), batches())
 
     return evaluation

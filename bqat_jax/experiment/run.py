@@ -8,6 +8,7 @@ import rich.console
 
 from bqat_jax.analysis.diagnosis import DIRECTORY as DIAGNOSES
 from bqat_jax.analysis.summary import print_summary, summarize
+from bqat_jax.blocks.block_network import BATCH_STATS, other_collections
 from bqat_jax.data.pipeline import Split
 from bqat_jax.distributed.preemption import StopRequest
 from bqat_jax.distributed.processes import is_first, total
@@ -184,12 +185,12 @@ def _finish(
     """Evaluates partner and network on the test split; writes and returns the result."""
     partner, phase, restored = finished
     experiment.console.print('Evaluating on the test split.')
-    test, batch_stats = load_split(experiment, experiment.data.images.test), restored.state.batch_stats
+    test, collections = load_split(experiment, experiment.data.images.test), restored.state.collections
     if experiment.reestimation_batches:
         assert data is not None
-        batch_stats = _reestimate(experiment, phase, restored, data.train)
+        collections = {**collections, BATCH_STATS: _reestimate(experiment, phase, restored, data.train)}
     evaluation = make_evaluation(experiment, phase.spec, phase.replicas, test, lambda: _check(stop))
-    low = evaluation(restored.state.params, batch_stats)
+    low = evaluation(restored.state.params, collections)
     full = _evaluate_partner(experiment, partner, test, stop)
     result = {
         'fp_top1': full.top1,
@@ -227,7 +228,7 @@ def _of_seeds(seeds: range, name: str, values: list[float]) -> dict[str, Any]:
 
 
 def _summarize(experiment: Experiment) -> dict[str, Any]:
-    summary = summarize(experiment.network, experiment.image_shape, experiment.layers, experiment.quantizers)
+    summary = summarize(experiment.network, experiment.layers, experiment.quantizers)
     write_once(experiment.workdir / 'summary.json', summary)
     title = f'{experiment.partner_source.network_name}, {len(experiment.network.blocks)} blocks'
     print_summary(experiment.console, title, summary)
@@ -238,7 +239,7 @@ def _evaluate_partner(experiment: Experiment, partner: Partner, test: Split, sto
     spec = partner_spec(experiment, partner.facts)
     evaluation = make_evaluation(experiment, spec, experiment.single, test, lambda: _check(stop))
     params = {NETWORK: partner.variables['params'], QUANTIZERS: {}}
-    return evaluation(params, partner.variables['batch_stats'])[0]
+    return evaluation(params, other_collections(partner.variables))[0]
 
 
 def _check(stop: StopRequest) -> None:

@@ -11,6 +11,7 @@ import jax
 import rich.console
 
 from bqat_jax.analysis.measurement import DiagnosisSettings
+from bqat_jax.blocks.exploring import with_inputs
 from bqat_jax.data.preprocessing import Augmentation
 from bqat_jax.data.sources import ImageData, ImageOptions, load_images
 from bqat_jax.distributed.replicas import Replicas
@@ -75,8 +76,9 @@ def make_experiment(
             {key: value for key, value in config.network.items() if key != 'name'},
             conv_general_dilated if mesh.devices.size == 1 else None,
         )
-        shapes: Any = jax.eval_shape(lambda: network.init(jax.random.key(0), images.image_shape))
-        layers = find_network_layers(network, shapes, images.image_shape)
+        network = with_inputs(network, images.image_shape)
+        shapes: Any = jax.eval_shape(lambda: network.init(jax.random.key(0)))
+        layers = find_network_layers(network, shapes)
         quantizers = assign_quantizers(
             tuple(layers.quantizable),
             config.quant.weights.to_dict(),

@@ -7,14 +7,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bqat_jax.blocks.block_network import BlockNetwork
+from bqat_jax.blocks.block_network import PARAMS, BlockNetwork, other_collections
+from bqat_jax.blocks.exploring import with_inputs
 from bqat_jax.quantizers.rounding import Context
 from bqat_jax.replacement.objective import Objective
 from bqat_jax.replacement.paths import Features, Outputs, Variables, run_backbone, run_paths, run_teacher
 from bqat_jax.replacement.plans import Plan
 from bqat_jax.transform import Quantization, prepare
 
-NO_TEACHER = Outputs(None, ())
+NO_TEACHER = Outputs(None)
 
 
 class Batch(NamedTuple):
@@ -83,7 +84,7 @@ class BlockReplacement:
             draw: mask and weights of the MP models, from `plan.draw`; if None they are drawn from the context's key.
 
         Returns:
-            The loss, a scalar, and (new batch statistics, metrics).
+            The loss, a scalar, and (the collections of variables updated, {'batch_stats': ...}; metrics).
 
         Raises:
             ValueError: if the plan draws, and there is neither a draw nor a key; or without a partner that is needed.
@@ -105,14 +106,14 @@ class BlockReplacement:
             context=context._replace(key=key),
         )
         teacher = run_teacher(self.network, partner, batch.inputs) if self.needs_partner else NO_TEACHER
-        features = Features(backbone.features, teacher.features, backbone.run_block)
+        features = Features(backbone.alive, teacher.alive, backbone.run_block)
         path_logits = run_paths(self.network, self.plan, partner, mask, features)
         loss, metrics = self.objective(batch.targets, backbone, teacher, path_logits, path_weights, context.progress)
         metrics['train_top1'] = jnp.mean(jnp.argmax(backbone.logits, axis=-1) == batch.targets, dtype=jnp.float32)
         if self.plan.is_drawn:
             for number in range(self.plan.num_paths):
                 metrics[f'path{number + 1}_lp_blocks'] = jnp.sum(mask[number])
-        return loss, (backbone.batch_stats, metrics)
+        return loss, (backbone.collections, metrics)
 
     def logits(self, variables: Variables, inputs: Any) -> jax.Array:
         """Returns the LP network's logits, (batch, classes), as in evaluation."""
@@ -153,6 +154,9 @@ def replace_blocks(
         raise ValueError(f"plan={plan!r}: give a Plan or the name of one, 'none' for no mixed-precision models.")
     if not isinstance(partner, Mapping) or 'params' not in partner:
         raise ValueError("The partner's variables have no 'params': give {'params': ..., 'batch_stats': ...}.")
+    batches = list(batches)
+    if batches and network.inputs is None:
+        network = with_inputs(network, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batches[0]))
     run = network.as_function(partner, train=True, key=jax.random.key(0))
     quantization, parameters = prepare(run, partner['params'], batches, **quantizers)
     replacement = BlockReplacement(
@@ -161,4 +165,4 @@ def replace_blocks(
         Plan(plan, len(network.blocks)) if isinstance(plan, str) else plan,
         Objective() if objective is None else objective,
     )
-    return replacement, Variables(partner['params'], parameters, partner.get('batch_stats', {}))
+    return replacement, Variables(partner[PARAMS], parameters, other_collections(partner))

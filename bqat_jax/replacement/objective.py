@@ -90,7 +90,7 @@ class Objective:
         targets: jax.Array,
         student: Outputs | Backbone,
         teacher: Outputs,
-        path_logits: jax.Array | None,
+        path_logits: Sequence[jax.Array],
         path_weights: jax.Array,
         progress: jax.Array | float = 1.0,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -102,7 +102,7 @@ class Objective:
             targets: labels, integers (batch,).
             student: z_Q and, read for feature matching alone, h_1 .. h_n.
             teacher: z_F, read if anything is distilled from it, and g_1 .. g_n, read for feature matching alone.
-            path_logits: z_M, (paths, batch, classes), or None for no paths.
+            path_logits: z_M, (batch, classes) for every path.
             path_weights: w, (paths,).
             progress: fraction of training that is done.
         """
@@ -114,7 +114,7 @@ class Objective:
             assert teacher.logits is not None
             terms['loss/distillation'] = distillation_loss(teacher.logits, logits, temperature)
             loss += self.distillation * self.distillation_schedule.at(progress) * terms['loss/distillation']
-        for number, path in enumerate([] if path_logits is None else path_logits):
+        for number, path in enumerate(path_logits):
             name, path_loss = f'loss/path{number + 1}', jnp.float32(0)
             if self.path_cross_entropy > 0:
                 terms[f'{name}_cross_entropy'] = cross_entropy(path, targets)

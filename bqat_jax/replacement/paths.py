@@ -20,12 +20,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bqat_jax.blocks.block_network import BlockNetwork
+from bqat_jax.blocks.block_network import PARAMS, BlockNetwork, BoundNetwork, Crossing
 from bqat_jax.quantizers.rounding import EVALUATION, Context
 from bqat_jax.replacement.plans import Plan
 from bqat_jax.transform import Quantization
 
-RunBlock = Callable[[int, jax.Array], jax.Array]
+# What is carried over a cut: arrays.
+Alive = tuple[jax.Array, ...]
+RunBlock = Callable[[int, Alive], Alive]
 
 
 class Variables(NamedTuple):
@@ -34,24 +36,32 @@ class Variables(NamedTuple):
     Attributes:
         params: the network's 'params' collection.
         quantizers: parameters of its quantizers, {layer path: {role: {name: array}}}.
-        batch_stats: the network's 'batch_stats' collection; {} if it has none.
+        collections: all other collections by name, {'batch_stats': ...}: what training changes without a gradient, and
+            constants.
     """
 
     params: Any
     quantizers: Any
-    batch_stats: Any
+    collections: Any
+
+    @property
+    def of_network(self) -> dict[str, Any]:
+        """All collections of the network, 'params' too."""
+        return {**self.collections, PARAMS: self.params}
 
 
 class Outputs(NamedTuple):
     """What a network gives for a batch; a pytree.
 
     Attributes:
-        logits: (batch, classes); None where nothing reads them.
-        features: the output of every block, in order.
+        logits: its outputs, a tree, such as logits (batch, classes); None where nothing reads them.
+        features: what the end of every block gives, an array or a tuple of arrays, in order.
+        alive: what is carried over every cut.
     """
 
-    logits: jax.Array | None
-    features: Sequence[jax.Array] = ()
+    logits: Any
+    features: Sequence[Any] = ()
+    alive: Sequence[Alive] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,16 +69,18 @@ class Backbone:
     """What a run of the LP backbone gives.
 
     Attributes:
-        logits: z_Q, (batch, classes).
-        features: h_1 .. h_n, the output of every block.
-        batch_stats: the batch statistics of the whole network, updated in training.
-        run_block: `run_block(number, x)` runs LP block `number`, counted from 0, on other features; batch statistics
-            stay as they are.
+        logits: z_Q, the outputs, such as (batch, classes).
+        features: h_1 .. h_n, what the end of every block gives.
+        alive: what is carried over every cut.
+        collections: all collections but 'params', updated in training.
+        run_block: `run_block(number, alive)` runs LP block `number`, above 0, on what another network carries over the
+            cut before it; the collections stay as they are.
     """
 
-    logits: jax.Array
-    features: list[jax.Array]
-    batch_stats: Any
+    logits: Any
+    features: list[Any]
+    alive: list[Alive]
+    collections: dict[str, Any]
     run_block: RunBlock
 
 
@@ -76,14 +88,14 @@ class Features(NamedTuple):
     """What the MP paths start from.
 
     Attributes:
-        lp: h_1 .. h_n, from the LP backbone.
-        fp: g_1 .. g_n, from the partner.
+        lp: what the LP backbone carries over every cut, h_1 .. h_n and what passes by.
+        fp: what the partner carries, g_1 .. g_n and what passes by.
         run_block: runs LP blocks on other features, see `Backbone`. It and `fp` are read only if
             `Plan.needs_partner_features`.
     """
 
-    lp: Sequence[jax.Array]
-    fp: Sequence[jax.Array] = ()
+    lp: Sequence[Alive]
+    fp: Sequence[Alive] = ()
     run_block: RunBlock | None = None
 
 
@@ -107,41 +119,31 @@ def run_backbone(
         context: of the quantizers: progress, randomness and strengths in training.
     """
     quantized = quantization.quantize_params(variables.quantizers, variables.params, context)
+    bound = network.bind({**variables.collections, PARAMS: quantized}, train=train, key=context.key)
+    with quantization.quantize_inputs():
+        run = bound.run(inputs)
 
-    def run(x, names, batch_stats):
-        collections = {'params': quantized, 'batch_stats': batch_stats}
+    def run_block(number, alive):
         with quantization.quantize_inputs():
-            return network.apply(collections, x, names, train=train, key=context.key)
+            return bound.run_pieces(number, number, alive)
 
-    x, features, batch_stats = inputs, [], variables.batch_stats
-    for names in network.segments:
-        x, batch_stats = run(x, names, batch_stats)
-        features.append(x)
-    logits, batch_stats = run(x, network.head, batch_stats)
-
-    def run_block(number, x):
-        return run(x, network.segments[number], variables.batch_stats)[0]
-
-    return Backbone(logits, features, batch_stats, run_block)
+    return Backbone(run.outputs, run.features, run.alive, {**variables.collections, **run.state}, run_block)
 
 
 def run_teacher(network: BlockNetwork, partner: Any, inputs: Any) -> Outputs:
-    """Returns the partner's logits z_F and features g_1 .. g_n, without a gradient.
+    """Returns the partner's outputs z_F and features g_1 .. g_n, without a gradient.
 
     Args:
         network: the network, divided into blocks.
-        partner: the partner's variables, {'params': ..., 'batch_stats': ...}.
+        partner: the partner's variables by collection, {'params': ..., 'batch_stats': ...}.
         inputs: as the network takes them.
     """
-    x, features = inputs, []
-    for names in network.segments:
-        x = network.apply(partner, x, names, train=False)[0]
-        features.append(x)
-    return jax.lax.stop_gradient(Outputs(network.apply(partner, x, network.head, train=False)[0], features))
+    run = network.bind(partner, train=False).run(inputs)
+    return jax.lax.stop_gradient(Outputs(run.outputs, run.features, run.alive))
 
 
-def run_paths(network: BlockNetwork, plan: Plan, partner: Any, mask: jax.Array, features: Features) -> jax.Array | None:
-    """Returns the logits of the MP models, (paths, batch, classes), or None where the plan has none.
+def run_paths(network: BlockNetwork, plan: Plan, partner: Any, mask: jax.Array, features: Features) -> list[Any]:
+    """Returns the outputs of the MP models, a tree for each; [] where the plan has none.
 
     Args:
         network: the network, divided into blocks.
@@ -154,106 +156,155 @@ def run_paths(network: BlockNetwork, plan: Plan, partner: Any, mask: jax.Array, 
         ValueError: if what the plan needs is missing.
     """
     if plan.num_paths == 0:
-        return None
+        return []
     if plan.needs_partner_features and (not features.fp or features.run_block is None):
         raise ValueError(f'The plan {plan.name!r} runs LP blocks on FP features: give `fp` and `run_block`.')
-    blocks = _Blocks(network, jax.lax.stop_gradient(partner), features)
-    return _run_drawn(blocks, plan, mask) if plan.is_drawn else _run_known(blocks, plan)
+    blocks = _Blocks(network.bind(jax.lax.stop_gradient(partner), train=False), features)
+    if plan.is_drawn:
+        return _run_drawn(blocks, plan, mask)
+    if all(crossing.can_merge for cut in network.crossings for crossing in cut):
+        return _run_merged(blocks, plan)
+    return [_run_alone(blocks, model) for model in plan.models]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Blocks:
     """What paths are made of; blocks are counted from 0."""
 
-    network: BlockNetwork
-    partner: Any
+    partner: BoundNetwork
     features: Features
 
     @property
+    def network(self) -> BlockNetwork:
+        return self.partner.network
+
+    @property
     def count(self) -> int:
-        return len(self.network.segments)
+        return len(self.network.blocks)
 
-    def lp(self, number: int, x: jax.Array) -> jax.Array:
+    def lp(self, number: int, alive: Alive) -> Alive:
         assert self.features.run_block is not None  # `run_paths` has seen to it
-        return self.features.run_block(number, x)
+        return self.features.run_block(number, alive)
 
-    def fp(self, number: int, x: jax.Array) -> jax.Array:
-        return self.network.apply(self.partner, x, self.network.segments[number], train=False)[0]
+    def fp(self, number: int, alive: Alive) -> Alive:
+        return self.partner.run_pieces(number, number, alive)
 
-    def head(self, x: jax.Array) -> jax.Array:
-        return self.network.apply(self.partner, x, self.network.head, train=False)[0]
+    def head(self, alive: Alive) -> Any:
+        return self.partner.run_pieces(self.count, self.count, alive)
+
+    def run(self, block: int, model: Sequence[bool], alive: Alive | None) -> Alive | None:
+        """What a model carries over the cut behind a block where it takes it from a network or runs LP, else None."""
+        if all(model[: block + 1]):
+            return self.features.lp[block]
+        if not any(model[: block + 1]):
+            return self.features.fp[block]
+        return self.lp(block, alive) if model[block] and alive is not None else None
 
 
-def _run_known(blocks: _Blocks, plan: Plan) -> jax.Array:
+def _run_alone(blocks: _Blocks, model: Sequence[bool]) -> Any:
+    """A model by itself."""
+    alive: Any = None
+    for block in range(blocks.count):
+        before, alive = alive, blocks.run(block, model, alive)
+        alive = blocks.fp(block, before) if alive is None else alive
+    return blocks.head(alive)
+
+
+def _run_merged(blocks: _Blocks, plan: Plan) -> list[Any]:
     """All models of the plan; those that have come to FP blocks run together, so that each FP block runs once.
 
     Such paths lie side by side behind the batch axis, (batch, paths, ...), and not one after another along it: then an
     example's paths stay on the device that has the example. LP blocks cannot run so: their batch statistics are those
     of one path. A model that comes back to an LP block leaves the others.
     """
-    alone: dict[int, Any] = dict.fromkeys(range(len(plan.models)))  # model to its features
+    alone: dict[int, Any] = dict.fromkeys(range(len(plan.models)))  # model to what it carries
     order: list[int] = []  # the models that run together
     together: Any = None
     for block in range(blocks.count):
+        crossings = blocks.network.crossings[block - 1]  # of the cut before it
         leaving = [number for number in order if plan.models[number][block]]
         if leaving:
-            paths: Any = together
-            alone |= {number: paths[:, order.index(number)] for number in leaving}
-            together, order = _without(paths, order, leaving)
-        joining = []
-        for number in alone:
-            model = plan.models[number]
-            if all(model[: block + 1]):
-                alone[number] = blocks.features.lp[block]
-            elif not any(model[: block + 1]):
-                alone[number] = blocks.features.fp[block]
-            elif model[block]:
-                alone[number] = blocks.lp(block, alone[number])
+            alone |= {number: _take(crossings, together, order.index(number)) for number in leaving}
+            stays = [number for number in order if number not in leaving]
+            kept = [_take(crossings, together, order.index(number)) for number in stays]
+            together, order = _join(crossings, None, kept), stays
+        joining = {}
+        for number, before in list(alone.items()):
+            after = blocks.run(block, plan.models[number], before)
+            if after is None:
+                joining[number] = alone.pop(number)
             else:
-                joining.append(number)
-        together = _join(together, [alone.pop(number) for number in joining])
+                alone[number] = after
+        together = _join(crossings, together, list(joining.values()))
         order += joining
         if together is not None:
-            together = _on_paths(lambda x, block=block: blocks.fp(block, x), together)
+            together = _run_together(blocks, block, together)
     order += alone
-    logits = _on_paths(blocks.head, _join(together, list(alone.values())))
-    return jnp.stack([logits[:, order.index(number)] for number in range(len(order))])
+    last = blocks.network.crossings[blocks.count - 1]
+    together = _join(last, together, list(alone.values()))
+    outputs = _run_together(blocks, blocks.count, together)
+    leaves, structure = jax.tree.flatten(outputs)
+    crossings = blocks.network.crossings[-1]
+    return [
+        jax.tree.unflatten(structure, _take(crossings, leaves, order.index(number))) for number in range(len(order))
+    ]
 
 
-def _without(together: jax.Array, order: list[int], leaving: list[int]) -> tuple[jax.Array | None, list[int]]:
-    """Paths (batch, paths, ...) and their numbers without those that leave."""
-    stays = [number for number in order if number not in leaving]
-    kept = [together[:, order.index(number)] for number in stays]
-    return jnp.stack(kept, axis=1) if kept else None, stays
+def _take(crossings: Sequence[Crossing], together: Any, place: int) -> Any:
+    """What the path at `place` carries."""
+    return tuple(
+        x if crossing.axis is None else jax.lax.index_in_dim(x, place, crossing.axis + 1, keepdims=False)
+        for crossing, x in zip(crossings, together, strict=True)
+    )
 
 
-def _join(together: jax.Array | None, joining: list[jax.Array]) -> jax.Array | None:
-    """Puts paths (batch, ...) beside those that run together, (batch, paths, ...)."""
-    parts = ([] if together is None else [together]) + [x[:, None] for x in joining]
-    if not parts:
-        return None
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+def _join(crossings: Sequence[Crossing], together: Any, joining: Sequence[Alive]) -> Any:
+    """Puts paths (batch, ...) beside those that run together, (batch, paths, ...); None if there are none."""
+    if not joining:
+        return together
+    joined = []
+    for number, crossing in enumerate(crossings):
+        if crossing.axis is None:  # the same for all
+            joined.append(joining[0][number])
+            continue
+        axis = crossing.axis + 1
+        parts = [] if together is None else [together[number]]
+        parts += [jnp.expand_dims(alive[number], axis) for alive in joining]
+        joined.append(parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=axis))
+    return tuple(joined)
 
 
-def _on_paths(function: Callable[[jax.Array], jax.Array], paths: Any) -> jax.Array:
-    """Runs a function on an array (batch, paths, ...), with batch and paths merged."""
-    batch, count = paths.shape[:2]
-    output = function(paths.reshape(batch * count, *paths.shape[2:]))
-    return output.reshape(batch, count, *output.shape[1:])
+def _run_together(blocks: _Blocks, piece: int, paths: Any) -> Any:
+    """Runs an FP block, or the head, on paths (batch, paths, ...), with batch and paths merged."""
+    before, after = blocks.network.crossings[piece - 1], blocks.network.crossings[piece]
+    count = next((x.shape[c.axis + 1] for c, x in zip(before, paths, strict=True) if isinstance(c.axis, int)), 1)
+
+    def merge(crossing, x):
+        axis = crossing.axis
+        return x if axis is None else x.reshape(*x.shape[:axis], x.shape[axis] * count, *x.shape[axis + 2 :])
+
+    def divide(crossing, x):
+        axis = crossing.axis
+        return x if axis is None else x.reshape(*x.shape[:axis], -1, count, *x.shape[axis + 1 :])
+
+    merged = tuple(merge(crossing, x) for crossing, x in zip(before, paths, strict=True))
+    result = blocks.head(merged) if piece == blocks.count else blocks.fp(piece, merged)
+    leaves, structure = jax.tree.flatten(result)
+    return jax.tree.unflatten(structure, [divide(crossing, x) for crossing, x in zip(after, leaves, strict=True)])
 
 
-def _run_drawn(blocks: _Blocks, plan: Plan, mask: jax.Array) -> jax.Array:
+def _run_drawn(blocks: _Blocks, plan: Plan, mask: jax.Array) -> list[Any]:
     """The paths of the mask one by one, each block chosen by `jax.lax.cond`, so that only what is taken runs.
 
     The mask lies on every device, so all of them take the same branch.
     """
-    logits = []
+    outputs = []
     for path_mask in mask:
-        x = blocks.features.lp[0]  # the first block reads the images, which no choice needs
+        alive = blocks.features.lp[0]  # what no choice of the first block needs
         for block in range(blocks.count):
-            x = _choose(_choices(blocks, plan, block, path_mask), x)
-        logits.append(blocks.head(x))
-    return jnp.stack(logits)
+            alive = _choose(_choices(blocks, plan, block, path_mask), alive)
+        outputs.append(blocks.head(alive))
+    return outputs
 
 
 def _choices(blocks: _Blocks, plan: Plan, block: int, mask: jax.Array) -> list[tuple[Any, Callable]]:
@@ -280,7 +331,7 @@ def _possible(plan: Plan, block: int) -> set[str]:
     return possible
 
 
-def _choose(choices: list[tuple[Any, Callable]], x: jax.Array) -> jax.Array:
+def _choose(choices: list[tuple[Any, Callable]], alive: Alive) -> Alive:
     """Runs the first choice whose condition holds; the last one needs none."""
     (condition, run), *others = choices
-    return run(x) if not others else jax.lax.cond(condition, run, lambda x: _choose(others, x), x)
+    return run(alive) if not others else jax.lax.cond(condition, run, lambda alive: _choose(others, alive), alive)

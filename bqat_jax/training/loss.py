@@ -33,15 +33,15 @@ def total_loss(
         draw: mask and weights of the MP models; drawn from the context's key if None.
 
     Returns:
-        The loss, a scalar, and (new batch statistics, metrics).
+        The loss, a scalar, and (updated collections, metrics).
     """
     with batch_norm_in_groups(spec.batch_norm_groups):
-        loss, (batch_stats, metrics) = spec.replacement.loss(variables, partner, batch, context, draw)
+        loss, (collections, metrics) = spec.replacement.loss(variables, partner, batch, context, draw)
     if spec.regularizers.dampens:
         dampening = spec.regularizers.loss(spec.replacement.quantization, variables, context.progress)
         metrics['loss/dampening'] = dampening
         loss = metrics['loss'] = loss + dampening
-    return loss, (batch_stats, metrics)
+    return loss, (collections, metrics)
 
 
 def task_loss_alone(spec: TrainSpec) -> TrainSpec:

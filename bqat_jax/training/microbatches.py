@@ -16,34 +16,34 @@ def accumulate(gradient: Callable[..., Any], count: int) -> Callable[..., Any]:
     part (a maximum, a mean) or draws is the part's; feature matching divides by the norm of the part's features.
 
     Args:
-        gradient: `gradient(params, batch_stats, batch, key)` gives ((loss, (batch_stats, metrics)), gradients), the
+        gradient: `gradient(params, collections, batch, key)` gives ((loss, (collections, metrics)), gradients), the
             loss and metrics being means over the batch, a tree of arrays with examples along the first axis.
         count: divides the number of examples.
     """
     if count == 1:
         return gradient
 
-    def run(params, batch_stats, batch, key):
+    def run(params, collections, batch, key):
         def part(x):
             return jnp.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0)
 
         def add(carry, inputs):
-            batch_stats, total = carry
+            collections, total = carry
             number, part = inputs
-            (loss, (batch_stats, metrics)), gradients = gradient(
-                params, batch_stats, part, jax.random.fold_in(key, number)
+            (loss, (collections, metrics)), gradients = gradient(
+                params, collections, part, jax.random.fold_in(key, number)
             )
-            return (batch_stats, jax.tree.map(jnp.add, total, (loss, metrics, gradients))), None
+            return (collections, jax.tree.map(jnp.add, total, (loss, metrics, gradients))), None
 
-        def shapes(params, batch_stats, batch, key):
-            (loss, (_, metrics)), gradients = gradient(params, batch_stats, batch, key)
+        def shapes(params, collections, batch, key):
+            (loss, (_, metrics)), gradients = gradient(params, collections, batch, key)
             return loss, metrics, gradients
 
         parts = jax.tree.map(part, batch)
-        like = jax.eval_shape(shapes, params, batch_stats, jax.tree.map(lambda x: x[0], parts), key)
+        like = jax.eval_shape(shapes, params, collections, jax.tree.map(lambda x: x[0], parts), key)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-        (batch_stats, total), _ = jax.lax.scan(add, (batch_stats, zeros), (jnp.arange(count), parts))
+        (collections, total), _ = jax.lax.scan(add, (collections, zeros), (jnp.arange(count), parts))
         loss, metrics, gradients = jax.tree.map(lambda x: x / count, total)
-        return (loss, (batch_stats, metrics)), gradients
+        return (loss, (collections, metrics)), gradients
 
     return run

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bqat_jax.blocks.block_network import BATCH_STATS
 from bqat_jax.distributed.replicas import Replicas
 from bqat_jax.quantizers.rounding import EVALUATION
 from bqat_jax.training.loss import task_loss_alone, total_loss
@@ -41,9 +42,10 @@ def reestimate_batch_stats(
         def updated(stored):
             # The stored statistics and those of the batch mix linearly; with what is stored set to 0 and to 1, the
             # share of each follows, whatever momentum the network has.
-            stats = jax.tree.map(lambda x: jnp.full_like(x, stored), state.batch_stats)
-            _, (stats, _) = total_loss(task, state.variables._replace(batch_stats=stats), None, prepared, EVALUATION)
-            return stats
+            stats = jax.tree.map(lambda x: jnp.full_like(x, stored), state.collections[BATCH_STATS])
+            variables = state.variables._replace(collections={**state.collections, BATCH_STATS: stats})
+            _, (collections, _) = total_loss(task, variables, None, prepared, EVALUATION)
+            return collections[BATCH_STATS]
 
         return jax.tree.map(lambda zero, one: zero / (1 - (one - zero)), updated(0.0), updated(1.0))
 

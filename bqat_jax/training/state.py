@@ -19,19 +19,19 @@ class TrainState:
         step: int32, steps done.
         key: random key of the phase; step t uses `fold_in(key, t)`.
         params: {'network': the network's parameters, 'quantizers': the quantizers'}.
-        batch_stats: the network's batch statistics.
+        collections: the network's other collections of variables, {'batch_stats': ...}.
         opt_state: the optimizer's.
         strengths: {layer path: {role: strength}} for quantizers whose estimator measures one; see `strengths`.
         trackers: {layer path: tracker} of weights that may be frozen; see `regularizers`.
-        first_bad_step: int32, the first step whose loss was not finite, or after which a parameter or a batch statistic
-            was not; -1 for none. Kept on the device, so that the loop need not wait for every loss and can still name
-            the step.
+        first_bad_step: int32, the first step whose loss was not finite, or after which a parameter or a number of
+            another collection was not; -1 for none. Kept on the device, so that the loop need not wait for every loss
+            and can still name the step.
     """
 
     step: jax.Array
     key: jax.Array
     params: Any
-    batch_stats: Any
+    collections: Any
     opt_state: Any
     strengths: Any
     trackers: Any
@@ -40,12 +40,12 @@ class TrainState:
     @property
     def variables(self) -> Variables:
         """The arrays of the network and its quantizers."""
-        return variables_of(self.params, self.batch_stats)
+        return variables_of(self.params, self.collections)
 
 
-def variables_of(params: Any, batch_stats: Any) -> Variables:
-    """Returns {'network': ..., 'quantizers': ...} and batch statistics as variables."""
-    return Variables(params[NETWORK], params[QUANTIZERS], batch_stats)
+def variables_of(params: Any, collections: Any) -> Variables:
+    """Returns {'network': ..., 'quantizers': ...} and the other collections as variables."""
+    return Variables(params[NETWORK], params[QUANTIZERS], collections)
 
 
 def init_state(
@@ -61,7 +61,7 @@ def init_state(
         step=jnp.int32(0),
         key=key,
         params=params,
-        batch_stats=variables.batch_stats,
+        collections=variables.collections,
         opt_state=optimizer.init(params),
         strengths=strengths,
         trackers=spec.regularizers.init_trackers(spec.replacement.quantization, variables),

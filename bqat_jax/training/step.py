@@ -50,29 +50,29 @@ def train_step(
         prepared, key = prepare_batch(spec, state, arrays, batch)
         progress = spec.progress(state.step)
 
-        def loss_function(params, batch_stats, batch, key):
-            variables = variables_of(gather(params), batch_stats)
+        def loss_function(params, collections, batch, key):
+            variables = variables_of(gather(params), collections)
             context = Context(progress, key, state.strengths, state.trackers or None)
             return total_loss(spec, variables, gather(partner), batch, context, draw)
 
         gradient = accumulate(jax.value_and_grad(loss_function, has_aux=True), spec.microbatches)
-        (loss, (batch_stats, metrics)), gradients = gradient(state.params, state.batch_stats, prepared, key)
+        (loss, (collections, metrics)), gradients = gradient(state.params, state.collections, prepared, key)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
         quantization = spec.replacement.quantization
         params[QUANTIZERS] = quantization.constrain(params[QUANTIZERS], state.params[QUANTIZERS])
         trackers, params[NETWORK] = spec.regularizers.freeze(
-            quantization, state.trackers, variables_of(params, batch_stats), progress
+            quantization, state.trackers, variables_of(params, collections), progress
         )
         # A norm beyond float32's range counts as infinite too; those of the parameters are metrics anyway.
-        norms = [optax.tree.norm(tree) for tree in (params, batch_stats) if jax.tree.leaves(tree)]
+        norms = [optax.tree.norm(tree) for tree in (params, floats_of(collections)) if jax.tree.leaves(tree)]
         is_sound = jnp.all(jnp.isfinite(jnp.stack([loss, *norms])))
         is_bad = (state.first_bad_step < 0) & ~is_sound
         new_state = dataclasses.replace(
             state,
             step=state.step + 1,
             params=params,
-            batch_stats=batch_stats,
+            collections=collections,
             opt_state=opt_state,
             trackers=trackers,
             first_bad_step=jnp.where(is_bad, state.step, state.first_bad_step),
@@ -81,6 +81,11 @@ def train_step(
         return new_state, metrics | step_metrics(facts)
 
     return step
+
+
+def floats_of(tree: Any) -> list[jax.Array]:
+    """Returns those leaves of a tree that are floating-point numbers."""
+    return [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
 
 
 def make_train_step(
@@ -100,15 +105,15 @@ def make_train_step(
 def evaluation_step(
     spec: TrainSpec, gather: Callable[[Any], Any] = lambda tree: tree
 ) -> Callable[..., dict[str, jax.Array]]:
-    """Returns `step(params, batch_stats, arrays, batch) -> {'correct', 'examples', 'not_finite'}`, counts of one batch.
+    """Returns `step(params, collections, arrays, batch) -> {'correct', 'examples', 'not_finite'}`, counts of one batch.
 
     Examples whose 'mask' in the batch is false are not counted. Those with a logit that is NaN or infinite are counted
     apart, and are not correct. `gather` is as in `train_step`.
     """
 
-    def step(params: Any, batch_stats: Any, arrays: Any, batch: Any) -> dict[str, jax.Array]:
+    def step(params: Any, collections: Any, arrays: Any, batch: Any) -> dict[str, jax.Array]:
         inputs, labels = spec.prepare(batch, arrays, None)
-        logits = spec.replacement.logits(variables_of(gather(params), batch_stats), inputs)
+        logits = spec.replacement.logits(variables_of(gather(params), collections), inputs)
         mask, is_finite = batch['mask'], jnp.all(jnp.isfinite(logits), axis=-1)
         correct = (jnp.argmax(logits, axis=-1) == labels) & is_finite & mask
         return {'correct': jnp.sum(correct), 'examples': jnp.sum(mask), 'not_finite': jnp.sum(~is_finite & mask)}

@@ -230,7 +230,7 @@ def make_measurement(spec: TrainSpec, settings: TraceSettings, replicas: Replica
                 perturbed, variables._replace(quantizers=quantizer_params), partner, prepared, context, draw
             )[0]
 
-        run = network.as_function({'batch_stats': variables.batch_stats}, train=False)
+        run = network.as_function(variables.collections, train=False)
         layers = find_layers(run, variables.params, prepared.inputs).quantizable
         seen = {path: {'weights': layer.weights, 'activations': layer.input.shape} for path, layer in layers.items()}
         shapes = {path: {role: seen[path][role] for role in roles} for path, roles in state.strengths.items()}

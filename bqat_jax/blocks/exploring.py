@@ -1,0 +1,160 @@
+"""Looks at a network by tracing it on shapes: its random streams and collections, and what passes its cuts."""
+
+import dataclasses
+import re
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax import errors
+
+from bqat_jax.blocks.block_network import (
+    BATCH_STATS,
+    PARAMS,
+    PASSING,
+    BlockNetwork,
+    Crossing,
+    check_alike,
+    describe_inputs,
+    short,
+    stream_keys,
+)
+from bqat_jax.blocks.program import Program
+from bqat_jax.blocks.switch import EVALUATE_NAMES, SWITCHED, TRAIN_NAMES, switch_module
+
+_STREAM = re.compile(r'needs PRNG for "(.*?)"')
+
+
+def with_inputs(network: BlockNetwork, inputs: Any) -> BlockNetwork:
+    """Returns the network for inputs like one example; it is traced, and nothing is computed.
+
+    Args:
+        network: it may know its inputs already.
+        inputs: a tree of shapes and dtypes without the batch axis, `jax.ShapeDtypeStruct`s or arrays; the shape alone,
+            such as (32, 32, 3), stands for an array of float32.
+
+    Raises:
+        ValueError: if the network cannot be run on them or be cut so, or if it was made for other inputs.
+    """
+    inputs = describe_inputs(inputs)
+    if network.inputs is not None:
+        if network.inputs != inputs:
+            raise ValueError(
+                f'The network was made for inputs like {short(network.inputs)}, and these are like {short(inputs)} '
+                '(shapes without the batch axis). Make it for these.'
+            )
+        return network
+    network = dataclasses.replace(network, inputs=inputs)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    try:
+        variables: Any = jax.eval_shape(network.init, key)
+        network = dataclasses.replace(network, streams=_find_streams(network, variables, key))
+        network = dataclasses.replace(network, mutable=_find_mutable(network, variables, key))
+        small, large = (network.trace(variables, key, train=False, size=size) for size in (2, 3))
+        network = dataclasses.replace(network, crossings=_find_crossings(network, small, large))
+        check_alike(network, network.trace(variables, key, train=True, size=2), 2, 'in training')
+    except NameError as error:
+        if 'axis name' not in str(error):
+            raise
+        raise ValueError(
+            f'The network asks for a mapped axis ({error}), which only pmap or vmap bind. A batch is whole here, also '
+            'where devices share it: leave axis_name out.'
+        ) from error
+    return network
+
+
+def _run(network: BlockNetwork, variables: Any, key: Any, mutable: Any) -> Any:
+    """Runs in training, on shapes; returns the collections that it could change."""
+
+    def run(variables, key, inputs):
+        return switch_module(network.module, True).apply(
+            variables,
+            inputs,
+            method=lambda module, x: network.call(module, x, True),
+            mutable=mutable,
+            rngs=stream_keys(key, network.streams),
+        )[1]
+
+    return jax.make_jaxpr(run, return_shape=True)(variables, key, network.batch_of(2))
+
+
+def _find_streams(network: BlockNetwork, variables: Any, key: Any) -> tuple[str, ...]:
+    """The streams that the module asks for, one after another as it complains."""
+    streams: tuple[str, ...] = ()
+    while True:
+        try:
+            _run(dataclasses.replace(network, streams=streams), variables, key, nn.DenyList((PARAMS,)))
+        except errors.InvalidRngError as error:
+            match = _STREAM.search(str(error))
+            if match is None or match[1] in streams:
+                raise
+            streams = (*streams, match[1])
+        else:
+            return streams
+
+
+def _find_mutable(network: BlockNetwork, variables: Any, key: Any) -> tuple[str, ...]:
+    """The collections that training changes."""
+    program, shapes = _run(network, variables, key, nn.DenyList((PARAMS, *PASSING)))
+    changed, given = [], set(program.jaxpr.invars)
+    names = [name for name, tree in shapes.items() for _ in jax.tree.leaves(tree)]
+    for name, result in zip(names, program.jaxpr.outvars, strict=True):
+        if name not in changed and (not hasattr(result, 'count') or result not in given):
+            changed.append(name)
+    for name in changed:
+        own = variables.get(name, {})
+        if jax.tree.map(lambda x: (x.shape, x.dtype), own) != jax.tree.map(lambda x: (x.shape, x.dtype), shapes[name]):
+            raise ValueError(
+                f'The collection {name!r} has another structure after a step than before, as what `sow` leaves: it '
+                f"cannot be carried. Sow into 'intermediates', or return the values as outputs."
+            )
+    return tuple(dict.fromkeys((BATCH_STATS, *changed)))
+
+
+def _find_crossings(network: BlockNetwork, small: Program, large: Program) -> tuple[tuple[Crossing, ...], ...]:
+    """What crosses every cut, and the outputs, from programs for batches of two and of three."""
+    names = (*(f'The cut behind {block!r}' for block in network.blocks), 'The network')
+    crossings = []
+    shapes = zip(names, small.crossing_shapes(), large.crossing_shapes(), small.are_shared(), strict=True)
+    for name, twos, threes, shared in shapes:
+        if len(twos) != len(threes):
+            raise ValueError(f'{name} carries {len(twos)} arrays for two examples and {len(threes)} for three.')
+        described = [_crossing(name, *pair) for pair in zip(twos, threes, strict=True)]
+        crossings.append(tuple(crossing._replace(is_shared=x) for crossing, x in zip(described, shared, strict=True)))
+    return tuple(crossings)
+
+
+def _crossing(name: str, two: Any, three: Any) -> Crossing:
+    (shape, dtype), (larger, _) = two, three
+    axes = [axis for axis, (a, b) in enumerate(zip(shape, larger, strict=True)) if a != b]
+    if len(axes) > 1 or any(3 * shape[axis] != 2 * larger[axis] for axis in axes):
+        raise ValueError(
+            f'{name} carries an array of shape {list(shape)} for two examples and {list(larger)} for three: examples '
+            'must lie along one axis of it. Cut elsewhere.'
+        )
+    axis = axes[0] if axes else None
+    return Crossing(tuple(n // 2 if number == axis else n for number, n in enumerate(shape)), dtype, axis, False)
+
+
+def check_switch(network: BlockNetwork, variables: Any) -> None:
+    """Checks that a module which has no switch needs none.
+
+    Raises:
+        ValueError: if there are batch norms or dropouts in it, naming the first.
+    """
+    seen = []
+
+    def interceptor(call, args, kwargs, context):
+        module = context.module
+        if isinstance(module, SWITCHED) and not (isinstance(module, nn.Dropout) and module.rate == 0):
+            seen.append('/'.join(module.path) + f' ({type(module).__name__})')
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(interceptor):
+        jax.eval_shape(lambda variables, x: network.apply(variables, x, train=False)[0], variables, network.batch_of(1))
+    if seen:
+        raise ValueError(
+            f'The network has {seen[0]}, which computes something else in training, and nothing is found that says '
+            f'whether it is trained: no argument of __call__ and no field called {", ".join(TRAIN_NAMES)}, or the '
+            f'other way round {", ".join(EVALUATE_NAMES)}. Give call=lambda module, inputs, train: ... .'
+        )

@@ -1,0 +1,404 @@
+"""A network as a program (a jaxpr) that is cut at marks: what is alive at a cut, and pieces that run on their own.
+
+The network is traced once, as it is, and what the end of a block gives is marked by a named identity. The operations up
+to a mark, in the order in which the network's code does them, are the blocks up to it. A value is alive at a cut if it
+depends on the inputs, is an input or computed before the cut, and is read after it or is an output. So whatever passes
+by a cut is carried over it: shortcuts, masks, lengths, the skip connections of a UNet, carries.
+
+These hold:
+- Running all pieces is running the network's own operations: nothing is replaced and nothing is left out.
+- A piece reads what is alive at its cut, and what depends on variables and random keys alone. The latter is computed in
+  every piece that reads it, from that piece's own variables.
+- Values are alive in the same order in training and in evaluation, in low and in full precision; `check_alike` sees to
+  it. To this end every module marks its output, so that a dropout that does nothing still makes a value of its own.
+
+A mark inside `nn.remat`, `nn.jit` or the like stands in a program within the program. If nothing follows it there, the
+cut lies behind the inner program; else that one is written out in the outer program, and `nn.remat` does not recompute
+it. Between iterations of `nn.scan` a cut divides the scan in two, over slices of the stack.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var, jaxpr_as_fun, jaxprs_in_params
+
+MARK = 'bqat_jax:'
+# Methods that compute nothing; Flax calls the second itself.
+SETUP = ('setup', '<lambda>')
+# Programs within a program that can be written out in it, by the name of the operation that runs them.
+CALLS = ('jit', 'pjit', 'closed_call', 'core_call', 'remat2', 'checkpoint', 'remat')
+Targets = Mapping[str, list[int | None]]
+_INDEXED = re.compile(r'(.*)\[(\d+)\]')
+
+
+def parse_end(end: str) -> tuple[str, int | None]:
+    """Returns path and iteration of an end such as 'encoder/layers[3]'; the iteration of 'encoder/layer3' is None."""
+    match = _INDEXED.fullmatch(end)
+    return (match[1], int(match[2])) if match else (end, None)
+
+
+def mark(value: Any, path: str, call: int = 0) -> Any:
+    """Returns a tree of arrays, marked as what call number `call` of the submodule at `path` gives."""
+
+    def name(x):
+        return checkpoint_name(x, f'{MARK}{path}#{call}') if isinstance(x, jax.Array) else x
+
+    return jax.tree.map(name, value)
+
+
+def mark_modules(root: Any) -> contextlib.AbstractContextManager:
+    """Returns a context in which every submodule of the bound module `root` marks what it gives."""
+    depth, calls, running = len(root.path), itertools.count(), []
+
+    def interceptor(call, args, kwargs, context):
+        path = '/'.join(context.module.path[depth:])
+        if not path or path in running or context.method_name in SETUP:  # a module's own methods call each other
+            return call(*args, **kwargs)
+        running.append(path)
+        try:
+            return mark(call(*args, **kwargs), path, next(calls))
+        finally:
+            running.pop()
+
+    return nn.intercept_methods(interceptor)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """A cut through a program.
+
+    Attributes:
+        position: the operations before it.
+        value: what the end of the block gives.
+        alive: what is carried over it.
+    """
+
+    position: int
+    value: tuple[Var, ...]
+    alive: tuple[Var, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A traced network, `run(variables, inputs) -> outputs, state`, cut behind the ends of its blocks.
+
+    Attributes:
+        program: of flat variables and inputs to flat outputs and state.
+        variables: how many of its arguments are variables and random keys.
+        outputs: how many of its results are outputs.
+        structure: of (outputs, state).
+        cuts: one for each end.
+    """
+
+    program: ClosedJaxpr
+    variables: int
+    outputs: int
+    structure: Any
+    cuts: tuple[Cut, ...]
+
+    def run(self, variables: Any, inputs: Any) -> tuple[Any, list[Any], list[tuple[Any, ...]], Any]:
+        """Returns (outputs, what the blocks' ends give, what is alive at every cut, state)."""
+        jaxpr = self.program.jaxpr
+        groups = [jaxpr.outvars, *(cut.value for cut in self.cuts), *(cut.alive for cut in self.cuts)]
+        results = iter(
+            self._evaluate(jaxpr.invars, [x for group in groups for x in group], jaxpr.eqns, (variables, inputs))
+        )
+        own, *rest = [tuple(next(results) for _ in group) for group in groups]
+        outputs, state = jax.tree.unflatten(self.structure, own)
+        values, alive = rest[: len(self.cuts)], rest[len(self.cuts) :]
+        return outputs, [value[0] if len(value) == 1 else value for value in values], alive, state
+
+    def run_piece(self, first: int, last: int, variables: Any, alive: Sequence[Any]) -> Any:
+        """Runs the pieces from number `first` to number `last`; there is one more than there are cuts.
+
+        Args:
+            first: above 0.
+            last: the last of them that runs.
+            variables: as the program was traced with.
+            alive: at the cut before the first.
+
+        Returns:
+            What is alive at the cut behind the last, a tuple; the outputs if there is none behind it.
+        """
+        jaxpr, ends = self.program.jaxpr, last == len(self.cuts)
+        own, known = jaxpr.invars[: self.variables], self.cuts[first - 1].alive
+        wanted = jaxpr.outvars[: self.outputs] if ends else self.cuts[last].alive
+        operations = _operations_for(jaxpr, known, wanted)
+        results = self._evaluate([*own, *known], wanted, operations, (variables, list(alive)))
+        return jax.tree.unflatten(jax.tree.structure(self._outputs), results) if ends else tuple(results)
+
+    def crossing_shapes(self) -> list[list[tuple[tuple[int, ...], Any]]]:
+        """Returns shape and dtype of what is alive at every cut, and of the outputs."""
+        avals: list[list[Any]] = [[x.aval for x in crossing] for crossing in self._crossings]
+        return [[(aval.shape, aval.dtype) for aval in crossing] for crossing in avals]
+
+    def are_shared(self) -> list[list[bool]]:
+        """Returns of the same whether they depend on inputs alone, and not on variables."""
+        jaxpr = self.program.jaxpr
+        on_variables = _depend_on(jaxpr, jaxpr.invars[: self.variables])
+        return [[isinstance(x, Literal) or x not in on_variables for x in crossing] for crossing in self._crossings]
+
+    def modules(self) -> list[set[str]]:
+        """Returns for every piece the paths of the modules that run in it."""
+        operations, cuts = self.program.jaxpr.eqns, [cut.position for cut in self.cuts]
+        pieces = zip([0, *cuts], [*cuts, len(operations)], strict=True)
+        return [_marked_paths(operations[start:stop]) for start, stop in pieces]
+
+    @property
+    def _crossings(self) -> list[Sequence[Any]]:
+        outputs = [x for x in self.program.jaxpr.outvars[: self.outputs]]
+        return [*(cut.alive for cut in self.cuts), outputs]
+
+    @property
+    def _outputs(self) -> Any:
+        return jax.tree.unflatten(self.structure, self.program.jaxpr.outvars)[0]
+
+    def _evaluate(self, given: Sequence[Var], wanted: Sequence[Any], operations: Sequence[Any], arguments: Any) -> Any:
+        jaxpr = self.program.jaxpr
+        names = jaxpr.debug_info.with_unknown_names()
+        part = jaxpr.replace(invars=list(given), outvars=list(wanted), eqns=list(operations), debug_info=names)
+        return jaxpr_as_fun(ClosedJaxpr(part, self.program.consts))(*jax.tree.leaves(arguments))
+
+
+def trace(run: Callable[[Any, Any], tuple[Any, Any]], variables: Any, inputs: Any, ends: Sequence[str]) -> Program:
+    """Returns the program of `run(variables, inputs) -> outputs, state`, cut behind `ends`.
+
+    Args:
+        run: runs the network with its modules' outputs marked.
+        variables: a tree of arrays or shapes.
+        inputs: a tree of arrays or shapes.
+        ends: paths of submodules in the order of their calls, perhaps with an iteration: 'layers[3]'.
+
+    Raises:
+        ValueError: for an end that is never reached or where no cut can be.
+    """
+    program, shapes = jax.make_jaxpr(run, return_shape=True)(variables, inputs)
+    structure = jax.tree.structure(shapes)
+    targets = _targets(ends)
+    if any(_marks_inside(operation, targets) for operation in program.jaxpr.eqns):
+        inner = program
+
+        def flat(*arguments):
+            return _write_out(inner.jaxpr, inner.consts, arguments, targets)
+
+        program = jax.make_jaxpr(flat)(*program.in_avals)
+    outputs, count = len(jax.tree.leaves(shapes[0])), len(jax.tree.leaves(variables))
+    return Program(program, count, outputs, structure, _find_cuts(program.jaxpr, count, outputs, ends))
+
+
+def _targets(ends: Sequence[str]) -> dict[str, list[int | None]]:
+    """Path of every end to the iterations behind which it is cut; None stands for all of them."""
+    targets: dict[str, list[int | None]] = {}
+    for end in ends:
+        path, index = parse_end(end)
+        targets.setdefault(path, []).append(index)
+    return targets
+
+
+def _mark_of(operation: Any) -> str | None:
+    """'path#call' if an operation is a mark."""
+    name = operation.params['name'] if operation.primitive.name == 'name' else ''
+    return name.removeprefix(MARK) if name.startswith(MARK) else None
+
+
+def _path_of(operation: Any) -> str | None:
+    found = _mark_of(operation)
+    return None if found is None else found.rpartition('#')[0]
+
+
+def _marks_inside(operation: Any, targets: Targets) -> set[str]:
+    """The paths among `targets` that are marked within an operation's inner programs."""
+    inner = [_marked_paths(program.eqns) for program in jaxprs_in_params(operation.params)]
+    return set().union(*inner) & set(targets)
+
+
+def _marked_paths(operations: Sequence[Any]) -> set[str]:
+    """The paths that are marked in operations and in the programs within them."""
+    paths = {path for path in map(_path_of, operations) if path is not None}
+    return paths.union(*(_marked_paths(inner.eqns) for x in operations for inner in jaxprs_in_params(x.params)))
+
+
+def _ends_with(program: Jaxpr, path: str) -> dict[int, str]:
+    """Results of a program that the mark of `path` made, by number, with the mark; {} if anything follows the mark."""
+    marks: dict[Var, str] = {}
+    for operation in program.eqns:
+        read = [x for x in operation.invars if not isinstance(x, Literal) and x in marks]
+        if _path_of(operation) == path:
+            marks[operation.outvars[0]] = operation.params['name']
+        elif _mark_of(operation) is not None and read:  # the mark of a module around it
+            marks[operation.outvars[0]] = marks[read[0]]
+        elif read:
+            return {}
+        elif operation.primitive.name in CALLS:
+            (inner,) = jaxprs_in_params(operation.params)
+            marks |= {operation.outvars[number]: name for number, name in _ends_with(inner, path).items()}
+    return {number: marks[x] for number, x in enumerate(program.outvars) if not isinstance(x, Literal) and x in marks}
+
+
+def _write_out(jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[Any], targets: Targets) -> Any:
+    """Evaluates a program with all cuts moved to its top."""
+    values: dict[Var, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *arguments], strict=True))
+
+    def read(x):
+        return x.val if isinstance(x, Literal) else values[x]
+
+    for operation in jaxpr.eqns:
+        given, inside = [read(x) for x in operation.invars], _marks_inside(operation, targets)
+        if not inside:
+            results = _run_one(operation, given)
+        elif operation.primitive.name in CALLS:
+            results = _write_out_call(operation, given, inside, targets)
+        elif operation.primitive.name == 'scan':
+            results = _divide_scan(operation, given, inside, targets)
+        else:
+            raise ValueError(
+                f'The cut behind {sorted(inside)[0]!r} lies within {operation.primitive.name!r}, where no program can '
+                'be cut: cut behind the module that holds it.'
+            )
+        values |= dict(zip(operation.outvars, results, strict=True))
+    return [read(x) for x in jaxpr.outvars]
+
+
+def _run_one(operation: Any, given: Sequence[Any], **changed: Any) -> list[Any]:
+    """Runs a single operation, with some of its parameters changed."""
+    values = {x: value for x, value in zip(operation.invars, given, strict=True) if not isinstance(x, Literal)}
+    one = Jaxpr(
+        constvars=(),
+        invars=list(values),
+        outvars=operation.outvars,
+        eqns=[operation.replace(params={**operation.params, **changed})],
+        effects=operation.effects,
+    )
+    return list(jaxpr_as_fun(ClosedJaxpr(one, ()))(*values.values()))
+
+
+def _write_out_call(operation: Any, given: list[Any], inside: set[str], targets: Targets) -> list[Any]:
+    """An inner program as it is with the mark behind it, if it ends with the mark; else written out."""
+    (inner,), path = jaxprs_in_params(operation.params), min(inside)
+    marks = _ends_with(inner, path) if len(inside) == 1 and targets[path] == [None] * len(targets[path]) else {}
+    if marks:
+        results = _run_one(operation, given)
+        return [checkpoint_name(x, marks[number]) if number in marks else x for number, x in enumerate(results)]
+    consts = next((x.consts for x in operation.params.values() if isinstance(x, ClosedJaxpr)), [])
+    return _write_out(inner, consts, given, targets)
+
+
+def _divide_scan(operation: Any, given: list[Any], inside: set[str], targets: Targets) -> list[Any]:
+    """A scan in as many parts as it is cut into; the marks stand behind the parts."""
+    (inner,), length, path = jaxprs_in_params(operation.params), operation.params['length'], min(inside, key=len)
+    marks = _ends_with(inner, path)
+    deeper = sorted(inside - {path})
+    if deeper or not marks:
+        raise ValueError(
+            f'The cut behind {(deeper or [path])[0]!r} lies within an iteration of nn.scan: cut behind the scanned '
+            "module, or between its iterations, as 'layers[3]' does behind the fourth of 'layers'."
+        )
+    names = {length - 1 if n is None else n: path if n is None else f'{path}[{n}]' for n in targets[path]}
+    if max(names) >= length or (operation.params['reverse'] and len(names) > 1):
+        why = f'has the iterations 0 to {length - 1}' if max(names) >= length else 'runs backwards'
+        raise ValueError(f'The cut behind {path}[{max(names)}]: this nn.scan {why}.')
+    # By their shapes: how `scan` counts its arguments differs between versions of JAX.
+    carries = sum(_axes(own) == _axes(outer) for own, outer in zip(inner.outvars, operation.outvars, strict=True))
+    slices = sum(_axes(own) < _axes(outer) for own, outer in zip(inner.invars, operation.invars, strict=True))
+    consts = len(given) - carries - slices
+    constant, carry, stacked = given[:consts], given[consts : consts + carries], given[consts + carries :]
+    carried = [number for number in marks if number < carries]
+
+    def body(carry, own):
+        results = jaxpr_as_fun(operation.params['jaxpr'])(*constant, *carry, *own)
+        return results[:carries], results[carries:]
+
+    options = {key: operation.params[key] for key in ('reverse', 'unroll')}
+    parts: list[Any] = []
+    start = 0
+    for stop in sorted({*(index + 1 for index in names), length}):
+        own = [jax.lax.slice_in_dim(x, start, stop) if stop - start < length else x for x in stacked]
+        carry, gathered = jax.lax.scan(body, carry, own, length=stop - start, **options)
+        if stop - 1 in names:
+            name = f'{MARK}{names[stop - 1]}#scan{id(operation)}'
+            marked = set(carried or range(len(given)))
+            results = [
+                checkpoint_name(x, name) if number in marked else x for number, x in enumerate([*carry, *gathered])
+            ]
+            carry, gathered = results[:carries], results[carries:]
+        parts.append(gathered)
+        start = stop
+    gathered = [jax.lax.concatenate(part, 0) for part in zip(*parts, strict=True)] if len(parts) > 1 else parts[0]
+    return [*carry, *gathered]
+
+
+def _axes(x: Any) -> int:
+    return x.aval.ndim
+
+
+def _find_cuts(jaxpr: Jaxpr, variables: int, outputs: int, ends: Sequence[str]) -> tuple[Cut, ...]:
+    """Finds the marks of the ends, one after another, and what is alive there."""
+    groups: list[Any] = []  # every call's mark and the operations that make it
+    numbers: dict[str, int] = {}
+    for position, operation in enumerate(jaxpr.eqns):
+        name = _mark_of(operation)
+        if name is not None:
+            if name not in numbers:
+                numbers[name] = len(groups)
+                groups.append((name.rpartition('#')[0], []))
+            groups[numbers[name]][1].append(position)
+    order = sorted(groups, key=lambda group: group[1][-1])
+    marks, start = [], 0
+    for number, end in enumerate(ends):
+        start = next((n + 1 for n in range(start, len(order)) if order[n][0] == end), 0)
+        if not start:
+            behind = 'the input' if number == 0 else repr(ends[number - 1])
+            paths = sorted({path for path, _ in groups})
+            raise ValueError(
+                f'The cut behind {end!r} is never reached: no submodule of that path gives an array after {behind}. '
+                f'These do: {", ".join(paths) or "none"}.'
+            )
+        marks.append(order[start - 1][1])
+    depends = _depend_on(jaxpr, jaxpr.invars[variables:])
+    last_read = _last_reads(jaxpr, outputs)
+    made = {var: -1 for var in jaxpr.invars[variables:]}
+    made |= {var: position for position, operation in enumerate(jaxpr.eqns) for var in operation.outvars}
+    cuts = []
+    for positions in marks:
+        cut = positions[-1] + 1
+        alive = [x for x, position in made.items() if position < cut <= last_read.get(x, -1) and x in depends]
+        cuts.append(Cut(cut, tuple(jaxpr.eqns[position].outvars[0] for position in positions), tuple(alive)))
+    return tuple(cuts)
+
+
+def _depend_on(jaxpr: Jaxpr, sources: Sequence[Var]) -> set[Var]:
+    """The values that depend on some of the arguments."""
+    depends = set(sources)
+    for operation in jaxpr.eqns:
+        if any(not isinstance(x, Literal) and x in depends for x in operation.invars):
+            depends |= set(operation.outvars)
+    return depends
+
+
+def _last_reads(jaxpr: Jaxpr, outputs: int) -> dict[Var, int]:
+    """The last operation that reads a value on the way to the outputs; beyond all of them for an output itself."""
+    last = {x: len(jaxpr.eqns) for x in jaxpr.outvars[:outputs] if not isinstance(x, Literal)}
+    for position in reversed(range(len(jaxpr.eqns))):
+        operation = jaxpr.eqns[position]
+        if any(x in last for x in operation.outvars):
+            for x in operation.invars:
+                if not isinstance(x, Literal):
+                    last.setdefault(x, position)
+    return last
+
+
+def _operations_for(jaxpr: Jaxpr, known: Sequence[Var], wanted: Sequence[Any]) -> list[Any]:
+    """The operations that compute `wanted` from what is known and from variables."""
+    given, needed, kept = set(known), {x for x in wanted if not isinstance(x, Literal)}, []
+    for operation in reversed(jaxpr.eqns):
+        if any(x in needed and x not in given for x in operation.outvars):
+            kept.append(operation)
+            needed |= {x for x in operation.invars if not isinstance(x, Literal)}
+    return kept[::-1]

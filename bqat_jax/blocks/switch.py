@@ -1,0 +1,65 @@
+"""How a module is told whether it is trained: arguments and fields that are known by their names."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+
+# `call(module, inputs, train)` runs a bound module.
+Call = Callable[[Any, Any, bool], Any]
+# What says that a module is trained, and what says the opposite.
+TRAIN_NAMES = ('train', 'training', 'is_training', 'is_train', 'is_trained', 'train_mode', 'do_train')
+EVALUATE_NAMES = (
+    'deterministic',
+    'use_running_average',
+    'evaluate',
+    'eval',
+    'is_eval',
+    'evaluation',
+    'eval_mode',
+    'inference',
+    'is_inference',
+)
+# Modules that compute in training what they do not in evaluation.
+SWITCHED = (nn.BatchNorm, nn.Dropout)
+
+
+def switch_names(names: Any) -> dict[str, bool]:
+    """Returns those of `names` that say whether a module is trained, each with its value in training."""
+    return {name: name in TRAIN_NAMES for name in names if name in TRAIN_NAMES or name in EVALUATE_NAMES}
+
+
+def find_fields(module: nn.Module) -> dict[str, bool]:
+    """Returns the fields of a module that say whether it is trained, each with its value in training."""
+    fields = [name for name in type(module).__dataclass_fields__ if name not in ('parent', 'name')]
+    return switch_names(fields)
+
+
+def has_switch(module: nn.Module) -> bool:
+    """Returns whether a module has an argument or a field that says whether it is trained."""
+    return bool(find_fields(module) or switch_names(inspect.signature(type(module).__call__).parameters))
+
+
+def make_call(module: nn.Module) -> Call:
+    """Returns a function that calls a bound module with its inputs, and with all arguments that say it is trained.
+
+    A tuple of inputs is given as arguments, a dict of them by keyword.
+    """
+    names = switch_names(inspect.signature(type(module).__call__).parameters)
+
+    def call(module: Any, inputs: Any, train: bool) -> Any:
+        switch = {name: train == value for name, value in names.items()}
+        if isinstance(inputs, dict):
+            return module(**inputs, **switch)
+        if isinstance(inputs, tuple):
+            return module(*inputs, **switch)
+        return module(inputs, **switch)
+
+    return call
+
+
+def switch_module(module: nn.Module, train: bool) -> nn.Module:
+    """Returns the module with its fields that say whether it is trained set so."""
+    fields: dict[str, Any] = {name: train == value for name, value in find_fields(module).items()}
+    return module.clone(**fields) if fields else module
