@@ -35,7 +35,7 @@ from bqat_jax.replacement.block_replacement import Batch
 from bqat_jax.replacement.paths import Variables, run_backbone, run_teacher
 from bqat_jax.training.loss import task_loss_alone, total_loss
 from bqat_jax.training.spec import TrainSpec
-from bqat_jax.training.state import TrainState
+from bqat_jax.training.state import TrainState, floats_of
 from bqat_jax.transform import FULL_PRECISION, ROLES, WEIGHT_NAME, LayerQuantizers, Quantization
 
 LOSSES = ('lp', 'full')
@@ -189,7 +189,8 @@ def measure_features(
 ) -> dict[str, dict[str, float]]:
     """Returns 'cka' and 'relative_error' of every LP block's output against the partner's, in evaluation, by block.
 
-    The mean over batches; linear CKA depends on the size of a batch.
+    The mean over batches; linear CKA depends on the size of a batch. Of a block that gives several arrays the first of
+    floating-point numbers is measured.
     """
     network, quantization = spec.replacement.network, spec.replacement.quantization
 
@@ -199,12 +200,17 @@ def measure_features(
         full = run_teacher(network, partner, inputs)
         return [
             {'cka': linear_cka(h, g), 'relative_error': relative_error(h, g)}
-            for h, g in zip(low.features, full.features, strict=True)
+            for h, g in zip(map(first_float, low.features), map(first_float, full.features), strict=True)
         ]
 
     measures = [jax.device_get(measure(state.variables, partner, batch.inputs)) for batch in batches]
     means: Any = jax.tree.map(lambda *values: float(sum(values) / len(values)), *measures)
     return {f'block {number}': mean for number, mean in enumerate(means, 1)}
+
+
+def first_float(feature: Any) -> jax.Array:
+    """Returns the first array of floating-point numbers in a feature."""
+    return floats_of(feature)[0]
 
 
 def measure_quantizers(
@@ -229,7 +235,7 @@ def measure_quantizers(
             }
             observed = Variables(variables.params, parameters, variables.collections)
             run = run_backbone(replacement.network, Quantization(layers), observed, inputs, train=False)
-            return jnp.sum(run.logits)
+            return sum((jnp.sum(x.astype(jnp.float32)) for x in floats_of(run.logits)), jnp.float32(0))
 
         def probe(stack):
             return dict.fromkeys(COUNTS, jnp.zeros(stack, jnp.float32))

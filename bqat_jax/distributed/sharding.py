@@ -196,6 +196,24 @@ def parse_rules(rules: Sequence[Mapping[str, Any]]) -> tuple[Rule, ...]:
     return tuple(Rule(rule['path'], rule['axis']) for rule in rules)
 
 
+def rules_of_names(specs: Mapping[str, Any], shapes: Mapping[str, Any], parts: int) -> tuple[Rule, ...]:
+    """Returns rules for parameters whose axes have names, as `flax.linen.with_partitioning` gives them.
+
+    The first axis that has a name and can be split into `parts` parts is.
+
+    Args:
+        specs: path to `PartitionSpec`.
+        shapes: path to array or shape, of the same parameters.
+        parts: of an array.
+    """
+    rules = []
+    for path, spec in specs.items():
+        even = [axis for axis, name in enumerate(spec) if name is not None and shapes[path].shape[axis] % parts == 0]
+        if even:
+            rules.append(Rule(re.escape(path), even[0]))
+    return tuple(rules)
+
+
 def leaves_with_paths(tree: Any) -> list[tuple[str, Any]]:
     """Returns the leaves of a tree with their paths as text, such as 'params/network/stem/conv/kernel'."""
     return [(_path(keys), leaf) for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)]

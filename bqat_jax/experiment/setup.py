@@ -7,15 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import rich.console
+from flax import traverse_util
 
 from bqat_jax.analysis.measurement import DiagnosisSettings
+from bqat_jax.blocks.block_network import PARAMS, BlockNetwork
 from bqat_jax.blocks.exploring import with_inputs
 from bqat_jax.data.preprocessing import Augmentation
 from bqat_jax.data.sources import ImageData, ImageOptions, load_images
 from bqat_jax.distributed.replicas import Replicas
-from bqat_jax.distributed.sharding import Placement, make_mesh, parse_rules
+from bqat_jax.distributed.sharding import FSDP_AXIS, Placement, Rule, make_mesh, parse_rules, rules_of_names
 from bqat_jax.errors import UserError
 from bqat_jax.experiment.configuration import Config, check_values, duration, plugin_files, section_of, to_plain
 from bqat_jax.experiment.environment import check_experiments
@@ -68,7 +71,6 @@ def make_experiment(
     data = _make_data_spec(config, images)
     epoch = len(images.train) / config.train.batch_size  # steps
     try:
-        placement = Placement(mesh, parse_rules(config.mesh.rules), config.mesh.min_shard_elements)
         network = make_network(
             config.network.name,
             images.num_classes,
@@ -77,7 +79,9 @@ def make_experiment(
             conv_general_dilated if mesh.devices.size == 1 else None,
         )
         network = with_inputs(network, images.image_shape)
-        shapes: Any = jax.eval_shape(lambda: network.init(jax.random.key(0)))
+        shapes: Any = jax.eval_shape(network.init, jax.random.key(0))
+        rules = parse_rules(config.mesh.rules) + _rules_of_names(network, mesh.shape[FSDP_AXIS])
+        placement = Placement(mesh, rules, config.mesh.min_shard_elements)
         layers = find_network_layers(network, shapes)
         quantizers = assign_quantizers(
             tuple(layers.quantizable),
@@ -133,6 +137,14 @@ def make_experiment(
         raise UserError(f'{where} raised {type(error).__name__}: {error}') from error
     check_experiments(experiment)
     return experiment
+
+
+def _rules_of_names(network: BlockNetwork, parts: int) -> tuple[Rule, ...]:
+    """Sharding rules for parameters whose axes the module names."""
+    boxed: Any = jax.eval_shape(network.init_boxed, jax.random.key(0))
+    names: Any = traverse_util.flatten_dict(nn.get_partition_spec(boxed[PARAMS]), sep='/')
+    shapes: Any = traverse_util.flatten_dict(nn.meta.unbox(boxed[PARAMS]), sep='/')
+    return rules_of_names(names, shapes, parts)
 
 
 def _check_batch(config: Config, devices: int) -> None:

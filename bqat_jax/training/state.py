@@ -48,6 +48,11 @@ def variables_of(params: Any, collections: Any) -> Variables:
     return Variables(params[NETWORK], params[QUANTIZERS], collections)
 
 
+def floats_of(tree: Any) -> list[jax.Array]:
+    """Returns those leaves of a tree that are floating-point numbers."""
+    return [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+
+
 def init_state(
     spec: TrainSpec, key: jax.Array, variables: Variables, optimizer: optax.GradientTransformation
 ) -> TrainState:

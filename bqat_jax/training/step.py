@@ -16,7 +16,7 @@ from bqat_jax.training.metrics import StepFacts, step_metrics
 from bqat_jax.training.microbatches import accumulate
 from bqat_jax.training.optimizer import LearningRate
 from bqat_jax.training.spec import NETWORK, QUANTIZERS, TrainSpec
-from bqat_jax.training.state import TrainState, variables_of
+from bqat_jax.training.state import TrainState, floats_of, variables_of
 
 
 def prepare_batch(spec: TrainSpec, state: TrainState, arrays: Any, batch: Any) -> tuple[Batch, jax.Array]:
@@ -81,11 +81,6 @@ def train_step(
         return new_state, metrics | step_metrics(facts)
 
     return step
-
-
-def floats_of(tree: Any) -> list[jax.Array]:
-    """Returns those leaves of a tree that are floating-point numbers."""
-    return [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
 
 
 def make_train_step(
