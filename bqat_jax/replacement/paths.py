@@ -116,10 +116,12 @@ def run_backbone(
         variables: its arrays and those of its quantizers.
         inputs: as the network takes them, examples along the first axis.
         train: with batch statistics, or else with the stored ones.
-        context: of the quantizers: progress, randomness and strengths in training.
+        context: of the quantizers: progress, randomness and strengths in training. Its key is that of the network's
+            random streams too; without one they draw the same in every call.
     """
     quantized = quantization.quantize_params(variables.quantizers, variables.params, context)
-    bound = network.bind({**variables.collections, PARAMS: quantized}, train=train, key=context.key)
+    key = jax.random.key(0) if train and context.key is None and network.streams else context.key
+    bound = network.bind({**variables.collections, PARAMS: quantized}, train=train, key=key)
     with quantization.quantize_inputs():
         run = bound.run(inputs)
 
