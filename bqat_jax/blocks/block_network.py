@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import errors
 
 from bqat_jax.blocks.program import Program, mark_modules, trace
 from bqat_jax.blocks.switch import Call, switch_module
@@ -110,9 +111,16 @@ class BlockNetwork:
     def init_boxed(self, key: jax.Array, inputs: Any = None) -> dict[str, Any]:
         """Returns what `init` returns, with the boxes; arguments as `init`."""
         network = self if inputs is None else dataclasses.replace(self, inputs=describe_inputs(inputs))
-        variables: Any = switch_module(self.module, False).lazy_init(
-            key, network.batch_of(1), method=lambda module, x: self.call(module, x, False)
-        )
+        module, like = switch_module(self.module, False), network.batch_of(1)
+
+        def call(module, x):
+            return self.call(module, x, False)
+
+        try:
+            variables: Any = module.lazy_init(key, like, method=call)
+        except errors.LazyInitError:  # something is initialised from the inputs
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+            variables = module.init(key, zeros, method=call)
         kept = {name: tree for name, tree in variables.items() if name not in PASSING}
         return {PARAMS: {}, BATCH_STATS: {}, **kept}
 

@@ -11,16 +11,14 @@ from flax import errors
 from bqat_jax.blocks.block_network import (
     BATCH_STATS,
     PARAMS,
-    PASSING,
     BlockNetwork,
     Crossing,
     check_alike,
     describe_inputs,
     short,
-    stream_keys,
 )
 from bqat_jax.blocks.program import Program
-from bqat_jax.blocks.switch import EVALUATE_NAMES, SWITCHED, TRAIN_NAMES, switch_module
+from bqat_jax.blocks.switch import EVALUATE_NAMES, SWITCHED, TRAIN_NAMES
 
 _STREAM = re.compile(r'needs PRNG for "(.*?)"')
 
@@ -48,11 +46,12 @@ def with_inputs(network: BlockNetwork, inputs: Any) -> BlockNetwork:
     key = jax.eval_shape(lambda: jax.random.key(0))
     try:
         variables: Any = jax.eval_shape(network.init, key)
-        network = dataclasses.replace(network, streams=_find_streams(network, variables, key))
-        network = dataclasses.replace(network, mutable=_find_mutable(network, variables, key))
+        collections = tuple(name for name in variables if name != PARAMS)
+        network, training = _trace_training(dataclasses.replace(network, mutable=collections), variables, key)
+        network = dataclasses.replace(network, mutable=_find_mutable(variables, training))
         small, large = (network.trace(variables, key, train=False, size=size) for size in (2, 3))
         network = dataclasses.replace(network, crossings=_find_crossings(network, small, large))
-        check_alike(network, network.trace(variables, key, train=True, size=2), 2, 'in training')
+        check_alike(network, training, 2, 'in training')
     except NameError as error:
         if 'axis name' not in str(error):
             raise
@@ -63,52 +62,31 @@ def with_inputs(network: BlockNetwork, inputs: Any) -> BlockNetwork:
     return network
 
 
-def _run(network: BlockNetwork, variables: Any, key: Any, mutable: Any) -> Any:
-    """Runs in training, on shapes; returns the collections that it could change."""
-
-    def run(variables, key, inputs):
-        return switch_module(network.module, True).apply(
-            variables,
-            inputs,
-            method=lambda module, x: network.call(module, x, True),
-            mutable=mutable,
-            rngs=stream_keys(key, network.streams),
-        )[1]
-
-    return jax.make_jaxpr(run, return_shape=True)(variables, key, network.batch_of(2))
-
-
-def _find_streams(network: BlockNetwork, variables: Any, key: Any) -> tuple[str, ...]:
-    """The streams that the module asks for, one after another as it complains."""
-    streams: tuple[str, ...] = ()
+def _trace_training(network: BlockNetwork, variables: Any, key: Any) -> tuple[BlockNetwork, Program]:
+    """The network with the random streams that it asks for, and its program in training."""
+    network = dataclasses.replace(network, streams=())
     while True:
         try:
-            _run(dataclasses.replace(network, streams=streams), variables, key, nn.DenyList((PARAMS,)))
+            return network, network.trace(variables, key, train=True, size=2)
         except errors.InvalidRngError as error:
             match = _STREAM.search(str(error))
-            if match is None or match[1] in streams:
+            if match is None or match[1] in network.streams:
                 raise
-            streams = (*streams, match[1])
-        else:
-            return streams
+            network = dataclasses.replace(network, streams=(*network.streams, match[1]))
 
 
-def _find_mutable(network: BlockNetwork, variables: Any, key: Any) -> tuple[str, ...]:
-    """The collections that training changes."""
-    program, shapes = _run(network, variables, key, nn.DenyList((PARAMS, *PASSING)))
-    changed, given = [], set(program.jaxpr.invars)
-    names = [name for name, tree in shapes.items() for _ in jax.tree.leaves(tree)]
-    for name, result in zip(names, program.jaxpr.outvars, strict=True):
-        if name not in changed and (not hasattr(result, 'count') or result not in given):
-            changed.append(name)
-    for name in changed:
-        own = variables.get(name, {})
-        if jax.tree.map(lambda x: (x.shape, x.dtype), own) != jax.tree.map(lambda x: (x.shape, x.dtype), shapes[name]):
+def _find_mutable(variables: Any, training: Program) -> tuple[str, ...]:
+    """The collections that training changes, and the batch statistics."""
+    changed = [BATCH_STATS]
+    for name, (shapes, is_same) in training.describe_state().items():
+        if jax.tree.map(lambda x: (x.shape, x.dtype), variables[name]) != shapes:
             raise ValueError(
                 f'The collection {name!r} has another structure after a step than before, as what `sow` leaves: it '
-                f"cannot be carried. Sow into 'intermediates', or return the values as outputs."
+                "cannot be carried. Sow into 'intermediates', or return the values as outputs."
             )
-    return tuple(dict.fromkeys((BATCH_STATS, *changed)))
+        if not is_same and name not in changed:
+            changed.append(name)
+    return tuple(changed)
 
 
 def _find_crossings(network: BlockNetwork, small: Program, large: Program) -> tuple[tuple[Crossing, ...], ...]:

@@ -145,6 +145,23 @@ class Program:
         on_variables = _depend_on(jaxpr, jaxpr.invars[: self.variables])
         return [[isinstance(x, Literal) or x not in on_variables for x in crossing] for crossing in self._crossings]
 
+    def describe_state(self) -> dict[str, tuple[Any, bool]]:
+        """Returns for every collection of the state (shape and dtype of every leaf, whether nothing is changed)."""
+        jaxpr = self.program.jaxpr
+        given = set(jaxpr.invars)
+        _, state = jax.tree.unflatten(self.structure, jaxpr.outvars)
+
+        def is_given(x):
+            return not isinstance(x, Literal) and x in given
+
+        return {
+            name: (
+                jax.tree.map(lambda x: (x.aval.shape, x.aval.dtype), tree),
+                all(is_given(x) for x in jax.tree.leaves(tree)),
+            )
+            for name, tree in state.items()
+        }
+
     def modules(self) -> list[set[str]]:
         """Returns for every piece the paths of the modules that run in it."""
         operations, cuts = self.program.jaxpr.eqns, [cut.position for cut in self.cuts]
