@@ -26,6 +26,7 @@ class ExampleFormat:
         is_encoded: whether images come as the bytes of a PNG or JPEG file.
         shape: (height, width, channels) of every image; None if images stay encoded, to be cropped later.
         value_range: the values that become 0 and 1; None for uint8 pixels that stay as they are.
+        label_shape: () for one label of every image, (height, width) for one of every pixel, encoded as a PNG file.
     """
 
     num_classes: int
@@ -33,6 +34,7 @@ class ExampleFormat:
     is_encoded: bool
     shape: tuple[int, ...] | None
     value_range: tuple[float, float] | None = None
+    label_shape: tuple[int, ...] = ()
 
     def read(self, example: dict[str, Any]) -> dict[str, Any]:
         """Returns an example as the program knows it.
@@ -42,12 +44,12 @@ class ExampleFormat:
 
         Returns:
             {'image', 'label'}: uint8, or float32 from 0 to 1 with a `value_range`, (height, width, channels); encoded
-            bytes without a `shape`. The label is int32.
+            bytes without a `shape`. The label is int32, of `label_shape`.
 
         Raises:
             WrongExample: if label, shape, dtype or range are not the declared ones.
         """
-        label = self._check_label(example['label'])
+        label = self._check_labels(example['label']) if self.label_shape else self._check_label(example['label'])
         if self.shape is None:
             return {'image': example['image'], 'label': label}
         pixels = self.pixels(example)
@@ -86,6 +88,16 @@ class ExampleFormat:
             pixels = pixels.astype(np.uint16)
         return pixels[..., np.newaxis] if pixels.ndim == 2 else pixels
 
+    def _check_labels(self, encoded: bytes) -> np.ndarray:
+        labels = np.asarray(Image.open(io.BytesIO(encoded)))
+        if labels.shape != self.label_shape or labels.dtype.kind not in 'ui' or labels.max() >= self.num_classes:
+            raise WrongExample(
+                f"its 'label' is {labels.dtype} of shape {labels.shape} with labels up to {labels.max()}, and the data "
+                f'set declares 0 to {self.num_classes - 1}, of shape {self.label_shape}. Prepare the data set with such '
+                'labels'
+            )
+        return labels.astype(np.int32)
+
     def _check_label(self, label: Any) -> np.int32:
         if 0 <= label < self.num_classes:
             return np.int32(label)
@@ -94,6 +106,33 @@ class ExampleFormat:
             f'{what}, and labels are 0 to {self.num_classes - 1}. Take splits with labels (--config.data.train_split, '
             '--config.data.test_split), or prepare the data set with right ones'
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenFormat:
+    """What the examples of a data set of sequences are declared to be.
+
+    Attributes:
+        num_classes: tokens are 0 to num_classes - 1.
+        length: tokens of an example, one more than a network gets.
+    """
+
+    num_classes: int
+    length: int
+
+    def read(self, example: dict[str, Any]) -> dict[str, Any]:
+        """Returns {'tokens'}, uint8 (length,).
+
+        Raises:
+            WrongExample: if shape or dtype are not the declared ones.
+        """
+        tokens = np.asarray(example['tokens'])
+        if tokens.dtype != np.uint8 or tokens.shape != (self.length,):
+            raise WrongExample(
+                f"its 'tokens' are {tokens.dtype} of shape {tokens.shape}, and the data set declares uint8 of shape "
+                f'{(self.length,)}. Prepare the data set with tokens of the declared kind'
+            )
+        return {'tokens': tokens}
 
 
 def scale(pixels: np.ndarray, value_range: tuple[float, float]) -> np.ndarray:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from bqat_jax.data.examples import STATE_RANGE, ExampleFormat
+from bqat_jax.data.examples import STATE_RANGE, ExampleFormat, TokenFormat
 from bqat_jax.errors import UserError
 
 FULL_RANGE = {'bool': (0.0, 1.0), 'uint16': (0.0, 65535.0)}
@@ -14,6 +14,25 @@ NEEDED = (
     "An 'image' must be a tfds.features.Image, or a tfds.features.Tensor of numbers, of shape (height, width, "
     'channels), with 1 or 3 channels'
 )
+
+
+def check_tokens(name: str, features: Any) -> TokenFormat | None:
+    """Returns the format of a data set of sequences, whose one feature is 'tokens'; None for any other data set.
+
+    Raises:
+        UserError: if its tokens are not bytes of one length.
+    """
+    if not isinstance(features, tfds.features.FeaturesDict) or set(features) != {'tokens'}:
+        return None
+    tokens: Any = features['tokens']
+    kind: Any = type(tokens)
+    shape: Any = tokens.shape if kind is tfds.features.Tensor else ()
+    if len(shape) != 1 or (shape[0] or 0) < 2 or np.dtype(tokens.np_dtype) != np.uint8:
+        raise UserError(
+            f"data.name={name!r}: its feature 'tokens' is {describe(tokens)}. It must be a tfds.features.Tensor of "
+            'uint8 and of shape (length + 1,), the inputs and one token more; prepare it as such.'
+        )
+    return TokenFormat(256, int(shape[0]))
 
 
 def check_features(
@@ -38,8 +57,8 @@ def check_features(
             'prepare it under these names.'
         )
     value_range = _check_range(value_range)
-    num_classes = _check_label(name, features['label'])
     image: Any = features['image']
+    num_classes, label_shape = _check_label(name, features['label'], image)
     told = f"data.name={name!r}: its feature 'image' is {describe(image)}"
     # Other features are subclasses of these two: masks of LabeledImage, boxes, text.
     kind: Any = type(image)
@@ -63,6 +82,11 @@ def check_features(
         )
     if image_size is not None:
         _check_crops(told, image_size, encoded, dtype, value_range)
+        if label_shape:
+            raise UserError(
+                f'data.image_size={image_size}: {told}, with a label for every pixel, which would not be cut with it. '
+                'Leave data.image_size away.'
+            )
         return ExampleFormat(num_classes, dtype, True, None), shape[-1] or 3
     if None in shape:
         remedy = (
@@ -76,7 +100,7 @@ def check_features(
     value_range = value_range or FULL_RANGE.get(dtype.name)
     if dtype == np.uint8 and value_range == (0.0, 255.0):
         value_range = None
-    return ExampleFormat(num_classes, dtype, encoded, shape, value_range), shape[-1]
+    return ExampleFormat(num_classes, dtype, encoded, shape, value_range, label_shape), shape[-1]
 
 
 def describe(feature: Any) -> str:
@@ -105,15 +129,27 @@ def _check_range(value_range: Any) -> tuple[float, float] | None:
     return lowest, highest
 
 
-def _check_label(name: str, label: Any) -> int:
+def _check_label(name: str, label: Any, image: Any) -> tuple[int, tuple[int, ...]]:
+    """Number of classes, and shape of an image's labels."""
+    if isinstance(label, tfds.features.LabeledImage):
+        shape: Any = label.shape
+        dtype: Any = label.np_dtype
+        fits = None not in shape and tuple(shape) == (*image.shape[:2], 1) and np.dtype(dtype) == np.uint8
+        if fits and (label.num_classes or 0) >= 2:
+            return int(label.num_classes or 0), tuple(shape[:2])
+        raise UserError(
+            f"data.name={name!r}: its feature 'label' is {describe(label)}, and its images are {describe(image)}. "
+            'Labels of pixels must be uint8 of shape (height, width, 1), as large as the images, of two or more '
+            'classes; prepare it as such.'
+        )
     if not isinstance(label, tfds.features.ClassLabel) or label.num_classes is None or label.num_classes < 2:
         classes = f' of {label.num_classes} classes' if isinstance(label, tfds.features.ClassLabel) else ''
         raise UserError(
             f"data.name={name!r}: its feature 'label' is {describe(label)}{classes}. It must be a "
-            'tfds.features.ClassLabel of two or more classes, one label for each image; take another data set, or '
-            'prepare it as such.'
+            'tfds.features.ClassLabel of two or more classes, one label for each image, or a LabeledImage, one for '
+            'each pixel; take another data set, or prepare it as such.'
         )
-    return label.num_classes
+    return label.num_classes, ()
 
 
 def _check_crops(told: str, image_size: int, encoded: bool, dtype: np.dtype, value_range: Any) -> None:

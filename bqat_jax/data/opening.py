@@ -113,6 +113,14 @@ def describe_data(name: str, builder: Any) -> tuple[Any, list[str]]:
     return _ask(name, builder, lambda: (builder.info.features, sorted(builder.info.splits)))
 
 
+def describe_origin(builder: Any) -> dict[str, Any]:
+    """Returns what a data set says of its origin in its metadata, such as versions; {} if it says nothing."""
+    try:
+        return {str(key): value for key, value in dict(builder.info.metadata or {}).items()}
+    except Exception:  # kinds of metadata that are no dictionary, or that need another package
+        return {}
+
+
 def check_files(instructions: Any) -> None:
     """Checks that the files of a split are there and have as many records as the data set's description says.
 

@@ -51,8 +51,8 @@ class Split:
 
     Attributes:
         source: the examples.
-        arrays: the whole split, {'image': (examples, height, width, channels), 'label': int32 (examples,)}, if it
-            lives on the device; else None.
+        arrays: the whole split if it lives on the device, {'image': (examples, height, width, channels), 'label': int32
+            (examples, ..)} or {'tokens': (examples, length + 1)}; else None.
         workers: processes that decode; 0 for threads of this one. Not read when the split lives on the device.
         crop: how squares are cut out of encoded images; None where images come decoded.
         share: what this process reads of every batch.
@@ -85,8 +85,8 @@ class Split:
             random_crops: whether squares are cut out at random, and not the centre; only where `crop` is given.
 
         Yields:
-            {'image', 'label', 'mask'}, or {'index', 'mask'} when the split lives on the device, of this process's rows;
-            the mask is all true.
+            {'image', 'label', 'mask'}, {'tokens', 'mask'}, or {'index', 'mask'} when the split lives on the device, of
+            this process's rows; the mask is all true.
         """
         # As many epochs as are read: an endless one has a length that overflows at batch size 1.
         epochs = max(1, -(-stop * batch_size // len(self)))
@@ -172,16 +172,17 @@ class _ReadExample:
         assert self.source is not None
         try:
             example = self.source[number]
-            image = example['image']
             if self.crop is not None:
+                image = example['image']
                 image = self.crop.center(image) if generator is None else self.crop.random(image, generator)
+                example = {**example, 'image': image}
         except UserError:  # it is not damaged, but not what the data set declares: never skipped
             raise
         except WrongExample as error:
             raise self.source.wrong(number, error) from error
         except Exception as error:  # ArrayRecord, Pillow and TensorFlow Datasets raise many kinds for damaged files
             raise _DamagedExample(error) from error
-        return {'image': image, 'label': np.int32(example['label'])}
+        return example if self.crop is None else {**example, 'label': np.int32(example['label'])}
 
 
 class _DamagedExample(Exception):
@@ -193,17 +194,16 @@ class _DamagedExample(Exception):
 
 
 def read_whole(source: Subset) -> dict[str, np.ndarray]:
-    """Decodes a whole split into memory: {'image': uint8 or float32, 'label': int32}.
+    """Decodes a whole split into memory: {'image': uint8 or float32, 'label': int32} or {'tokens': uint8}.
 
     Raises:
         UserError: if an example cannot be read, or is not what the data set declares.
     """
     (first,) = source.read(slice(0, 1))
-    shape, dtype = first['image'].shape, first['image'].dtype
-    arrays = {'image': np.empty((len(source), *shape), dtype), 'label': np.empty(len(source), np.int32)}
+    whole = {key: np.empty((len(source), *np.shape(x)), np.asarray(x).dtype) for key, x in first.items()}
     for start in range(0, len(source), READ_AT_ONCE):
         run = slice(start, start + READ_AT_ONCE)
         examples = source.read(run)
-        arrays['image'][run] = np.stack([example['image'] for example in examples])
-        arrays['label'][run] = [example['label'] for example in examples]
-    return arrays
+        for key, array in whole.items():
+            array[run] = [example[key] for example in examples]
+    return whole

@@ -40,14 +40,14 @@ class Preprocessing:
     augmentation: Augmentation = Augmentation()
 
     def __call__(self, batch: Any, arrays: Any, key: jax.Array | None) -> Batch:
-        """Returns images, float32 (batch, height, width, channels), and labels, int32 (batch,).
+        """Returns images, float32 (batch, height, width, channels), and labels, int32 (batch, ..).
 
         Args:
             batch: {'image', 'label'}, or {'index'} when the split lives on the device.
             arrays: that split, {'image', 'label'}, or None.
             key: random key of the augmentation; None to leave it out.
         """
-        images, labels = get_examples(batch, arrays)
+        images, labels = (get_array(batch, arrays, name) for name in ('image', 'label'))
         if key is not None:
             random = self.augmentation
             images = augment(
@@ -56,8 +56,23 @@ class Preprocessing:
         return Batch(normalize(images, self.mean, self.std), labels)
 
 
-def get_examples(batch: dict[str, jax.Array], arrays: dict[str, jax.Array] | None) -> tuple[jax.Array, jax.Array]:
-    """Returns the images and labels of a batch, gathered from the arrays if the split lives on the device."""
-    if arrays is None:
-        return batch['image'], batch['label']
-    return jnp.take(arrays['image'], batch['index'], axis=0), jnp.take(arrays['label'], batch['index'], axis=0)
+@dataclasses.dataclass(frozen=True)
+class TokenPreprocessing:
+    """Makes a `Batch` of a batch of sequences of tokens: each token is to be predicted from those before."""
+
+    def __call__(self, batch: Any, arrays: Any, key: jax.Array | None) -> Batch:
+        """Returns all tokens but the last, int32 (batch, length), and all but the first.
+
+        Args:
+            batch: {'tokens'}, or {'index'} when the split lives on the device.
+            arrays: that split, {'tokens'}, or None.
+            key: nothing is random.
+        """
+        del key
+        tokens = get_array(batch, arrays, 'tokens').astype(jnp.int32)
+        return Batch(tokens[:, :-1], tokens[:, 1:])
+
+
+def get_array(batch: dict[str, jax.Array], arrays: dict[str, jax.Array] | None, name: str) -> jax.Array:
+    """Returns an array of a batch, gathered from `arrays` if the split lives on the device."""
+    return batch[name] if arrays is None else jnp.take(arrays[name], batch['index'], axis=0)

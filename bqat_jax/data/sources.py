@@ -2,17 +2,22 @@
 
 import collections
 import dataclasses
+import itertools
 import logging
+from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 import tensorflow_datasets as tfds
 
 from bqat_jax.data.crops import Crop
 from bqat_jax.data.digits import Digits
-from bqat_jax.data.examples import COMMON_RANGES, STATE_RANGE, ExampleFormat, WrongExample, extremes
-from bqat_jax.data.features import check_features
-from bqat_jax.data.opening import brief, check_files, describe_data, open_builder
+from bqat_jax.data.digits_segmentation import DigitsSegmentation
+from bqat_jax.data.examples import COMMON_RANGES, STATE_RANGE, ExampleFormat, TokenFormat, WrongExample, extremes
+from bqat_jax.data.features import check_features, check_tokens
+from bqat_jax.data.opening import brief, check_files, describe_data, describe_origin, open_builder
+from bqat_jax.data.python_bytes import PythonBytes
 from bqat_jax.errors import UserError
 from bqat_jax.registry import Names
 
@@ -23,7 +28,7 @@ logger = logging.getLogger(__name__)
 VALIDATION_SEED = 0
 # So many examples of a split, evenly spread, are looked at when it is opened.
 SAMPLE = 64
-_SPLIT_KEYS = ('train_split', 'test_split')
+_SPLIT_KEYS = ('train_split', 'test_split', 'validation_split')
 # Data sets that prepare themselves where they are first asked for, without TensorFlow.
 DATASETS = Names('data set')
 
@@ -41,6 +46,8 @@ def register_dataset(builder: Any) -> Any:
 
 
 register_dataset(Digits)
+register_dataset(DigitsSegmentation)
+register_dataset(PythonBytes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +64,7 @@ class Subset:
 
     source: Any
     positions: np.ndarray
-    format: ExampleFormat | None = None
+    format: ExampleFormat | TokenFormat | None = None
     split: str = ''
     files: tuple[tuple[str, int, int], ...] = ()
 
@@ -65,7 +72,7 @@ class Subset:
         return len(self.positions)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        """Returns an example, {'image', 'label'}, as `ExampleFormat.read` does.
+        """Returns an example, {'image', 'label'} or {'tokens'}, as its format reads it.
 
         Raises:
             UserError: if it is not what the data set declares. Damaged files raise errors of many other kinds.
@@ -131,17 +138,20 @@ def unreadable(where: str, error: Exception, remedy: str = 'Copy or prepare the 
 
 @dataclasses.dataclass(frozen=True)
 class ImageData:
-    """The three splits of a dataset of labelled images, each a random-access source of {'image', 'label'}.
+    """The three splits of a dataset, each a random-access source of {'image', 'label'}, or of {'tokens'}.
 
     Attributes:
         train: what the network trains on.
         validation: held out of the training data; choices are made on it. May be empty.
         test: evaluated at the end, selects nothing.
-        num_classes: number of classes.
-        image_shape: (height, width, channels) of what a network gets.
+        num_classes: number of classes of an image, of a pixel or of a token.
+        image_shape: (height, width, channels) of what a network gets; of tokens (length,).
         crop: how squares are cut out of encoded images; None where images come decoded, all of one size.
         dtype: of images: 'uint8', from 0 to 255, or 'float32', from 0 to 1.
         value_range: of float32 images: the stored values that became 0 and 1.
+        label_shape: of an image's labels: () for one, (height, width) for one of every pixel.
+        is_tokens: whether examples are sequences of tokens, which are to be predicted from those before.
+        description: what the data set says of where it came from.
     """
 
     train: Subset
@@ -152,6 +162,21 @@ class ImageData:
     crop: Crop | None = None
     dtype: str = 'uint8'
     value_range: tuple[float, float] | None = None
+    label_shape: tuple[int, ...] = ()
+    is_tokens: bool = False
+    description: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def inputs(self) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of what a network gets of one example."""
+        return jax.ShapeDtypeStruct(self.image_shape, np.int32 if self.is_tokens else np.float32)
+
+    @property
+    def arrays(self) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """Shape and dtype of the arrays of one example as they are read."""
+        if self.is_tokens:
+            return {'tokens': ((self.image_shape[0] + 1,), np.uint8)}
+        return {'image': (self.image_shape, np.dtype(self.dtype)), 'label': (self.label_shape, np.int32)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +188,7 @@ class ImageOptions:
         image_size: side of the squares that are cut out of the images; None to take images of one size as they are.
         train_split: split that is trained on, or a slice of one, such as 'train[:80%]'.
         test_split: split that is evaluated at the end, or a slice of one.
+        validation_split: split that choices are made on, or a slice of one; None to hold out a fraction.
         train_examples: how many of the training images to take, before some are held out; None for all.
         value_range: lowest and highest value of float pixels, which become 0 and 1; None to look at a sample.
     """
@@ -171,6 +197,7 @@ class ImageOptions:
     image_size: int | None = None
     train_split: str = 'train'
     test_split: str = 'test'
+    validation_split: str | None = None
     train_examples: int | None = None
     value_range: tuple[float, float] | None = None
 
@@ -191,17 +218,27 @@ def load_images(name: str, directory: str | None, options: ImageOptions = ImageO
         raise UserError(f'data.validation_fraction={fraction}: it must be at least 0 and less than 1.')
     builder = open_builder(name, directory, DATASETS.entries)
     features, splits = describe_data(name, builder)
-    form, channels = check_features(name, features, options.image_size, options.value_range)
-    chosen = {key: _find_split(name, key, getattr(options, key), builder, splits) for key in _SPLIT_KEYS}
-    _check_disjoint(options, *chosen.values())
+    form, channels = check_tokens(name, features), 0
+    if form is None:
+        form, channels = check_features(name, features, options.image_size, options.value_range)
+    keys = [key for key in _SPLIT_KEYS if getattr(options, key) is not None]
+    if options.validation_split is not None and fraction > 0:
+        raise UserError(
+            f'data.validation_split={options.validation_split!r}, data.validation_fraction={fraction}: choices are '
+            'made on one of them; leave the other away.'
+        )
+    chosen = {key: _find_split(name, key, getattr(options, key), builder, splits) for key in keys}
+    for first, second in itertools.combinations(keys, 2):
+        _check_disjoint(options, first, second, chosen)
     for instructions in chosen.values():
         check_files(instructions)
-    train, test = (_open_split(builder, getattr(options, key), chosen[key], form) for key in _SPLIT_KEYS)
-    if form.shape is not None and form.value_range is None and form.dtype != np.uint8:
-        form = dataclasses.replace(form, value_range=_find_range(name, train))
-        train, test = (dataclasses.replace(split, format=form) for split in (train, test))
-    for split in (train, test):
+    opened = {key: _open_split(builder, getattr(options, key), chosen[key], form) for key in keys}
+    if isinstance(form, ExampleFormat) and form.shape and form.value_range is None and form.dtype != np.uint8:
+        form = dataclasses.replace(form, value_range=_find_range(name, opened['train_split']))
+        opened = {key: dataclasses.replace(split, format=form) for key, split in opened.items()}
+    for split in opened.values():
         _read_sample(split, lambda split, number: split[number])
+    train, test = opened['train_split'], opened['test_split']
     order = np.random.default_rng(VALIDATION_SEED).permutation(len(train))
     if options.train_examples is not None:
         if not 1 <= options.train_examples <= len(train):
@@ -214,11 +251,18 @@ def load_images(name: str, directory: str | None, options: ImageOptions = ImageO
             'held out and one left. Take another fraction, or more images.'
         )
     size: Any = options.image_size
+    taken = {
+        'train': dataclasses.replace(train, positions=np.sort(order[held_out:])),
+        'validation': opened.get('validation_split', dataclasses.replace(train, positions=np.sort(order[:held_out]))),
+        'test': test,
+        'num_classes': form.num_classes,
+        'description': describe_origin(builder),
+    }
+    if isinstance(form, TokenFormat):
+        return ImageData(**taken, image_shape=(form.length - 1,), is_tokens=True)
     return ImageData(
-        train=dataclasses.replace(train, positions=np.sort(order[held_out:])),
-        validation=dataclasses.replace(train, positions=np.sort(order[:held_out])),
-        test=test,
-        num_classes=form.num_classes,
+        **taken,
+        label_shape=form.label_shape,
         image_shape=form.shape or (size, size, channels),
         crop=None if size is None else Crop(size, channels),
         dtype='uint8' if form.value_range is None else 'float32',
@@ -242,12 +286,12 @@ def _find_split(name: str, key: str, split: str, builder: Any, splits: list[str]
     return instructions
 
 
-def _check_disjoint(options: ImageOptions, train: Any, test: Any) -> None:
-    shared = _shared(train, test)
+def _check_disjoint(options: ImageOptions, first: str, second: str, chosen: dict[str, Any]) -> None:
+    shared = _shared(chosen[first], chosen[second])
     if shared:
         raise UserError(
-            f'data.train_split={options.train_split!r}, data.test_split={options.test_split!r}: {shared} examples are '
-            'in both, and what is trained on cannot be tested on. Take slices that do not overlap.'
+            f'data.{first}={getattr(options, first)!r}, data.{second}={getattr(options, second)!r}: {shared} examples '
+            'are in both, and what is trained on cannot be tested on. Take slices that do not overlap.'
         )
 
 
@@ -263,8 +307,11 @@ def _shared(these: Any, those: Any) -> int:
     )
 
 
-def _open_split(builder: Any, split: str, instructions: Any, form: ExampleFormat) -> Subset:
-    decoders: Any = {'image': tfds.decode.SkipDecoding()} if form.is_encoded else {}
+def _open_split(builder: Any, split: str, instructions: Any, form: ExampleFormat | TokenFormat) -> Subset:
+    decoders: Any = {}
+    if isinstance(form, ExampleFormat):
+        encoded = ('image',) * form.is_encoded + ('label',) * bool(form.label_shape)
+        decoders = {key: tfds.decode.SkipDecoding() for key in encoded}
     files = tuple((str(file.filename), file.skip, file.take) for file in instructions)
     try:
         source = builder.as_data_source(split, decoders=decoders)
@@ -300,7 +347,7 @@ def _find_range(name: str, train: Subset) -> tuple[float, float]:
     """The first of the common ranges that holds the pixels of a sample of the training split."""
 
     def read(split: Subset, number: int) -> tuple[float, float]:
-        assert split.format is not None
+        assert isinstance(split.format, ExampleFormat)
         try:
             return extremes(split.format.pixels(split.source[int(split.positions[number])]))
         except WrongExample as error:

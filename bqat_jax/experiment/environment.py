@@ -58,22 +58,30 @@ def describe_environment(experiment: Experiment) -> dict[str, Any]:
         'numerics': numerics(),
         'python': sys.version.split()[0],
         'plugins': digests(experiment.plugins),
+        'data_set': dict(experiment.data.images.description),
         'platform': platform.platform(),
         'xla_flags': os.environ.get('XLA_FLAGS', ''),
         'devices': [device.device_kind for device in experiment.placement.mesh.devices.flat],
     }
 
 
-def check_environment(recorded: Mapping[str, Any], workdir: Path) -> None:
-    """Checks that a run can be continued by this program, with these settings of JAX.
+def check_environment(recorded: Mapping[str, Any], workdir: Path, data_set: Mapping[str, Any]) -> None:
+    """Checks that a run can be continued by this program, with these settings of JAX, on this data set.
 
     Args:
         recorded: what `describe_environment` returned when the workdir was made.
         workdir: for messages.
+        data_set: what the data set says of its origin.
 
     Raises:
-        UserError: if another version wrote checkpoints that this one cannot read, or a setting differs.
+        UserError: if another version wrote checkpoints that this one cannot read, or a setting or the data set differs.
     """
+    made_from = recorded.get('data_set', {})
+    if made_from and data_set and made_from != data_set:
+        raise UserError(
+            f'{workdir} was made with another edition of the data set (there -> here): {made_from} -> '
+            f'{dict(data_set)}. Give the folder of that edition (--config.data.dir=DIR), or take another --workdir.'
+        )
     version = str(recorded.get('versions', {}).get('bqat_jax', ''))
     numbers = tuple(int(part) for part in version.split('.')[:2] if part.isdigit())
     if numbers and numbers < FIRST_READABLE:
@@ -141,4 +149,4 @@ def check_experiments(experiment: Experiment) -> None:
     }
     images = experiment.data.images
     sizes = {f'examples of the {name} split': len(getattr(images, name)) for name in ('train', 'validation', 'test')}
-    check_agreement({**shapes, **sizes, 'number of classes': images.num_classes, 'image shape': images.image_shape})
+    check_agreement({**shapes, **sizes, 'number of classes': images.num_classes, 'inputs': str(images.inputs)})

@@ -188,12 +188,8 @@ class Experiment:
         return Replicas(len(self.seeds), self.placement)
 
     @property
-    def image_shape(self) -> tuple[int, ...]:
-        """(height, width, channels) of what the network gets."""
-        return self.data.images.image_shape
-
-    @property
     def network_description(self) -> dict[str, Any]:
         """The network as JSON: what two runs must share for one to take the other's partner."""
-        shape, num_classes = list(self.image_shape), self.data.images.num_classes
-        return {**self.config['network'], 'image_shape': shape, 'num_classes': num_classes}
+        images = self.data.images
+        name = 'length' if images.is_tokens else 'image_shape'
+        return {**self.config['network'], name: list(images.image_shape), 'num_classes': images.num_classes}

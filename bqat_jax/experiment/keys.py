@@ -98,6 +98,11 @@ KEYS: tuple[Key, ...] = (
     ),
     Key('data.train_split', 'train', 'what is trained on: a split, or a slice such as `train[:80%]`'),
     Key('data.test_split', 'test', 'what is evaluated at the end: a split, or a slice'),
+    Key(
+        'data.validation_split',
+        Unset(str),
+        'what checkpoints are chosen on: a split, or a slice; unset: `data.validation_fraction`',
+    ),
     Key('data.image_size', Unset(int), 'side of squares that are cut out of images; unset: all are one size', COUNT),
     Key(
         'data.on_device', True, 'the whole split lives on the device; batches are gathered in the step', may_change=True

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 
 from bqat_jax.blocks.block_network import other_collections
-from bqat_jax.data.preprocessing import Preprocessing
+from bqat_jax.data.preprocessing import Preprocessing, TokenPreprocessing
 from bqat_jax.distributed.preemption import StopRequest
 from bqat_jax.distributed.processes import agree
 from bqat_jax.errors import UserError
@@ -123,8 +123,10 @@ def partner_spec(experiment: Experiment, facts: dict[str, Any]) -> TrainSpec:
     )
 
 
-def make_preprocessing(experiment: Experiment, facts: dict[str, Any]) -> Preprocessing:
-    """Returns the preprocessing of images for a partner, and for the network that starts from its weights."""
+def make_preprocessing(experiment: Experiment, facts: dict[str, Any]) -> Preprocessing | TokenPreprocessing:
+    """Returns the preprocessing of examples for a partner, and for the network that starts from its weights."""
+    if experiment.data.images.is_tokens:
+        return TokenPreprocessing()
     return Preprocessing(tuple(facts['mean']), tuple(facts['std']), experiment.data.augmentation)
 
 

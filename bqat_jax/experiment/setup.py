@@ -78,7 +78,7 @@ def make_experiment(
             {key: value for key, value in config.network.items() if key != 'name'},
             conv_general_dilated if mesh.devices.size == 1 else None,
         )
-        network = with_inputs(network, images.image_shape)
+        network = with_inputs(network, images.inputs)
         shapes: Any = jax.eval_shape(network.init, jax.random.key(0))
         rules = parse_rules(config.mesh.rules) + _rules_of_names(network, mesh.shape[FSDP_AXIS])
         placement = Placement(mesh, rules, config.mesh.min_shard_elements)
@@ -192,6 +192,7 @@ def _open_images(config: Config) -> ImageData:
         image_size=data.image_size,
         train_split=data.train_split,
         test_split=data.test_split,
+        validation_split=data.validation_split,
         train_examples=data.train_examples,
         value_range=data.value_range,
     )
@@ -200,7 +201,8 @@ def _open_images(config: Config) -> ImageData:
 
 def _make_data_spec(config: Config, images: ImageData) -> DataSpec:
     data, channels = config.data, images.image_shape[-1]
-    if len(data.mean) != channels or len(data.std) != channels:
+    _check_augmentation(config, images)
+    if not images.is_tokens and (len(data.mean) != channels or len(data.std) != channels):
         raise UserError(
             f'data.mean={data.mean}, data.std={data.std}: the images have {channels} channels; give one '
             'number for each.'
@@ -215,6 +217,17 @@ def _make_data_spec(config: Config, images: ImageData) -> DataSpec:
         std=tuple(data.std),
         augmentation=Augmentation(data.crop_padding, data.flip, data.color_jitter),
     )
+
+
+def _check_augmentation(config: Config, images: ImageData) -> None:
+    """Checks that what happens to images at random can happen to these examples."""
+    keys = ['crop_padding', 'flip', 'color_jitter'] if images.is_tokens else ['crop_padding', 'flip']
+    given = [f'data.{key}={config.data[key]}' for key in keys if config.data[key]]
+    if given and (images.is_tokens or images.label_shape):
+        what = (
+            'examples are sequences of tokens' if images.is_tokens else 'every pixel has a label, which would not move'
+        )
+        raise UserError(f'{", ".join(given)}: in data.name={config.data.name!r} {what}. Leave it out.')
 
 
 def _check_regularizers(regularizers: Regularizers, layers: Layers, quantizers: dict[str, LayerSettings]) -> None:

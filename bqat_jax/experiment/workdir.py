@@ -46,7 +46,8 @@ def check_config(experiment: Experiment) -> None:
     if not agree(any((workdir / name).exists() for name in WORK)):
         return  # what was begun there failed before it left anything that a config is of
     if agree((workdir / ENVIRONMENT).exists()):
-        check_environment(read_json(workdir / ENVIRONMENT, versions=dict), workdir)
+        recorded = read_json(workdir / ENVIRONMENT, versions=dict)
+        check_environment(recorded, workdir, experiment.data.images.description)
     if agree((workdir / CONFIG).exists()):
         check_resumable(read_json(workdir / CONFIG), experiment.config, workdir)
 

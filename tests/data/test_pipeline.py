@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from bqat_jax.data.pipeline import Share, Split, read_whole
-from bqat_jax.data.preprocessing import get_examples
+from bqat_jax.data.preprocessing import get_array
 from bqat_jax.data.sources import ImageOptions, load_images
 from bqat_jax.errors import UserError
 
@@ -96,10 +96,10 @@ def test_on_the_device_or_not_the_batches_are_the_same(splits):
     on_device, streamed = splits
     pairs = zip(on_device.training_batches(3, 64, 15, 25), streamed.training_batches(3, 64, 15, 25), strict=True)
     for left, right in pairs:
-        image, label = get_examples(left, on_device.arrays)
+        image, label = (get_array(left, on_device.arrays, name) for name in ('image', 'label'))
         np.testing.assert_array_equal(image, right['image'])
         np.testing.assert_array_equal(label, right['label'])
-        assert get_examples(right, None)[0] is right['image']
+        assert get_array(right, None, 'image') is right['image']
 
 
 def test_workers_read_the_same_batches(images):

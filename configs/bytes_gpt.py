@@ -1,0 +1,48 @@
+"""A decoder-only transformer on the bytes of Python's standard library, W4A8, cut between its layers.
+
+The text is that of the Python that prepares the data set; metadata and environment.json say which. Loss: the
+cross entropy of the next byte; metric: bits per byte on files that were not trained on. The embedding and the head have
+8 bits.
+
+Command: python main.py --config=configs/bytes_gpt.py:bits=4,plan=prefix
+"""
+
+import ml_collections
+
+from bqat_jax.experiment.configuration import Config
+from configs.common import LSQ8, begin
+
+TERNARY = 'ternary'
+
+
+def get_config(argument: str | None = None) -> Config:
+    """Returns the recipe; arguments: bits (of weights), weights (lsq or ternary), plan, distillation, cut."""
+    config, given = begin(argument, bits=4, weights='lsq')
+    config.task = 'language_model'
+    config.data.name = 'python_bytes'
+    config.data.validation_split = 'validation'
+    config.network = ml_collections.ConfigDict(
+        {'name': 'decoder', 'depth': 4, 'width': 64, 'heads': 4, 'dtype': 'float32'}
+    )
+    if given.weights == TERNARY:
+        config.quant.weights.name = 'absmean_ternary'
+        config.quant.weights.bits = 2
+    config.quant.weights.granularity = 'channel'
+    config.quant.activations.bits = 8
+    config.quant.rules = (
+        {'layers': 'embed', 'weights': dict(LSQ8)},
+        {'layers': 'head', 'weights': dict(LSQ8), 'activations': dict(LSQ8)},
+    )
+    config.train.batch_size = 32
+    config.partner.steps = 2000
+    config.train.steps = 1000
+    for optimizer, rate in ((config.partner.optimizer, 0.006), (config.optimizer, 0.001)):
+        optimizer.name = 'adamw'
+        optimizer.learning_rate = rate
+        optimizer.beta2 = 0.99
+        optimizer.weight_decay = 0.01
+        optimizer.clip_norm = 1.0
+        optimizer.warmup_steps = 100
+    config.optimizer.quantizers.learning_rate = 0.001
+    config.checkpoint.every_steps = 250
+    return config
