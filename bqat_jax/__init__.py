@@ -42,6 +42,8 @@ from bqat_jax.replacement.objective import Objective
 from bqat_jax.replacement.paths import Variables
 from bqat_jax.replacement.plans import Plan, register_plan
 from bqat_jax.replacement.schedules import register_schedule
+from bqat_jax.replacement.task_kinds import Classification, LanguageModel, MultiLabel, Regression, Segmentation
+from bqat_jax.replacement.tasks import CustomTask, Metric, Task, get_task, register_task
 from bqat_jax.transform import Quantization, find_layers, prepare
 
 __all__ = [
@@ -56,13 +58,18 @@ __all__ = [
     'Binary',
     'BlockNetwork',
     'BlockReplacement',
+    'Classification',
     'Context',
+    'CustomTask',
     'DoReFa',
     'EWGSRange',
     'Estimator',
     'LSQPlus',
+    'LanguageModel',
     'LevelQuantizer',
+    'Metric',
     'MinMax',
+    'MultiLabel',
     'NuLSQ',
     'Objective',
     'Octav',
@@ -70,17 +77,22 @@ __all__ = [
     'Plan',
     'Quantization',
     'Quantizer',
+    'Regression',
+    'Segmentation',
     'StatsQ',
+    'Task',
     'UniformQuantizer',
     'Variables',
     'find_layers',
     'get_estimator',
+    'get_task',
     'prepare',
     'register_estimator',
     'register_network',
     'register_plan',
     'register_quantizer',
     'register_schedule',
+    'register_task',
     'replace_blocks',
     'split_after',
     'split_into',

@@ -6,6 +6,7 @@ import importlib.util
 import math
 import sys
 import traceback
+import typing
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -101,15 +102,16 @@ class Registry(Names):
             if key not in fields:
                 what = f'its options: {", ".join(fields)}' if fields else 'it has none'
                 raise ValueError(f'The {self.kind} {name!r} has no option {key!r}; {what}.{suggest(key, fields)}')
-            kind = type(fields[key])
+            kind: Any = _declared_kind(cls, key) if fields[key] is None else type(fields[key])
             try:
                 given[key] = {'true': True, 'false': False}[value.lower()] if kind is bool else kind(value)
                 if kind is float and not math.isfinite(given[key]):
                     raise ValueError(f'{value} is not finite')
             except (ValueError, KeyError) as error:
+                example = str(kind() if fields[key] is None else fields[key]).lower()
                 raise ValueError(
                     f'{key}={value!r} of the {self.kind} {name!r} is not understood; write it as in '
-                    f'{name}:{key}={str(fields[key]).lower()}{"" if separator else " (with a value)"}.'
+                    f'{name}:{key}={example}{"" if separator else " (with a value)"}.'
                 ) from error
         return cls(**given, **fixed)
 
@@ -126,6 +128,12 @@ class Registry(Names):
         cls: Any = dataclasses.dataclass(frozen=True)(entry)
         cls.name = name
         return cls
+
+
+def _declared_kind(cls: type, field: str) -> Any:
+    """The type of an option that is declared as `int | None`, and is None by default: int."""
+    declared = typing.get_args(typing.get_type_hints(cls)[field])
+    return next(kind for kind in declared if kind is not type(None))
 
 
 def load_plugins(files: Iterable[Path]) -> None:

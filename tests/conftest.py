@@ -29,6 +29,7 @@ from bqat_jax.quantizers import ESTIMATORS, QUANTIZERS
 from bqat_jax.replacement import plans
 from bqat_jax.replacement.plans import PLANS
 from bqat_jax.replacement.schedules import SCHEDULES
+from bqat_jax.replacement.tasks import TASKS
 
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
 jax.config.update('jax_numpy_rank_promotion', 'raise')
@@ -50,7 +51,7 @@ def shared_data() -> Path:
 @pytest.fixture
 def registries(monkeypatch):
     """What a test registers is forgotten after it."""
-    for registry in (DATASETS, ESTIMATORS, NETWORKS, PLANS, QUANTIZERS, SCHEDULES):
+    for registry in (DATASETS, ESTIMATORS, NETWORKS, PLANS, QUANTIZERS, SCHEDULES, TASKS):
         monkeypatch.setattr(registry, 'entries', dict(registry.entries))
     monkeypatch.setattr(plans, 'DRAWN', set(plans.DRAWN))
 

@@ -26,7 +26,7 @@ PROGRAM = {
     'data': {'replacement', 'registry', 'storage'},
     'analysis': BELOW | {'storage'},
     'experiment': BELOW | {'analysis', 'data', 'storage', '__init__'},
-    'sweeps': {'experiment', 'distributed', 'registry', 'storage'},
+    'sweeps': {'experiment', 'replacement', 'distributed', 'registry', 'storage'},
 }
 FACE = {'__init__': BELOW - {'training', 'distributed', 'registry'}}
 ARROWS = {**LIBRARY, **PROGRAM, **FACE}

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from bqat_jax.analysis.measurement import (
     LOSSES,
     REFERENCES,
@@ -48,7 +50,7 @@ def diagnose(
         'gradients': measure_gradients(spec, state, partner, batches, blocks, settings.samples),
         'features': measure_features(spec, state, partner, batches),
         'quantizers': measure_quantizers(spec, state, batches),
-        'settings': {**dataclasses.asdict(settings), 'batch_size': len(batches[0].targets)},
+        'settings': {**dataclasses.asdict(settings), 'batch_size': jax.tree.leaves(batches[0].targets)[0].shape[0]},
     }
 
 

@@ -93,7 +93,7 @@ class ExampleFormat:
         if labels.shape != self.label_shape or labels.dtype.kind not in 'ui' or labels.max() >= self.num_classes:
             raise WrongExample(
                 f"its 'label' is {labels.dtype} of shape {labels.shape} with labels up to {labels.max()}, and the data "
-                f'set declares 0 to {self.num_classes - 1}, of shape {self.label_shape}. Prepare the data set with such '
+                f'set declares 0 to {self.num_classes - 1}, of shape {self.label_shape}. Prepare it with such '
                 'labels'
             )
         return labels.astype(np.int32)

@@ -120,7 +120,7 @@ class Checkpoints:
             step: number of the checkpoint.
             state: tree of arrays.
             facts: JSON.
-            score: the higher the better; needed if the directory was opened with `has_scores`.
+            score: higher is better, see `Metric.rank`; needed if the directory was opened with `has_scores`.
 
         Raises:
             UserError: if this or an earlier save could not be written.

@@ -15,6 +15,7 @@ from bqat_jax.distributed.replicas import Replicas
 from bqat_jax.distributed.sharding import Placement
 from bqat_jax.replacement.objective import Objective
 from bqat_jax.replacement.plans import Plan
+from bqat_jax.replacement.tasks import Task
 from bqat_jax.training.optimizer import OptimizerSpec
 from bqat_jax.training.regularizers import Regularizers
 from bqat_jax.training.strengths import TraceSettings
@@ -176,6 +177,11 @@ class Experiment:
     kept_checkpoints: int
     trace: TraceSettings
     diagnosis: DiagnosisSettings
+
+    @property
+    def task(self) -> Task:
+        """The objective's task."""
+        return self.objective.task
 
     @property
     def single(self) -> Replicas:

@@ -14,7 +14,8 @@ from bqat_jax.distributed.replicas import values_of
 from bqat_jax.errors import UserError
 from bqat_jax.experiment.checkpoints import Checkpoints
 from bqat_jax.experiment.loop import After, Before
-from bqat_jax.experiment.metrics import STRENGTH, NoRecorder, Recorder
+from bqat_jax.experiment.metrics import STRENGTH, VALIDATION, NoRecorder, Recorder
+from bqat_jax.replacement.tasks import Metric
 from bqat_jax.training.evaluation import Evaluation
 from bqat_jax.training.state import TrainState
 from bqat_jax.training.strengths import mean_strengths
@@ -96,12 +97,18 @@ class Save:
     """Saves checkpoints, with their score on the validation split if there is one."""
 
     def __init__(
-        self, checkpoints: Checkpoints, log: Log, evaluation: Callable[[Any, Any], tuple[Evaluation, ...]] | None
+        self,
+        checkpoints: Checkpoints,
+        log: Log,
+        evaluation: Callable[[Any, Any], tuple[Evaluation, ...]] | None,
+        metric: Metric,
     ):
-        """Takes where to save, the log, and what evaluates params and batch statistics on the validation split."""
+        """Takes where to save, the log, what evaluates params and batch statistics on the validation split, and the
+        metric that is the score.
+        """
         self.checkpoints = checkpoints
         self.seconds = 0.0  # of the phase, at the last save
-        self._log, self._evaluation = log, evaluation
+        self._log, self._evaluation, self._metric = log, evaluation, metric
         self._saved: int | None = None
 
     def hook(self, every: int, last: int) -> After:
@@ -145,10 +152,12 @@ class Save:
             score: float | None = None
             facts: dict[str, Any] = {'next_batch': number, 'seconds': self.seconds}
             if self._evaluation is not None:
-                top1 = [one.top1 for one in self._evaluation(state.params, state.collections)]
-                score = sum(top1) / len(top1)
-                facts['validation_top1'] = top1
-                self._log.recorder.record(number, {'validation_top1': score})
+                name = f'{VALIDATION}{self._metric.name}'
+                values = [one.metrics[self._metric.name] for one in self._evaluation(state.params, state.collections)]
+                mean = sum(values) / len(values)
+                score = self._metric.rank(mean)
+                facts[name] = values
+                self._log.recorder.record(number, {name: mean})
             self.checkpoints.save(number, state, facts, score)
         self._saved = number
 

@@ -78,7 +78,16 @@ def _optimizer(section: str) -> tuple[Key, ...]:
 
 KEYS: tuple[Key, ...] = (
     Key('seed', 0, 'seed of the run', SEED),
-    Key('plugins', Unset(str), 'Python files that register estimators, quantizers or networks, separated by commas'),
+    Key(
+        'task',
+        'classification',
+        'the [task](tasks.md), with options `language_model:ignore=-1`: its loss, and what checkpoints are selected by',
+    ),
+    Key(
+        'plugins',
+        Unset(str),
+        'Python files that register estimators, quantizers, networks, .., separated by commas',
+    ),
     Key('sweep', Unset(str), 'for `--mode=sweep`: the Python file that says what is compared'),
     Key('compilation_cache', Unset(str), 'folder for compiled programs; a second start is quick', may_change=True),
     Key('profile', False, 'record a trace of some steps of each phase: [performance](performance.md)', may_change=True),
@@ -192,10 +201,15 @@ KEYS: tuple[Key, ...] = (
     Key('replacement.probability', 'linear:start=0.5,end=1', 'schedule: of a block of `bernoulli` to be LP'),
     Key('replacement.weights', 'halving', 'of MP models: `halving`, `uniform`, `mean`, or one each: `0.25,0.5`'),
     Key('replacement.weights_schedule', 'constant', 'schedule: a factor of these weights'),
-    Key('replacement.cross_entropy', 1.0, "weight of the labels' cross entropy on the LP network", NUMBER),
+    Key(
+        'replacement.cross_entropy',
+        1.0,
+        "weight of the task's loss, as the labels' cross entropy, on the LP network",
+        NUMBER,
+    ),
     Key('replacement.distillation', 1.0, 'weight of distillation from the FP partner to the LP network', NUMBER),
     Key('replacement.distillation_schedule', 'constant', 'schedule: a factor of it'),
-    Key('replacement.path_cross_entropy', 1.0, "weight of the labels' cross entropy on MP paths", NUMBER),
+    Key('replacement.path_cross_entropy', 1.0, "weight of the task's loss on MP paths", NUMBER),
     Key('replacement.path_distillation', 1.0, 'weight of distillation from the FP partner to MP paths', NUMBER),
     Key('replacement.path_teaching', 0.0, 'weight of distillation from MP paths to the LP network', NUMBER),
     Key('replacement.feature_matching', 0.0, 'weight of the distance of features at the ends of blocks', NUMBER),

@@ -17,8 +17,9 @@ from bqat_jax.storage import write_text
 
 METRICS_FILE = 'metrics.jsonl'
 STRENGTH = 'mean_delta'  # the mean strength of estimators that measure one, before the step that follows
+VALIDATION = 'validation_'  # before the name of a metric on the validation split
 # The metrics shown on the terminal, and how; the files have all.
-SHOWN = {'loss': 'loss {:.3g}', 'images_per_second': '{:.0f} images/s', 'validation_top1': 'validation {:.3f}'}
+SHOWN = {'loss': 'loss {:.3g}', 'images_per_second': '{:.0f} images/s'}
 
 
 class Recorder:
@@ -102,7 +103,9 @@ def open_recorder(
 
 
 def _show(metrics: dict[str, float]) -> str:
-    return '  '.join(text.format(metrics[name]) for name, text in SHOWN.items() if name in metrics)
+    shown = [text.format(metrics[name]) for name, text in SHOWN.items() if name in metrics]
+    shown += [f'validation {value:.3f}' for name, value in metrics.items() if name.startswith(VALIDATION)]
+    return '  '.join(shown)
 
 
 def _remove_after(path: Path, phase: str, start: int) -> None:

@@ -19,7 +19,7 @@ from bqat_jax.experiment.reading import Data
 from bqat_jax.experiment.run_phase import run_phase
 from bqat_jax.experiment.streams import Stream, random_key
 from bqat_jax.replacement.block_replacement import BlockReplacement
-from bqat_jax.replacement.objective import Objective
+from bqat_jax.replacement.objective import task_alone
 from bqat_jax.replacement.paths import Variables
 from bqat_jax.replacement.plans import Plan
 from bqat_jax.storage import read_json, write_once
@@ -114,7 +114,7 @@ def partner_spec(experiment: Experiment, facts: dict[str, Any]) -> TrainSpec:
             experiment.network,
             FULL_PRECISION,
             Plan('none', len(experiment.network.blocks)),
-            Objective(distillation=0.0),
+            task_alone(experiment.objective.task),
         ),
         prepare=make_preprocessing(experiment, facts),
         steps=experiment.partner.steps,

@@ -100,6 +100,6 @@ def make_evaluation(
             yield put_batch(batch, replicas.evaluation_sharding)
 
     def evaluation(params, collections):
-        return evaluate(lambda batch: step(params, collections, split.arrays, batch), batches())
+        return evaluate(lambda batch: step(params, collections, split.arrays, batch), batches(), spec.replacement.task)
 
     return evaluation

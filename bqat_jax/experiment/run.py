@@ -1,5 +1,6 @@
 """A whole run: partner, calibration, block-replaced training, evaluation. What `main.py` calls."""
 
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from bqat_jax.experiment.environment import check_memory
 from bqat_jax.experiment.experiment import Experiment
 from bqat_jax.experiment.finished import Finished, find_start, open_run
 from bqat_jax.experiment.low_precision import train_low_precision
+from bqat_jax.experiment.metrics import VALIDATION
 from bqat_jax.experiment.partner import Partner, find_partner, partner_spec, pretrain_partner
 from bqat_jax.experiment.phase import Phase
 from bqat_jax.experiment.reading import Data, load_data, load_split, make_evaluation, training_batches
@@ -30,6 +32,9 @@ from bqat_jax.storage import write_once
 from bqat_jax.training.evaluation import Evaluation
 from bqat_jax.training.reestimation import reestimate_batch_stats
 from bqat_jax.training.spec import NETWORK, QUANTIZERS
+
+# Before the name of a metric: that of the full-precision partner.
+PARTNER = 'fp_'
 
 
 def train(
@@ -115,7 +120,7 @@ def import_partner(
         test = load_split(experiment, experiment.data.images.test)
         evaluation = _evaluate_partner(experiment, partner, test, stop)
         result = {
-            'fp_top1': evaluation.top1,
+            **{f'{PARTNER}{name}': evaluation.metrics[name] for name in _reported(experiment)},
             'examples_evaluated': evaluation.examples,
             'partner': partner.facts['source'],
         }
@@ -192,9 +197,12 @@ def _finish(
     evaluation = make_evaluation(experiment, phase.spec, phase.replicas, test, lambda: _check(stop))
     low = evaluation(restored.state.params, collections)
     full = _evaluate_partner(experiment, partner, test, stop)
+    of_seeds: dict[str, Any] = {}
+    for name in _reported(experiment):
+        of_seeds |= _of_seeds(experiment.seeds, name, [one.metrics[name] for one in low])
     result = {
-        'fp_top1': full.top1,
-        **_of_seeds(experiment.seeds, 'top1', [one.top1 for one in low]),
+        **{f'{PARTNER}{name}': full.metrics[name] for name in _reported(experiment)},
+        **of_seeds,
         **experiment.method,
         'steps': phase.spec.steps,
         'checkpoint_step': restored.step,
@@ -204,8 +212,9 @@ def _finish(
     }
     if experiment.init.workdir is not None:
         result['init'] = str(experiment.init.workdir)
-    if 'validation_top1' in restored.facts:
-        result |= _of_seeds(experiment.seeds, 'validation_top1', restored.facts['validation_top1'])
+    validation = f'{VALIDATION}{experiment.task.score.name}'
+    if validation in restored.facts:
+        result |= _of_seeds(experiment.seeds, validation, restored.facts[validation])
     if experiment.data.skips_damaged:
         splits = [test, *(split for split in data or () if split is not None)]
         result['damaged_examples'] = total(len(set[str]().union(*(split.damaged for split in splits))))
@@ -213,10 +222,16 @@ def _finish(
     if not_finite:
         result['logits_not_finite'] = not_finite
         experiment.console.print(
-            f'{not_finite} test images have logits that are NaN or infinite, and count as wrong: the network overflows.'
+            f'{not_finite} test examples have outputs that are NaN or infinite: the network overflows. They count as '
+            'wrong, and their loss as infinite.'
         )
     write_once(experiment.workdir / file, result)
     return result
+
+
+def _reported(experiment: Experiment) -> tuple[str, ...]:
+    """The names of the metrics that a result has."""
+    return (experiment.task.score.name, *experiment.task.reported)
 
 
 def _of_seeds(seeds: range, name: str, values: list[float]) -> dict[str, Any]:
@@ -224,7 +239,8 @@ def _of_seeds(seeds: range, name: str, values: list[float]) -> dict[str, Any]:
     if len(values) == 1:
         return {name: values[0]}
     by_seed = {str(seed): value for seed, value in zip(seeds, values, strict=True)}
-    return {name: statistics.mean(values), f'{name}_std': statistics.stdev(values), f'{name}_by_seed': by_seed}
+    spread = statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
+    return {name: statistics.mean(values), f'{name}_std': spread, f'{name}_by_seed': by_seed}
 
 
 def _summarize(experiment: Experiment) -> dict[str, Any]:

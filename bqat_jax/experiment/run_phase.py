@@ -103,7 +103,7 @@ def _train(
         Trace(experiment.workdir / FOLDER / phase.name, *intervals.traced) as trace,
     ):
         log = Log(recorder, clock, make_finite_check(phase.name, checkpoints))
-        save = Save(checkpoints, log, evaluation)
+        save = Save(checkpoints, log, evaluation, experiment.task.score)
         if checkpoints.latest_step is None:
             save.save(0, state)
             checkpoints.check_readable(0, phase.state_shapes)  # before hours of work rely on it

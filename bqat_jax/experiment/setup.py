@@ -30,6 +30,7 @@ from bqat_jax.replacement.network_layers import find_network_layers
 from bqat_jax.replacement.objective import WEIGHTS, Objective
 from bqat_jax.replacement.plans import Plan, parse_path_weights
 from bqat_jax.replacement.schedules import get_schedule
+from bqat_jax.replacement.tasks import Task, get_task
 from bqat_jax.storage import place
 from bqat_jax.training.optimizer import OptimizerSpec, Rates
 from bqat_jax.training.regularizers import Regularizers
@@ -92,7 +93,8 @@ def make_experiment(
         regularizers = Regularizers(**config.quant.oscillations)
         _check_regularizers(regularizers, layers, quantizers)
         plan = _make_plan(config.replacement, len(network.blocks))
-        objective = _make_objective(config.replacement)
+        objective = _make_objective(config.replacement, get_task(config.task))
+        _check_task(objective.task, network, shapes, images)
         objective.check_trains_network(plan.num_paths)
         experiment = Experiment(
             config=to_plain(config),
@@ -249,11 +251,23 @@ def _make_plan(config: Config, num_blocks: int) -> Plan:
     )
 
 
-def _make_objective(config: Config) -> Objective:
+def _make_objective(config: Config, task: Task) -> Objective:
     return Objective(
         **{name: config[name] for name in (*WEIGHTS, 'temperature')},
         distillation_schedule=get_schedule(config.distillation_schedule),
+        task=task,
     )
+
+
+def _check_task(task: Task, network: BlockNetwork, shapes: Any, images: ImageData) -> None:
+    """Checks that the network's outputs and the labels fit the task, by their shapes alone."""
+
+    def outputs(variables, inputs):
+        return network.apply(variables, inputs, train=False)[0]
+
+    shape = images.image_shape if images.is_tokens else images.label_shape
+    labels = jax.ShapeDtypeStruct((1, *shape), 'int32')
+    task.check(jax.eval_shape(outputs, shapes, network.batch_of(1)), labels, images.num_classes)
 
 
 def _make_optimizer(config: Config, name: str, epoch: float) -> OptimizerSpec:

@@ -13,6 +13,7 @@ from bqat_jax.quantizers.rounding import Context
 from bqat_jax.replacement.objective import Objective
 from bqat_jax.replacement.paths import Features, Outputs, Variables, run_backbone, run_paths, run_teacher
 from bqat_jax.replacement.plans import Plan
+from bqat_jax.replacement.tasks import Task
 from bqat_jax.transform import Quantization, prepare
 
 NO_TEACHER = Outputs(None)
@@ -23,11 +24,11 @@ class Batch(NamedTuple):
 
     Attributes:
         inputs: as the network takes them, examples along the first axis.
-        targets: labels, integers (batch,).
+        targets: of the task, see `bqat_jax.replacement.task_kinds`; for images labels, integers (batch,).
     """
 
     inputs: Any
-    targets: jax.Array
+    targets: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +60,11 @@ class BlockReplacement:
         self.objective.check_trains_network(self.plan.num_paths)
 
     @property
+    def task(self) -> Task:
+        """The objective's task."""
+        return self.objective.task
+
+    @property
     def needs_partner(self) -> bool:
         """Whether the partner's features or logits are read."""
         return self.objective.needs_teacher(self.plan.num_paths) or self.plan.needs_partner_features
@@ -77,7 +83,7 @@ class BlockReplacement:
             variables: of the LP network and its quantizers.
             partner: the FP partner's variables, {'params': ..., 'batch_stats': ...}, which get no gradient; None if
                 neither plan nor objective reads them.
-            batch: inputs and labels.
+            batch: inputs and targets.
             context: the fraction of training that is done, for what follows a schedule; a random key for the plan's
                 draw, the quantizers' and dropout's, without which quantizers round as in evaluation; and strengths for
                 quantizers whose estimator measures one.
@@ -107,9 +113,9 @@ class BlockReplacement:
         )
         teacher = run_teacher(self.network, partner, batch.inputs) if self.needs_partner else NO_TEACHER
         features = Features(backbone.alive, teacher.alive, backbone.run_block)
-        path_logits = run_paths(self.network, self.plan, partner, mask, features)
-        loss, metrics = self.objective(batch.targets, backbone, teacher, path_logits, path_weights, context.progress)
-        metrics['train_top1'] = jnp.mean(jnp.argmax(backbone.logits, axis=-1) == batch.targets, dtype=jnp.float32)
+        path_outputs = run_paths(self.network, self.plan, partner, mask, features)
+        loss, metrics = self.objective(batch.targets, backbone, teacher, path_outputs, path_weights, context.progress)
+        metrics |= self.task.training_metrics(backbone.logits, batch.targets)
         if self.plan.is_drawn:
             for number in range(self.plan.num_paths):
                 metrics[f'path{number + 1}_lp_blocks'] = jnp.sum(mask[number])

@@ -1,8 +1,11 @@
 """What training minimises: the task loss joined with distillation losses from the FP and MP branches.
 
-    L = e·CE(z_Q, y) + a(t)·T²·KL(p_F ‖ p_Q)
-        + Σ_k w_k(t) · [ b·CE(z_Mk, y) + c·T²·KL(p_F ‖ p_Mk) + d·T²·KL(p_Mk ‖ p_Q) ]
-        + f · 1/n · Σ_i ‖h_i - g_i‖² / ‖g_i‖²                              p = softmax(z / T)
+    L = e·l(z_Q, y) + a(t)·D(z_F, z_Q)
+        + Σ_k w_k(t) · [ b·l(z_Mk, y) + c·D(z_F, z_Mk) + d·D(z_Mk, z_Q) ]
+        + f · 1/n · Σ_i ‖h_i - g_i‖² / ‖g_i‖²
+
+Loss l and distance D are the task's; for classification the cross entropy CE(z, y) and, with p = softmax(z / T),
+T²·KL(p_F ‖ p).
 
 That the objective joins the task loss with distillation losses from the FP and MP branches is the paper's (arXiv
 2412.15846). The weights w of prefixes are Block-KD's (arXiv 2411.01547), the factor T² is Hinton et al.'s (arXiv
@@ -12,14 +15,17 @@ relatives (FitNets, arXiv 1412.6550); its form here, the defaults of all weights
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
+from bqat_jax.replacement.losses import feature_loss
 from bqat_jax.replacement.paths import Backbone, Outputs
 from bqat_jax.replacement.schedules import ALWAYS, Schedule
+from bqat_jax.replacement.task_kinds import CLASSIFICATION
+from bqat_jax.replacement.tasks import Task
 
 WEIGHTS = (
     'cross_entropy',
@@ -29,6 +35,7 @@ WEIGHTS = (
     'path_teaching',
     'feature_matching',
 )
+DISTILLATION = ('distillation', 'path_distillation', 'path_teaching')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,17 +43,20 @@ class Objective:
     """The constants of the objective.
 
     Attributes:
-        cross_entropy: e, the weight of the labels' cross entropy on the LP network; 0 for soft labels alone.
+        cross_entropy: e, the weight of the task's loss, for classification the labels' cross entropy, on the LP
+            network; 0 for soft labels alone.
         distillation: a, the weight of distillation from the FP teacher to the LP network.
-        path_cross_entropy: b, the weight of the labels' cross entropy on MP paths.
+        path_cross_entropy: b, the weight of the task's loss on MP paths.
         path_distillation: c, the weight of distillation from the FP teacher to MP paths.
         path_teaching: d, the weight of distillation from MP paths to the LP network; paths get no gradient from it.
         feature_matching: f, the weight of the squared distance between LP and FP features at the ends of blocks.
         temperature: T > 0.
         distillation_schedule: a factor of a that may change over training.
+        task: gives the loss and the distance.
 
     Raises:
-        ValueError: for a negative weight or a temperature that is not positive.
+        ValueError: for a negative weight or a temperature that is not positive; or if something is distilled, and the
+            task has no distance.
     """
 
     cross_entropy: float = 1.0
@@ -57,6 +67,7 @@ class Objective:
     feature_matching: float = 0.0
     temperature: float = 1.0
     distillation_schedule: Schedule = ALWAYS
+    task: Task = CLASSIFICATION
 
     def __post_init__(self):
         if not 0 < self.temperature < math.inf:
@@ -66,6 +77,13 @@ class Objective:
                 raise ValueError(f'replacement.{name}={getattr(self, name)}: it must be finite and not negative.')
         if min(self.distillation_schedule.ends) < 0:
             raise ValueError(f'replacement.distillation_schedule: {min(self.distillation_schedule.ends)} is negative.')
+        distilled = [f'{name}={getattr(self, name)}' for name in DISTILLATION if getattr(self, name) > 0]
+        if distilled and not self.task.has_distance:
+            raise ValueError(
+                f'replacement.{distilled[0]}: the task {self.task.name or type(self.task).__name__!r} has no distance '
+                'between the outputs of two networks, so that nothing can be distilled. Define one (CustomTask(loss, '
+                f'distance)), or set {", ".join(DISTILLATION)} to 0.'
+            )
 
     def check_trains_network(self, num_paths: int) -> None:
         """Checks that the LP network's own logits or features are in the loss, with so many MP paths.
@@ -87,44 +105,50 @@ class Objective:
 
     def __call__(
         self,
-        targets: jax.Array,
+        targets: Any,
         student: Outputs | Backbone,
         teacher: Outputs,
-        path_logits: Sequence[jax.Array],
+        path_outputs: Iterable[Any],
         path_weights: jax.Array,
         progress: jax.Array | float = 1.0,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Returns the loss, a scalar, and its terms before they are weighted; a term of weight 0 is left out.
 
-        The cross entropy of the LP network is always among the terms.
+        The task's loss of the LP network is always among the terms, as 'loss/' and its name.
 
         Args:
-            targets: labels, integers (batch,).
+            targets: of the task; for classification labels, integers (batch,).
             student: z_Q and, read for feature matching alone, h_1 .. h_n.
             teacher: z_F, read if anything is distilled from it, and g_1 .. g_n, read for feature matching alone.
-            path_logits: z_M, (batch, classes) for every path.
+            path_outputs: z_M, the outputs of every path, a tree each.
             path_weights: w, (paths,).
             progress: fraction of training that is done.
+
+        Raises:
+            ValueError: if outputs and targets do not fit the task.
         """
-        temperature, logits = self.temperature, student.logits
-        assert logits is not None
-        terms = {'loss/cross_entropy': cross_entropy(logits, targets)}
-        loss = self.cross_entropy * terms['loss/cross_entropy']
+        task, outputs = self.task, student.logits
+        task.check(outputs, targets)
+        name = f'loss/{task.loss_name}'
+
+        def distance(student, teacher):
+            return task.distance(student, teacher, targets, self.temperature)
+
+        terms = {name: task.loss(outputs, targets)}
+        loss = self.cross_entropy * terms[name]
         if self.distillation > 0:
-            assert teacher.logits is not None
-            terms['loss/distillation'] = distillation_loss(teacher.logits, logits, temperature)
+            terms['loss/distillation'] = distance(outputs, teacher.logits)
             loss += self.distillation * self.distillation_schedule.at(progress) * terms['loss/distillation']
-        for number, path in enumerate(path_logits):
+        for number, path in enumerate(path_outputs):
             name, path_loss = f'loss/path{number + 1}', jnp.float32(0)
             if self.path_cross_entropy > 0:
-                terms[f'{name}_cross_entropy'] = cross_entropy(path, targets)
-                path_loss += self.path_cross_entropy * terms[f'{name}_cross_entropy']
+                terms[f'{name}_{task.loss_name}'] = task.loss(path, targets)
+                path_loss += self.path_cross_entropy * terms[f'{name}_{task.loss_name}']
             if self.path_distillation > 0:
-                assert teacher.logits is not None
-                terms[f'{name}_distillation'] = distillation_loss(teacher.logits, path, temperature)
+                terms[f'{name}_distillation'] = distance(path, teacher.logits)
                 path_loss += self.path_distillation * terms[f'{name}_distillation']
             if self.path_teaching > 0:
-                terms[f'{name}_teaching'] = distillation_loss(jax.lax.stop_gradient(path), logits, temperature)
+                terms[f'{name}_teaching'] = distance(outputs, jax.lax.stop_gradient(path))
                 path_loss += self.path_teaching * terms[f'{name}_teaching']
             loss += path_weights[number] * path_loss
         if self.feature_matching > 0:
@@ -133,28 +157,6 @@ class Objective:
         return loss, {'loss': loss, **terms}
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Returns the mean cross entropy of integer labels (batch,) under logits (batch, classes), in float32."""
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels))
-
-
-def distillation_loss(teacher_logits: jax.Array, logits: jax.Array, temperature: float) -> jax.Array:
-    """Returns T² · KL(softmax(z_F / T) ‖ softmax(z / T)), the mean over the batch, in float32.
-
-    Source: Hinton et al., arXiv 1503.02531; T² keeps the gradient's size as T changes.
-    """
-    targets = jax.nn.log_softmax(teacher_logits.astype(jnp.float32) / temperature)
-    predictions = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
-    divergence = optax.losses.kl_divergence_with_log_targets(predictions, targets)
-    return temperature**2 * jnp.mean(divergence)
-
-
-def feature_loss(features: Sequence[jax.Array], teacher_features: Sequence[jax.Array]) -> jax.Array:
-    """Returns the mean over blocks of ‖h_i - g_i‖² / ‖g_i‖², in float32; the sizes of features do not matter."""
-
-    def error(h, g):
-        h, g = h.astype(jnp.float32), g.astype(jnp.float32)
-        return jnp.sum((h - g) ** 2) / jnp.maximum(jnp.sum(g**2), 1e-12)
-
-    errors = [error(h, g) for h, g in zip(features, teacher_features, strict=True)]
-    return sum(errors[1:], errors[0]) / len(errors)
+def task_alone(task: Task) -> Objective:
+    """Returns the objective of plain training: the task's loss of the network itself, and nothing else."""
+    return Objective(distillation=0.0, path_cross_entropy=0.0, path_distillation=0.0, task=task)

@@ -15,8 +15,11 @@ import rich.console
 
 from bqat_jax.distributed.preemption import Stopped
 from bqat_jax.errors import UserError
-from bqat_jax.experiment.configuration import Config, check_resumable, to_plain
-from bqat_jax.experiment.run import prepare_partner, train
+from bqat_jax.experiment.configuration import Config, check_resumable, plugin_files, to_plain
+from bqat_jax.experiment.metrics import VALIDATION
+from bqat_jax.experiment.run import PARTNER, prepare_partner, train
+from bqat_jax.registry import load_plugins
+from bqat_jax.replacement.tasks import Metric, get_task
 from bqat_jax.storage import locked, read_json, write_json
 from bqat_jax.sweeps.definition import Overrides, Sweep, load_sweep, override
 from bqat_jax.sweeps.tables import write_tables
@@ -64,13 +67,29 @@ def run_sweep(config: Config, workdir: Path, *, name: str) -> dict[str, Any]:
     if jax.process_count() > 1:
         raise UserError(f'distributed={config.distributed!r}: a sweep runs in one process.')
     sweep = load_sweep(config.sweep)
+    metric = _metric_of(config)
     for setting in sweep.settings.values():  # what is mistyped is told before hours have passed
         for method in sweep.methods.values():
             for choice in sweep.choices or [{}]:
-                _check_choice(sweep, override(config, setting, method, choice))
+                changed = override(config, setting, method, choice)
+                _check_choice(sweep, changed)
+                if _metric_of(changed) != metric:
+                    raise UserError(
+                        f'task={changed.task!r}: a sweep compares runs by one metric, and that of {config.task!r} is '
+                        f'{metric.name}. Give a sweep for each task.'
+                    )
     workdir.mkdir(parents=True, exist_ok=True)
     with locked(workdir), _compilation_cache(workdir / 'compiled'):
-        return _Execution(config, sweep, workdir, name, rich.console.Console(markup=False)).execute()
+        return _Execution(config, sweep, workdir, name, metric, rich.console.Console(markup=False)).execute()
+
+
+def _metric_of(config: Config) -> Metric:
+    """The metric that is compared: the score of a config's task."""
+    load_plugins(plugin_files(config))  # one may bring the task
+    try:
+        return get_task(config.task).score
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def _check_choice(sweep: Sweep, config: Config) -> None:
@@ -108,6 +127,7 @@ class _Execution:
     sweep: Sweep
     workdir: Path
     name: str
+    metric: Metric
     console: rich.console.Console
 
     def execute(self) -> dict[str, Any]:
@@ -125,7 +145,7 @@ class _Execution:
                 entry = self._run_method(override(config, changes), folder / method)
                 entries[setting][method] = entry
                 runs, failed = runs + entry['runs'], failed + len(entry['failed'])
-                write_tables(self.workdir, self.sweep, entries)
+                write_tables(self.workdir, self.sweep, entries, self.metric)
         files = ', '.join(str(self.workdir / f'sweep.{kind}') for kind in ('json', 'csv', 'md', 'png'))
         return {'runs': runs, 'failed': failed, 'tables': files}
 
@@ -149,12 +169,13 @@ class _Execution:
             for candidate in self.sweep.choices:
                 where = folder / 'choices' / _label(candidate)
                 scores = self._run_seeds(override(config, candidate), where, self.sweep.choice_seeds, entry)
-                values = [score['validation_top1'] for score in scores.values()]
+                name = f'{VALIDATION}{self.metric.name}'
+                values = [score[name] for score in scores.values()]
                 complete = len(values) == len(self.sweep.choice_seeds)
-                mean = sum(values) / len(values) if complete else -math.inf
-                entry['choices'].append({'overrides': dict(candidate), 'validation_top1': values})
-                if mean > best:
-                    best, choice = mean, candidate
+                rank = self.metric.rank(sum(values) / len(values)) if complete else -math.inf
+                entry['choices'].append({'overrides': dict(candidate), name: values})
+                if rank > best:
+                    best, choice = rank, candidate
             if best == -math.inf:
                 return entry | {'choice': None, 'by_seed': {}}
         scores = self._run_seeds(override(config, choice), folder, self.sweep.seeds, entry)
@@ -173,7 +194,7 @@ class _Execution:
             if 'error' in result:
                 entry['failed'].append({'workdir': str(run.workdir.relative_to(self.workdir)), **result})
             else:
-                scores |= _by_seed(run, result)
+                scores |= _by_seed(run, result, self.metric.name)
         return scores
 
     def _run(self, run: Run) -> dict[str, Any]:
@@ -181,7 +202,7 @@ class _Execution:
         known = run.workdir / 'config.json'
         if known.exists():
             check_resumable(read_json(known), to_plain(run.config), run.workdir)
-        for name, fields in ((RESULT, {'top1': float, 'steps': int}), (ERROR, {'error': str})):
+        for name, fields in ((RESULT, {self.metric.name: float, 'steps': int}), (ERROR, {'error': str})):
             if (run.workdir / name).exists():
                 return read_json(run.workdir / name, **fields)
         self.console.print(str(run.workdir.relative_to(self.workdir)))
@@ -196,21 +217,22 @@ class _Execution:
             write_json(run.workdir / ERROR, result)
             self.console.print(f'  failed: {result["error"]}', markup=False)
         else:
-            self.console.print(f'  top1 {result["top1"]:.4f}  {time.monotonic() - began:.0f} s', highlight=False)
+            name = self.metric.name
+            self.console.print(f'  {name} {result[name]:.4f}  {time.monotonic() - began:.0f} s', highlight=False)
         jax.clear_caches()  # the next run has programs of its own
         return result
 
 
-def _by_seed(run: Run, result: dict[str, Any]) -> dict[str, Any]:
+def _by_seed(run: Run, result: dict[str, Any], metric: str) -> dict[str, Any]:
     """A result of several seeds as one for each."""
     scores = {}
     for seed in map(str, run.seeds):
         scores[seed] = {
             name: result.get(f'{name}_by_seed', {seed: result[name]})[seed]
-            for name in ('top1', 'validation_top1')
+            for name in (metric, f'{VALIDATION}{metric}')
             if name in result
         }
-        scores[seed] |= {key: result[key] for key in ('fp_top1', 'steps', 'checkpoint_step')}
+        scores[seed] |= {key: result[key] for key in (f'{PARTNER}{metric}', 'steps', 'checkpoint_step')}
         scores[seed]['seconds'] = result['seconds'] / len(run.seeds)
     return scores
 

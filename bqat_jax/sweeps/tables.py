@@ -11,6 +11,9 @@ from typing import Any
 import matplotlib
 from scipy import stats
 
+from bqat_jax.experiment.metrics import VALIDATION
+from bqat_jax.experiment.run import PARTNER
+from bqat_jax.replacement.tasks import Metric
 from bqat_jax.storage import write_bytes, write_json, write_text
 from bqat_jax.sweeps.definition import Sweep
 
@@ -18,7 +21,6 @@ matplotlib.use('agg')  # no screen is needed
 from matplotlib import pyplot
 
 CONFIDENCE = 0.95
-COLUMNS = ('setting', 'method', 'choice', 'seed', 'top1', 'validation_top1', 'fp_top1', 'steps', 'seconds')
 
 
 def paired_difference(values: Mapping[str, float], baseline: Mapping[str, float]) -> dict[str, float] | None:
@@ -39,29 +41,30 @@ def paired_difference(values: Mapping[str, float], baseline: Mapping[str, float]
     return {'mean': mean, 'low': mean - half, 'high': mean + half, 'seeds': len(differences)}
 
 
-def write_tables(workdir: Path, sweep: Sweep, entries: Mapping[str, Mapping[str, Any]]) -> None:
+def write_tables(workdir: Path, sweep: Sweep, entries: Mapping[str, Mapping[str, Any]], metric: Metric) -> None:
     """Writes `sweep.json`, `sweep.csv`, `sweep.md` and `sweep.png`.
 
     Args:
         workdir: where to.
         sweep: what was run.
         entries: setting to method to what came of it, see `bqat_jax.sweeps.execution`.
+        metric: that is compared.
     """
-    rows = {setting: _summarize(sweep, methods) for setting, methods in entries.items()}
+    rows = {setting: _summarize(sweep, methods, metric.name) for setting, methods in entries.items()}
     write_json(workdir / 'sweep.json', {'baseline': sweep.baseline, 'settings': rows})
-    write_text(workdir / 'sweep.csv', _csv(entries))
-    write_text(workdir / 'sweep.md', _markdown(sweep, rows))
-    write_bytes(workdir / 'sweep.png', _plot(rows))
+    write_text(workdir / 'sweep.csv', _csv(entries, metric.name))
+    write_text(workdir / 'sweep.md', _markdown(sweep, rows, metric))
+    write_bytes(workdir / 'sweep.png', _plot(rows, metric))
 
 
-def _summarize(sweep: Sweep, methods: Mapping[str, Any]) -> dict[str, Any]:
-    def top1(entry):
-        return {seed: score['top1'] for seed, score in entry['by_seed'].items()}
+def _summarize(sweep: Sweep, methods: Mapping[str, Any], metric: str) -> dict[str, Any]:
+    def values_of(entry):
+        return {seed: score[metric] for seed, score in entry['by_seed'].items()}
 
-    baseline = top1(methods.get(sweep.baseline, {'by_seed': {}}))
+    baseline = values_of(methods.get(sweep.baseline, {'by_seed': {}}))
     rows = {}
     for name, entry in methods.items():
-        values = top1(entry)
+        values = values_of(entry)
         rows[name] = {
             **entry,
             'mean': statistics.mean(values.values()) if values else None,
@@ -71,9 +74,11 @@ def _summarize(sweep: Sweep, methods: Mapping[str, Any]) -> dict[str, Any]:
     return rows
 
 
-def _csv(entries: Mapping[str, Mapping[str, Any]]) -> str:
+def _csv(entries: Mapping[str, Mapping[str, Any]], metric: str) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, extrasaction='ignore', lineterminator='\n')
+    scores = (metric, f'{VALIDATION}{metric}', f'{PARTNER}{metric}')
+    columns = ('setting', 'method', 'choice', 'seed', *scores, 'steps', 'seconds')
+    writer = csv.DictWriter(text, columns, extrasaction='ignore', lineterminator='\n')
     writer.writeheader()
     for setting, methods in entries.items():
         for method, entry in methods.items():
@@ -83,9 +88,13 @@ def _csv(entries: Mapping[str, Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
-def _markdown(sweep: Sweep, rows: Mapping[str, Mapping[str, Any]]) -> str:
+def _markdown(sweep: Sweep, rows: Mapping[str, Mapping[str, Any]], metric: Metric) -> str:
+    unit = ' %' if metric.is_fraction else ''
+    title = f'{metric.title[0].upper()}{metric.title[1:]}'
+    better = '' if metric.larger_is_better else '; smaller is better'
+    against = f'against {sweep.baseline}{unit and ", %"}'
     lines = [
-        f'| setting | method | chosen | seeds | steps | top-1 % | against {sweep.baseline}, % | seconds a seed |',
+        f'| setting | method | chosen | seeds | steps | {metric.title}{unit} | {against} | seconds a seed |',
         '|---|---|---|---|---|---|---|---|',
     ]
     failed = []
@@ -96,8 +105,8 @@ def _markdown(sweep: Sweep, rows: Mapping[str, Mapping[str, Any]]) -> str:
             if scores:
                 cells += [
                     str(scores[0]['steps']),
-                    _mean_and_std(row),
-                    _interval(row['difference']),
+                    _mean_and_std(row, metric),
+                    _interval(row['difference'], metric),
                     f'{statistics.mean(score["seconds"] for score in scores):.0f}',
                 ]
             else:
@@ -106,8 +115,9 @@ def _markdown(sweep: Sweep, rows: Mapping[str, Mapping[str, Any]]) -> str:
             failed += row['failed']
     lines += [
         '',
-        f'Top-1 on the test images, mean ± standard deviation over seeds. Differences are paired by seed, with their '
-        f'{CONFIDENCE:.0%} interval (Student\'s t). "Chosen" was chosen on held-out training images, with other seeds.',
+        f'{title} on the test images, mean ± standard deviation over seeds{better}. Differences are paired by seed, '
+        f'with their {CONFIDENCE:.0%} interval (Student\'s t). "Chosen" was chosen on held-out '
+        'training images, with other seeds.',
     ]
     lines += [f'\nFailed: {one["workdir"]}: {_first_sentence(one["error"])}' for one in failed]
     return '\n'.join(lines) + '\n'
@@ -122,20 +132,26 @@ def _describe_choice(choice: Mapping[str, Any] | None) -> str:
     return ', '.join(parts)
 
 
-def _mean_and_std(row: Mapping[str, Any]) -> str:
-    spread = '' if row['std'] is None else f' ± {100 * row["std"]:.2f}'
-    return f'{100 * row["mean"]:.2f}{spread}'
+def _mean_and_std(row: Mapping[str, Any], metric: Metric) -> str:
+    spread = '' if row['std'] is None else f' ± {_number(row["std"], metric)}'
+    return f'{_number(row["mean"], metric)}{spread}'
 
 
-def _interval(difference: Mapping[str, float] | None) -> str:
+def _number(value: float, metric: Metric, sign: str = '') -> str:
+    """A value of a metric, or a difference of two, as tables show it: a fraction in percent."""
+    return f'{100 * value:{sign}.2f}' if metric.is_fraction else f'{value:{sign}.4g}'
+
+
+def _interval(difference: Mapping[str, float] | None, metric: Metric) -> str:
     if difference is None:
         return ''
-    mean, low, high = (100 * difference[key] for key in ('mean', 'low', 'high'))
-    return f'{mean:+.2f} ({low:+.2f} to {high:+.2f})'
+    mean, low, high = (_number(difference[key], metric, '+') for key in ('mean', 'low', 'high'))
+    return f'{mean} ({low} to {high})'
 
 
-def _plot(rows: Mapping[str, Mapping[str, Any]]) -> bytes:
+def _plot(rows: Mapping[str, Mapping[str, Any]], metric: Metric) -> bytes:
     """Every seed as a point, means as lines, a panel for each setting."""
+    factor, label = (100, f'{metric.title} %') if metric.is_fraction else (1, metric.title)
     figure, panels = pyplot.subplots(
         1, len(rows), figsize=(1.5 + 3.2 * len(rows), 1.2 + 0.35 * max(map(len, rows.values()))), squeeze=False,
         sharey=True, layout='constrained',
@@ -143,11 +159,16 @@ def _plot(rows: Mapping[str, Mapping[str, Any]]) -> bytes:
     for panel, (setting, methods) in zip(panels[0], rows.items(), strict=True):
         names = list(methods)
         for height, row in enumerate(methods.values()):
-            values = [100 * score['top1'] for score in row['by_seed'].values()]
+            values = [factor * score[metric.name] for score in row['by_seed'].values()]
             panel.plot(values, [height] * len(values), 'o', color='tab:blue', alpha=0.4, markersize=4)
             if values:
                 panel.plot([statistics.mean(values)] * 2, [height - 0.3, height + 0.3], color='black')
-        panel.set(title=setting, xlabel='top-1 %', yticks=range(len(names)), yticklabels=names)
+        panel.set(
+            title=setting,
+            xlabel=label,
+            yticks=range(len(names)),
+            yticklabels=names,
+        )
         panel.grid(axis='x', alpha=0.3)
         panel.set_ylim(-0.6, len(names) - 0.4)
     panels[0][0].invert_yaxis()

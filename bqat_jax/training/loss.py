@@ -8,7 +8,7 @@ import jax
 from bqat_jax.networks.batch_norm import batch_norm_in_groups
 from bqat_jax.quantizers.rounding import Context
 from bqat_jax.replacement.block_replacement import Batch
-from bqat_jax.replacement.objective import Objective
+from bqat_jax.replacement.objective import task_alone
 from bqat_jax.replacement.paths import Variables
 from bqat_jax.replacement.plans import Plan
 from bqat_jax.training.spec import NO_REGULARIZERS, TrainSpec
@@ -45,10 +45,10 @@ def total_loss(
 
 
 def task_loss_alone(spec: TrainSpec) -> TrainSpec:
-    """Returns the same training with the labels' cross entropy of the LP network as its only loss.
+    """Returns the same training with the task's loss of the LP network, such as the cross entropy, as its only loss.
 
     Neither the partner nor a plan's draw is read.
     """
     plan = Plan('none', spec.replacement.plan.num_blocks)
-    replacement = dataclasses.replace(spec.replacement, plan=plan, objective=Objective(distillation=0.0))
+    replacement = dataclasses.replace(spec.replacement, plan=plan, objective=task_alone(spec.replacement.task))
     return dataclasses.replace(spec, replacement=replacement, regularizers=NO_REGULARIZERS)

@@ -13,7 +13,8 @@ def accumulate(gradient: Callable[..., Any], count: int) -> Callable[..., Any]:
     Part k has the examples k, k + count, ..: so the examples of each device stay on it. The result is that of the whole
     batch for whatever is a mean over examples, up to the order of sums. It is another one where a part matters as such:
     batch norm normalises by the part, and its stored statistics move `count` times; what a quantizer reads off the
-    part (a maximum, a mean) or draws is the part's; feature matching divides by the norm of the part's features.
+    part (a maximum, a mean) or draws is the part's; feature matching divides by the norm of the part's features; a
+    task that ignores positions divides by the number of those of the part that count.
 
     Args:
         gradient: `gradient(params, collections, batch, key)` gives ((loss, (collections, metrics)), gradients), the

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from bqat_jax.distributed.replicas import Replicas
+from bqat_jax.distributed.sharding import replicated
 from bqat_jax.quantizers.rounding import Context
 from bqat_jax.replacement.block_replacement import Batch
 from bqat_jax.training.loss import total_loss
@@ -100,23 +101,28 @@ def make_train_step(
 def evaluation_step(
     spec: TrainSpec, gather: Callable[[Any], Any] = lambda tree: tree
 ) -> Callable[..., dict[str, jax.Array]]:
-    """Returns `step(params, collections, arrays, batch) -> {'correct', 'examples', 'not_finite'}`, counts of one batch.
+    """Returns `step(params, collections, arrays, batch) -> counts`: sums over one batch, to be added up over a split.
 
-    Examples whose 'mask' in the batch is false are not counted. Those with a logit that is NaN or infinite are counted
-    apart, and are not correct. `gather` is as in `train_step`.
+    The counts are the task's, 'examples', their number, and 'not_finite', the number of these with an output that is
+    NaN or infinite. Examples whose 'mask' in the batch is false are not counted. `gather` is as in `train_step`.
     """
+    task = spec.replacement.task
 
     def step(params: Any, collections: Any, arrays: Any, batch: Any) -> dict[str, jax.Array]:
-        inputs, labels = spec.prepare(batch, arrays, None)
-        logits = spec.replacement.logits(variables_of(gather(params), collections), inputs)
-        mask, is_finite = batch['mask'], jnp.all(jnp.isfinite(logits), axis=-1)
-        correct = (jnp.argmax(logits, axis=-1) == labels) & is_finite & mask
-        return {'correct': jnp.sum(correct), 'examples': jnp.sum(mask), 'not_finite': jnp.sum(~is_finite & mask)}
+        inputs, targets = spec.prepare(batch, arrays, None)
+        outputs = spec.replacement.logits(variables_of(gather(params), collections), inputs)
+        task.check(outputs, targets)
+        mask, is_finite = batch['mask'], task.is_finite(outputs, targets)
+        counts = task.counts(outputs, targets, mask)
+        return {**counts, 'examples': jnp.sum(mask), 'not_finite': jnp.sum(~is_finite & mask)}
 
     return step
 
 
 def make_evaluation_step(spec: TrainSpec, replicas: Replicas) -> Callable[..., dict[str, jax.Array]]:
     """Returns the jitted `evaluation_step` of all replicas, which see the same batch."""
+    if replicas.count == 1:  # every process reads the counts, so they are whole on every device
+        step = evaluation_step(spec, replicas.placement.gather)
+        return jax.jit(step, out_shardings=replicated(replicas.mesh))
     axes = (0, 0, None, None)
     return replicas.jit(replicas.over(evaluation_step(spec, replicas.placement.gather), axes), axes)

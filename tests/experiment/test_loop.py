@@ -5,6 +5,7 @@ import pytest
 
 from bqat_jax.experiment.hooks import Clock, Log, Save
 from bqat_jax.experiment.loop import Hooks, run_steps
+from bqat_jax.replacement.task_kinds import CLASSIFICATION
 
 
 def run(batches, start, before=(), after=()):
@@ -90,7 +91,7 @@ def test_metrics_are_recorded_after_the_next_step_has_begun():
 def test_a_checkpoint_is_saved_when_due_and_at_the_end_behind_the_metrics_of_its_step():
     recorder, checkpoints = Recorder(), Checkpoints()
     log = Log(recorder, Clock(0.0, 8), lambda bad: None)
-    logs, saves = log.hook(every=1, last=5), Save(checkpoints, log, None).hook(every=2, last=5)
+    logs, saves = log.hook(every=1, last=5), Save(checkpoints, log, None, CLASSIFICATION.score).hook(every=2, last=5)
     for number in range(1, 6):
         logs(number, None, {'loss': jax.numpy.float32(0), 'first_bad_step': jax.numpy.int32(-1)})
         saves(number, State(), None)
@@ -104,7 +105,7 @@ def test_a_loss_that_is_not_finite_is_never_saved():
         raise ValueError(bad)
 
     checkpoints = Checkpoints()
-    save = Save(checkpoints, Log(Recorder(), Clock(0.0, 8), check), None)
+    save = Save(checkpoints, Log(Recorder(), Clock(0.0, 8), check), None, CLASSIFICATION.score)
     with pytest.raises(ValueError, match='-1'):
         save.save(3, State())
     assert checkpoints.saved == []

@@ -182,7 +182,9 @@ def test_parameters_that_are_not_finite_are_no_good_checkpoint(config, finished,
 def test_images_that_overflow_the_network_count_as_wrong_and_are_told(finished, config, tmp_path, monkeypatch):
     """What a checkpoint of finite parameters can still do in bfloat16, or after statistics were estimated anew."""
     _, workdir, _ = finished
-    monkeypatch.setattr(experiment_reading, 'evaluate', lambda step, batches: (Evaluation(0.5, 360, 7),))
+    monkeypatch.setattr(
+        experiment_reading, 'evaluate', lambda step, batches, task: (Evaluation({'top1': 0.5}, 360, 7),)
+    )
     result = evaluate_run(config, workdir)
     assert result['logits_not_finite'] == 14  # of the network and of its partner
 

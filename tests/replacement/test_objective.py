@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bqat_jax.replacement.objective import WEIGHTS, Objective, cross_entropy, distillation_loss
+from bqat_jax.replacement.losses import cross_entropy, distillation_loss
+from bqat_jax.replacement.objective import WEIGHTS, Objective
 from bqat_jax.replacement.paths import Outputs
 from bqat_jax.replacement.schedules import get_schedule
 

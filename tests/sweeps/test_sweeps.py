@@ -110,6 +110,26 @@ def test_every_method_is_run_with_its_own_best_choice(config, training, tmp_path
     assert (tmp_path / 'sweep' / 'sweep.png').read_bytes().startswith(b'\x89PNG')
 
 
+def test_of_a_task_whose_metric_is_better_when_smaller_the_smallest_is_chosen(config, training, tmp_path, monkeypatch):
+    def train(config, workdir, *, name, console):
+        result = training.train(config, workdir, name=name, console=console)
+        result = {key.replace('top1', 'mse'): value for key, value in result.items()}
+        write_json(workdir / 'result.json', result)
+        return result
+
+    monkeypatch.setattr(execution, 'train', train)
+    config.task = 'regression'
+    run(config, tmp_path / 'sweep')
+    methods = json.loads((tmp_path / 'sweep' / 'sweep.json').read_text())['settings']['W4A4']
+    assert methods['plain']['choice'] == {RATE: 0.2} and methods['prefix']['choice'] == {RATE: 0.1}
+    table = (tmp_path / 'sweep' / 'sweep.md').read_text()
+    assert '| steps | mean squared error | against plain |' in table and 'smaller is better' in table
+    assert '| W4A4 | prefix | learning_rate 0.1 | 3 | 5 | 0.751 ± 0.001 | +0.05 (+0.05 to +0.05) | 2 |' in table
+    (tmp_path / 'my_sweep.py').write_text(FILE.replace("'W2A2': {}", "'W2A2': {'task': 'classification'}"))
+    with pytest.raises(UserError, match="task='classification': a sweep compares runs by one metric"):
+        run(config, tmp_path / 'other')
+
+
 def test_no_run_is_started_twice(config, training, tmp_path):
     run(config, tmp_path / 'sweep')
     first, table = list(training.ran), (tmp_path / 'sweep' / 'sweep.json').read_text()
