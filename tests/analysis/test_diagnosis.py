@@ -13,6 +13,7 @@ from bqat_jax.analysis.measurement import (
     measure_quantizers,
 )
 from bqat_jax.analysis.measures import decibels, linear_cka, products, relative_error
+from bqat_jax.blocks.block_network import other_collections
 from bqat_jax.quantizers.rounding import Context
 from bqat_jax.replacement.block_replacement import Batch
 from bqat_jax.replacement.network_layers import blocks_of_layers
@@ -24,14 +25,14 @@ from bqat_jax.training.state import init_state
 from tests.training.test_step import NETWORK, VARIABLES, in_full_precision, make_spec
 
 X, Y = (jax.random.normal(jax.random.key(i), (40, 4, 3)) for i in range(2))
-BLOCKS = blocks_of_layers(NETWORK, VARIABLES, (8, 8, 1))
+BLOCKS = blocks_of_layers(NETWORK, VARIABLES)
 KEYS = jax.random.split(jax.random.key(2), 3)
 BATCHES = [Batch(jax.random.normal(key, (32, 8, 8, 1)), jax.random.randint(key, (32,), 0, 10)) for key in KEYS]
 
 
 def state_of(spec, quantizers):
     optimizer, _ = make_optimizer(OptimizerSpec(), 5)
-    variables = Variables(VARIABLES['params'], quantizers, VARIABLES['batch_stats'])
+    variables = Variables(VARIABLES['params'], quantizers, other_collections(VARIABLES))
     return init_state(spec, jax.random.key(0), variables, optimizer)
 
 
@@ -76,7 +77,7 @@ def test_the_variance_over_batches_is_that_of_numpy():
 
     def gradient(batch):
         def loss(params):
-            variables = Variables(params, {}, state.batch_stats)
+            variables = Variables(params, {}, state.collections)
             return spec.replacement.loss(variables, None, batch, Context(key=jax.random.key(0)))[0]
 
         return jax.grad(loss)(VARIABLES['params'])

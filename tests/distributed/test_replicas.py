@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from bqat_jax.blocks.block_network import other_collections
 from bqat_jax.distributed.replicas import Replicas
 from bqat_jax.distributed.sharding import Placement, make_mesh, replicated
 from bqat_jax.replacement.paths import Variables
@@ -26,7 +27,7 @@ def run_seeds(spec, quantizers, seeds, devices, program=None):
     def begin(seed):
         # Quantizers of their own, keys of their own.
         own = jax.tree.map(lambda x: x * (1 + 0.01 * seed), quantizers)
-        return Variables(VARIABLES['params'], own, VARIABLES['batch_stats']), jax.random.key(seed)
+        return Variables(VARIABLES['params'], own, other_collections(VARIABLES)), jax.random.key(seed)
 
     def read(seed):
         rng = np.random.default_rng(seed)

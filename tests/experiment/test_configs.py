@@ -1,10 +1,12 @@
 import json
 
 import jax
+import numpy as np
 import pytest
 import rich.console
 
 from benchmarks.bench import described_images
+from bqat_jax.blocks.exploring import with_inputs
 from bqat_jax.experiment.configuration import to_plain
 from bqat_jax.experiment.setup import make_experiment
 from bqat_jax.networks.registry import make_network
@@ -15,7 +17,12 @@ from bqat_jax.transform.rules import assign_quantizers
 from tests.conftest import ROOT
 from tests.experiment.test_configuration import RECIPES, load_recipe
 
-IMAGE_SHAPES = {'imagenet2012': (224, 224, 3), 'digits': (8, 8, 1)}
+INPUTS = {
+    'imagenet2012': (224, 224, 3),
+    'digits': (8, 8, 1),
+    'digits_segmentation': (16, 16, 1),
+    'python_bytes': jax.ShapeDtypeStruct((64,), np.int32),
+}
 
 
 @pytest.fixture(scope='module', params=RECIPES, ids=lambda path: path.stem)
@@ -27,9 +34,8 @@ def find_quantizable(config):
     """The layers of a recipe's network, on images of its dataset's size; nothing is computed."""
     options = {key: value for key, value in config.network.items() if key != 'name'}
     network = make_network(config.network.name, 10, config.replacement.cut, options)
-    shape = IMAGE_SHAPES.get(config.data.name, (32, 32, 3))
-    variables = jax.eval_shape(lambda: network.init(jax.random.key(0), shape))
-    return find_network_layers(network, variables, shape).quantizable
+    network = with_inputs(network, INPUTS.get(config.data.name, (32, 32, 3)))
+    return find_network_layers(network, jax.eval_shape(network.init, jax.random.key(0))).quantizable
 
 
 def assign(config, layers):

@@ -105,7 +105,7 @@ def test_with_a_new_head_training_starts_from_the_other_weights(config, tmp_path
     partner = load_partner(experiment, tmp_path / 'run')
     assert partner is not None
     key = random_key(0, Stream.PARTNER_INIT)
-    fresh = traverse_util.flatten_dict(experiment.network.init(key, experiment.image_shape), sep='/')
+    fresh = traverse_util.flatten_dict(experiment.network.init(key), sep='/')
     expected |= {path: fresh[path] for path in HEAD}
     for path, value in traverse_util.flatten_dict(partner.variables, sep='/').items():
         rtol = 1e-6 if path in HEAD else 0  # drawn by another program

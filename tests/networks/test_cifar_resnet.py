@@ -22,16 +22,13 @@ def test_parameter_counts_are_those_of_the_paper(depth, millions):
 
 @pytest.mark.parametrize('shortcut', ['A', 'B'])
 @pytest.mark.parametrize('granularity', CUTS)
-def test_stem_blocks_and_head_compose_to_the_whole(shortcut, granularity):
+def test_the_network_is_its_module(shortcut, granularity):
     network = cifar_resnet(10, depth=14, width=4, shortcut=shortcut, cut=granularity)
     variables = network.init(jax.random.key(0), (8, 8, 3))
     x = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
-    h = x
-    for names in (*network.segments, network.head):
-        h, _ = network.apply(variables, h, names, train=False)
-    np.testing.assert_array_equal(h, network.module.apply(variables, x))
-    assert len(network.blocks) == (3 if granularity == 'stage' else 6)
-    assert network.names == ('stem', *sum(network.blocks, ()), 'head')
+    np.testing.assert_array_equal(network.apply(variables, x, train=False)[0], network.module.apply(variables, x))
+    ends = ('stage1_block2', 'stage2_block2', 'stage3_block2')
+    assert network.blocks == (ends if granularity == 'stage' else tuple(n for n, _ in network.module.parts[1:-1]))
 
 
 def test_the_cut_does_not_change_the_parameters():
@@ -40,17 +37,15 @@ def test_the_cut_does_not_change_the_parameters():
     jax.tree.map(np.testing.assert_array_equal, *trees)
 
 
-def test_training_updates_the_statistics_of_what_ran_and_nothing_else():
+def test_training_updates_all_statistics_and_evaluation_none():
     network = cifar_resnet(10, depth=8, width=4)
     variables = network.init(jax.random.key(0), (8, 8, 3))
     x = jax.random.normal(jax.random.key(1), (4, 8, 8, 3))
-    names = network.segments[0]
-    _, stats = network.apply(variables, x, names, train=True)
-    for name, before in variables['batch_stats'].items():
-        changed = [not np.array_equal(*pair) for pair in zip(*map(jax.tree.leaves, (stats[name], before)), strict=True)]
-        assert all(changed) if name in names else not any(changed), name
-    _, unchanged = network.apply(variables, x, names, train=False)
-    jax.tree.map(np.testing.assert_array_equal, unchanged, variables['batch_stats'])
+    _, state = network.apply(variables, x, train=True)
+    pairs = zip(*map(jax.tree.leaves, (state['batch_stats'], variables['batch_stats'])), strict=True)
+    assert not any(np.array_equal(*pair) for pair in pairs)
+    _, unchanged = network.apply(variables, x, train=False)
+    jax.tree.map(np.testing.assert_array_equal, unchanged['batch_stats'], variables['batch_stats'])
 
 
 def test_shortcut_a_subsamples_and_pads_channels_on_both_sides():

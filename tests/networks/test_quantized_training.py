@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bqat_jax.blocks.block_network import other_collections
 from bqat_jax.quantizers.rounding import Context
 from bqat_jax.replacement.block_replacement import Batch, replace_blocks
 from bqat_jax.replacement.paths import Variables
@@ -24,7 +25,7 @@ def test_a_step_of_two_and_four_bits(case):
         assert signed[next(iter(signed))], 'normalised images have negative numbers'
 
         def loss(params, quantizers, partner, replacement=replacement):
-            variables = Variables(params, quantizers, partner['batch_stats'])
+            variables = Variables(params, quantizers, other_collections(partner))
             return replacement.loss(variables, partner, BATCH, CONTEXT)[0]
 
         run = quick_jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))

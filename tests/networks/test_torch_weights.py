@@ -85,7 +85,7 @@ def test_gives_the_same_logits_as_pytorch(torch_model, tmp_path, size, train):
     torch_model.train(train)
     with torch.no_grad():
         expected = torch_model(torch.tensor(x.transpose(0, 3, 1, 2))).numpy()
-    got, _ = NETWORK.apply(variables, jnp.asarray(x), NETWORK.names, train=train)
+    got, _ = NETWORK.apply(variables, jnp.asarray(x), train=train)
     np.testing.assert_allclose(got, expected, atol=1e-4 * np.abs(expected).max())
 
 
@@ -110,7 +110,7 @@ def test_a_plain_sequential_is_vgg_small(train):
     x = np.random.default_rng(0).normal(size=(4, 16, 24, 3)).astype(np.float32)
     with torch.no_grad():
         expected = model(torch.tensor(x.transpose(0, 3, 1, 2))).numpy()
-    got, _ = network.apply(variables, jnp.asarray(x), network.names, train=train)
+    got, _ = network.apply(variables, jnp.asarray(x), train=train)
     np.testing.assert_allclose(got, expected, atol=1e-4 * np.abs(expected).max())
 
 

@@ -30,24 +30,24 @@ def test_a_network_from_outside_is_trained(plan):
     optimizer = optax.sgd(0.03, 0.9)
 
     @jax.jit
-    def step(trained, batch_stats, state, key):
-        (_, (batch_stats, metrics)), gradients = jax.value_and_grad(
-            lambda trained: replacement.loss(Variables(*trained, batch_stats), PARTNER, BATCH, Context(key=key)),
+    def step(trained, collections, state, key):
+        (_, (collections, metrics)), gradients = jax.value_and_grad(
+            lambda trained: replacement.loss(Variables(*trained, collections), PARTNER, BATCH, Context(key=key)),
             has_aux=True,
         )(trained)
         updates, state = optimizer.update(gradients, state)
         params, new = optax.apply_updates(trained, updates)
         trained = (params, replacement.quantization.constrain(new, trained[1]))
-        return trained, batch_stats, state, metrics['loss/cross_entropy'], gradients
+        return trained, collections, state, metrics['loss/cross_entropy'], gradients
 
-    trained, batch_stats = (variables.params, variables.quantizers), variables.batch_stats
+    trained, collections = (variables.params, variables.quantizers), variables.collections
     state, losses = optimizer.init(trained), []
     for number in range(30):
-        trained, batch_stats, state, loss, gradients = step(trained, batch_stats, state, jax.random.key(number))
+        trained, collections, state, loss, gradients = step(trained, collections, state, jax.random.key(number))
         losses.append(float(loss))
         assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
     assert np.mean(losses[-5:]) < 0.5 * losses[0], losses
-    assert replacement.logits(Variables(*trained, batch_stats), IMAGES).shape == (32, 5)
+    assert replacement.logits(Variables(*trained, collections), IMAGES).shape == (32, 5)
 
 
 def test_the_partner_gets_no_gradient_and_stays():

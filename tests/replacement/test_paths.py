@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from bqat_jax.blocks.block_network import other_collections
+from bqat_jax.blocks.exploring import with_inputs
 from bqat_jax.networks.cifar_resnet import cifar_resnet
 from bqat_jax.replacement.objective import Objective
 from bqat_jax.replacement.paths import Features, Variables, run_backbone, run_paths, run_teacher
@@ -15,7 +17,7 @@ from bqat_jax.replacement.schedules import Constant
 from bqat_jax.transform import FULL_PRECISION, prepare
 from tests.programs import count_operations
 
-NETWORK = cifar_resnet(10, depth=8, width=4, shortcut='B', cut='block')  # three blocks
+NETWORK = with_inputs(cifar_resnet(10, depth=8, width=4, shortcut='B', cut='block'), (8, 8, 3))  # three blocks
 BLOCKS = len(NETWORK.blocks)
 X = jax.random.normal(jax.random.key(0), (8, 8, 8, 3))
 LABELS = jnp.arange(8)
@@ -26,7 +28,8 @@ def make_variables(seed):
     """Variables of a network that has seen data: its stored statistics fit."""
     variables = NETWORK.init(jax.random.key(seed), (8, 8, 3))
     for _ in range(30):
-        _, variables['batch_stats'] = NETWORK.apply(variables, X, NETWORK.names, train=True)
+        _, state = NETWORK.apply(variables, X, train=True)
+        variables |= state
     return variables
 
 
@@ -52,29 +55,28 @@ def low_precision():
 
 
 def backbone(params, quantizer_params, x=X, train=True):
-    variables = Variables(params, quantizer_params, PARTNER['batch_stats'])
+    variables = Variables(params, quantizer_params, other_collections(PARTNER))
     return run_backbone(NETWORK, low_precision().quantization, variables, x, train=train)
 
 
 def full_precision(train):
-    variables = Variables(PARTNER['params'], {}, PARTNER['batch_stats'])
+    variables = Variables(PARTNER['params'], {}, other_collections(PARTNER))
     return run_backbone(NETWORK, FULL_PRECISION, variables, X, train=train)
 
 
 def our_paths(plan, lp, partner, mask):
-    partner_features = run_teacher(NETWORK, partner, X).features
-    return run_paths(NETWORK, plan, partner, mask, Features(lp.features, partner_features, lp.run_block))
+    alive = run_teacher(NETWORK, partner, X).alive
+    return jnp.stack(run_paths(NETWORK, plan, partner, mask, Features(lp.alive, alive, lp.run_block)))
 
 
 def paths_by_hand(plan, lp, partner, mask):
     """The MP models one after another and block by block, nothing shared; the mask is known."""
-    partner, logits = jax.lax.stop_gradient(partner), []
+    fp, logits = NETWORK.bind(jax.lax.stop_gradient(partner), train=False), []
     for row in np.asarray(mask):
-        z = X
-        for number, names in enumerate(NETWORK.segments):
-            is_lp = bool(row[number])
-            z = lp.run_block(number, z) if is_lp else NETWORK.apply(partner, z, names, train=False)[0]
-        logits.append(NETWORK.apply(partner, z, NETWORK.head, train=False)[0])
+        alive = lp.alive[0] if row[0] else fp.run(X).alive[0]
+        for number in range(1, BLOCKS):
+            alive = lp.run_block(number, alive) if row[number] else fp.run_pieces(number, number, alive)
+        logits.append(fp.run_pieces(BLOCKS, BLOCKS, alive))
     return jnp.stack(logits)
 
 
@@ -145,7 +147,7 @@ def test_a_path_gives_gradients_to_its_lp_blocks_and_to_no_other(name):
     gradients = jax.jit(jax.grad(loss))(PARTNER['params'])
     lp_blocks = {*np.nonzero(np.asarray(mask).any(axis=0))[0].tolist()}
     assert lp_blocks
-    for number, names in enumerate((*NETWORK.segments, NETWORK.head)):
+    for number, names in enumerate((('stem', 'stage1_block1'), ('stage2_block1',), ('stage3_block1',), ('head',))):
         for submodule in names:
             largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradients[submodule]))
             assert (largest > 0) == (number in lp_blocks), submodule
@@ -165,24 +167,25 @@ def test_with_identity_quantizers_and_equal_weights_every_path_is_the_partner(na
 def test_the_backbone_updates_its_statistics_once():
     lp = backbone(PARTNER['params'], low_precision()[1])
     old = PARTNER['batch_stats']
-    assert jax.tree.structure(lp.batch_stats) == jax.tree.structure(old)
+    assert jax.tree.structure(lp.collections['batch_stats']) == jax.tree.structure(old)
     h = X - 0  # the first batch norm, by hand: one step of the running mean
     quantization, parameters = low_precision()
     h = quantization.layers['stem/conv'].activations.fake_quantize(parameters['stem/conv']['activations'], h)
     kernel = quantization.quantize_params(parameters, PARTNER['params'])['stem']['conv']['kernel']
     y = jax.lax.conv_general_dilated(h, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
     expected = 0.9 * old['stem']['norm']['mean'] + 0.1 * y.mean((0, 1, 2))
-    np.testing.assert_allclose(lp.batch_stats['stem']['norm']['mean'], expected, rtol=1e-4, atol=1e-5)
+    mean = lp.collections['batch_stats']['stem']['norm']['mean']
+    np.testing.assert_allclose(mean, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_lp_blocks_on_other_features_leave_the_statistics_alone():
     """They normalise by their own batch: the same features twice as large give the same outputs, as batch norm does."""
     lp = full_precision(train=True)
-    again = lp.run_block(1, lp.features[0])
+    (again,) = lp.run_block(1, lp.alive[0])
     np.testing.assert_array_equal(again, lp.features[1])
-    conv_first = NETWORK.apply(PARTNER, 2 * X, NETWORK.segments[0], train=True)[0]
-    np.testing.assert_allclose(lp.run_block(0, 2 * X), conv_first, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(lp.run_block(0, 2 * X), lp.features[0], rtol=1e-2, atol=1e-2)
+    (doubled,) = lp.run_block(1, (2 * lp.features[0],))
+    np.testing.assert_allclose(doubled, again, rtol=1e-2, atol=1e-2)
+    assert not np.array_equal(doubled, again)
 
 
 @pytest.mark.parametrize('is_drawn', [False, True])
@@ -204,7 +207,7 @@ def test_models_of_a_users_plan_may_go_back_and_forth(is_drawn, registries):
 def test_a_plan_that_lacks_what_it_needs_is_refused():
     lp = backbone(PARTNER['params'], low_precision()[1])
     with pytest.raises(ValueError, match='run_block'):
-        run_paths(NETWORK, PLANS['single'], PARTNER, PLANS['single'].draw(jax.random.key(0))[0], Features(lp.features))
+        run_paths(NETWORK, PLANS['single'], PARTNER, PLANS['single'].draw(jax.random.key(0))[0], Features(lp.alive))
 
 
 def test_the_teacher_gives_no_gradient():
@@ -230,15 +233,18 @@ def test_what_is_drawn_stays_a_conditional(name, devices):
     mesh = Mesh(np.array(jax.devices()[:devices]), ('data',))
     over_batch, everywhere = NamedSharding(mesh, PartitionSpec('data')), NamedSharding(mesh, PartitionSpec())
     lp = backbone(PARTNER['params'], low_precision()[1])
-    features = [jax.device_put(h, over_batch) for h in lp.features]
-    partner_features = [jax.device_put(g, over_batch) for g in run_teacher(NETWORK, PARTNER, X).features]
+    features = jax.device_put(lp.alive, over_batch)
+    partner_features = jax.device_put(list(run_teacher(NETWORK, PARTNER, X).alive), over_batch)
     partner, mask = jax.device_put((PARTNER, plan.draw(jax.random.key(0))[0]), everywhere)
 
     def forward(features, partner_features, partner, mask):
-        def run_block(number, x):
-            return NETWORK.apply(partner, x, NETWORK.segments[number], train=True)[0]
+        lp = NETWORK.bind(partner, train=True)
 
-        return jnp.sum(run_paths(NETWORK, plan, partner, mask, Features(features, partner_features, run_block)) ** 2)
+        def run_block(number, alive):
+            return lp.run_pieces(number, number, alive)
+
+        outputs = run_paths(NETWORK, plan, partner, mask, Features(features, partner_features, run_block))
+        return sum(jnp.sum(logits**2) for logits in outputs)
 
     for function, passes in ((forward, 1), (jax.grad(forward), 2)):
         text = jax.jit(function).lower(features, partner_features, partner, mask).compile().as_text()
@@ -249,7 +255,8 @@ def test_each_partner_block_runs_once_for_all_prefixes():
     """Counted in the traced program: the convolutions of blocks 2 .. n, each once."""
     lp = backbone(PARTNER['params'], low_precision()[1])
     mask, _ = PLANS['prefix'].draw(jax.random.key(0))
-    program = jax.make_jaxpr(lambda f: run_paths(NETWORK, PLANS['prefix'], PARTNER, mask, Features(f)))(lp.features)
+    program = jax.make_jaxpr(lambda f: run_paths(NETWORK, PLANS['prefix'], PARTNER, mask, Features(f)))(lp.alive)
     convolutions = count_operations(program.jaxpr, 'conv_general_dilated')
-    expected = sum(1 for names in NETWORK.segments[1:] for n in names for key in PARTNER['params'][n] if 'conv' in key)
+    names = ('stage2_block1', 'stage3_block1')
+    expected = sum(1 for name in names for key in PARTNER['params'][name] if 'conv' in key)
     assert convolutions == expected

@@ -419,7 +419,7 @@ def test_block_replacement_trains_it(name):
     wanted = network.apply(network.init(jax.random.key(7), inputs), inputs)
     assert isinstance(wanted, jax.Array)
     targets = wanted if name == 'regression' else jnp.argmax(wanted, -1).at[:, 3].set(-1)
-    blocks = bq.split_after(network, ('a', 'b'), image_shape=(4, 8))
+    blocks = bq.split_after(network, ('a', 'b'), (4, 8))
     bits = {'name': 'lsq', 'bits': 3, 'estimator': 'identity'}
     partner = blocks.init(jax.random.key(1), (4, 8))
     replacement, variables = bq.replace_blocks(

@@ -25,7 +25,8 @@ def test_statistics_are_those_of_the_batches(groups):
     spec = dataclasses.replace(spec, batch_norm_groups=groups)
     optimizer, _ = make_optimizer(OptimizerSpec(), 5)
     stored = jax.tree.map(lambda x: x + 7.0, VARIABLES['batch_stats'])
-    state = init_state(spec, jax.random.key(0), Variables(VARIABLES['params'], quantizers, stored), optimizer)
+    variables = Variables(VARIABLES['params'], quantizers, {'batch_stats': stored})
+    state = init_state(spec, jax.random.key(0), variables, optimizer)
     batches = [{'index': np.arange(start, start + 32, dtype=np.int32)} for start in (0, 64)]
     statistics = reestimate_batch_stats(spec, state, ARRAYS, batches, Replicas(1, Placement(make_mesh(1))))
 
@@ -35,7 +36,7 @@ def test_statistics_are_those_of_the_batches(groups):
         with batch_norm_in_groups(groups):
             return run_backbone(
                 spec.replacement.network, spec.replacement.quantization, state.variables, batch.inputs, train=True
-            ).batch_stats
+            ).collections['batch_stats']
 
     both = [updated(batch['index'], jnp.int32(number)) for number, batch in enumerate(batches)]
     expected = jax.tree.map(

@@ -6,6 +6,8 @@ import numpy as np
 import optax
 import pytest
 
+from bqat_jax.blocks.block_network import other_collections
+from bqat_jax.blocks.exploring import with_inputs
 from bqat_jax.data.preprocessing import Augmentation, Preprocessing
 from bqat_jax.distributed.replicas import Replicas
 from bqat_jax.distributed.sharding import Placement, make_mesh, over_batch, replicated
@@ -23,7 +25,7 @@ from bqat_jax.training.step import make_evaluation_step, make_train_step
 from bqat_jax.transform import FULL_PRECISION, prepare
 from tests.programs import operations, without_dead_code
 
-NETWORK = cifar_resnet(10, depth=8, width=8)
+NETWORK = with_inputs(cifar_resnet(10, depth=8, width=8), (8, 8, 1))
 PREPROCESSING = Preprocessing((0.5,), (0.5,), Augmentation(crop_padding=1, flip=True))
 VARIABLES = NETWORK.init(jax.random.key(1), (8, 8, 1))
 ARRAYS = {
@@ -51,7 +53,7 @@ def run_steps(spec, quantizers, devices, steps, learning_rate=0.01, states=None,
     replicas = Replicas(1, Placement(mesh))
     optimizer, rate = make_optimizer(OptimizerSpec(learning_rate=learning_rate, quantizers=Rates(0.01)), steps)
     make = replicas.jit(lambda variables: init_state(spec, jax.random.key(3), variables, optimizer), (0,))
-    state = make(Variables(VARIABLES['params'], quantizers, VARIABLES['batch_stats']))
+    state = make(Variables(VARIABLES['params'], quantizers, other_collections(VARIABLES)))
     step = make_train_step(spec, optimizer, rate, replicas)
     partner, arrays = replicas.placement.put(VARIABLES), jax.device_put(ARRAYS, replicated(mesh))
     history, before = [], []
@@ -143,11 +145,11 @@ def test_the_loss_without_quantizers_is_the_program_of_the_plain_network():
     inputs, targets = jnp.zeros((4, 8, 8, 1)), jnp.zeros(4, jnp.int32)
 
     def ours(params):
-        variables, context = Variables(params, {}, VARIABLES['batch_stats']), Context(key=jax.random.key(0))
+        variables, context = Variables(params, {}, other_collections(VARIABLES)), Context(key=jax.random.key(0))
         return total_loss(FULL_PRECISION_SPEC, variables, None, Batch(inputs, targets), context)[0]
 
     def plain(params):
-        logits, _ = NETWORK.apply({**VARIABLES, 'params': params}, inputs, NETWORK.names, train=True)
+        logits, _ = NETWORK.apply({**VARIABLES, 'params': params}, inputs, train=True)
         return 1.0 * jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, targets))
 
     programs = [jax.make_jaxpr(jax.grad(loss))(VARIABLES['params']).jaxpr for loss in (ours, plain)]
@@ -190,9 +192,9 @@ def test_evaluation_counts_only_what_the_mask_shows():
         step = make_evaluation_step(spec, Replicas(1, Placement(mesh)))
         arrays = jax.device_put(ARRAYS, replicated(mesh))
         batch = {'index': np.arange(64, dtype=np.int32), 'mask': np.arange(64) < 50}
-        counts = step(params, VARIABLES['batch_stats'], arrays, jax.device_put(batch, over_batch(mesh)))
+        counts = step(params, other_collections(VARIABLES), arrays, jax.device_put(batch, over_batch(mesh)))
         batch['mask'] = np.ones(64, bool)
-        everything = step(params, VARIABLES['batch_stats'], arrays, jax.device_put(batch, over_batch(mesh)))
+        everything = step(params, other_collections(VARIABLES), arrays, jax.device_put(batch, over_batch(mesh)))
         assert int(counts['examples']) == 50 and int(everything['examples']) == 64
         assert 0 <= int(counts['correct']) <= int(everything['correct'])
 
@@ -202,7 +204,7 @@ def test_images_whose_logits_are_not_finite_are_counted_and_are_not_correct():
     params = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), VARIABLES['params'])
     step = make_evaluation_step(spec, Replicas(1, Placement(make_mesh(1))))
     batch = {'index': np.arange(64, dtype=np.int32), 'mask': np.arange(64) < 50}
-    counts = step({'network': params, 'quantizers': quantizers}, VARIABLES['batch_stats'], ARRAYS, batch)
+    counts = step({'network': params, 'quantizers': quantizers}, other_collections(VARIABLES), ARRAYS, batch)
     assert np.isinf(counts.pop('cross_entropy'))
     counts = {name: int(count) for name, count in counts.items()}
     assert counts == {'correct': 0, 'counted': 50, 'examples': 50, 'not_finite': 50}
@@ -213,7 +215,7 @@ def test_the_state_is_donated():
     mesh = make_mesh(1)
     optimizer, rate = make_optimizer(OptimizerSpec(), 5)
     make = jax.jit(lambda v: init_state(spec, jax.random.key(3), v, optimizer), out_shardings=replicated(mesh))
-    state = make(Variables(VARIABLES['params'], quantizers, VARIABLES['batch_stats']))
+    state = make(Variables(VARIABLES['params'], quantizers, other_collections(VARIABLES)))
     step = make_train_step(spec, optimizer, rate, Replicas(1, Placement(mesh)))
     batch = jax.device_put({'index': np.arange(64, dtype=np.int32)}, over_batch(mesh))
     step(state, None, jax.device_put(ARRAYS, replicated(mesh)), batch)
