@@ -1,11 +1,15 @@
 """The loop calls hooks in order, at the steps that they are due at."""
 
+import math
+
 import jax
 import pytest
 
 from bqat_jax.experiment.hooks import Clock, Log, Save
 from bqat_jax.experiment.loop import Hooks, run_steps
 from bqat_jax.replacement.task_kinds import CLASSIFICATION
+from bqat_jax.replacement.tasks import get_task
+from bqat_jax.training.evaluation import Evaluation
 
 
 def run(batches, start, before=(), after=()):
@@ -70,7 +74,7 @@ class Checkpoints:
 
 
 class State:
-    first_bad_step = -1
+    first_bad_step, params, batch_stats = -1, None, None
 
 
 def test_metrics_are_recorded_after_the_next_step_has_begun():
@@ -98,6 +102,21 @@ def test_a_checkpoint_is_saved_when_due_and_at_the_end_behind_the_metrics_of_its
         if number in (2, 4, 5):
             assert recorder.records[-1][0] == number
     assert checkpoints.saved == [(2, 2, None), (4, 4, None), (5, 5, None)]
+
+
+@pytest.mark.parametrize(('task', 'sign'), [('classification', 1), ('regression', -1)])
+def test_the_score_of_a_checkpoint_is_larger_for_a_better_network(task, sign):
+    metric, recorder, checkpoints = get_task(task).score, Recorder(), Checkpoints()
+    evaluations = iter([(0.25, 0.75), (math.nan, 0.5)])
+
+    def evaluation(params, batch_stats):
+        return [Evaluation({metric.name: value}, 8) for value in next(evaluations)]
+
+    save = Save(checkpoints, Log(recorder, Clock(0.0, 8), lambda bad: None), evaluation, metric)
+    save.save(1, State())
+    save.save(2, State())
+    assert [score for _, _, score in checkpoints.saved] == [sign * 0.5, -math.inf]
+    assert recorder.records[0] == (1, [f'validation_{metric.name}'])
 
 
 def test_a_loss_that_is_not_finite_is_never_saved():
