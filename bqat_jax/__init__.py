@@ -44,7 +44,7 @@ from bqat_jax.replacement.plans import Plan, register_plan
 from bqat_jax.replacement.schedules import register_schedule
 from bqat_jax.replacement.task_kinds import Classification, LanguageModel, MultiLabel, Regression, Segmentation
 from bqat_jax.replacement.tasks import CustomTask, Metric, Task, get_task, register_task
-from bqat_jax.transform import Quantization, find_layers, prepare
+from bqat_jax.transform import Quantization, find_layers, prepare, register_layer
 
 __all__ = [
     'LCQ',
@@ -88,6 +88,7 @@ __all__ = [
     'get_task',
     'prepare',
     'register_estimator',
+    'register_layer',
     'register_network',
     'register_plan',
     'register_quantizer',

@@ -36,7 +36,7 @@ from bqat_jax.replacement.paths import Variables, run_backbone, run_teacher
 from bqat_jax.training.loss import task_loss_alone, total_loss
 from bqat_jax.training.spec import TrainSpec
 from bqat_jax.training.state import TrainState, floats_of
-from bqat_jax.transform import FULL_PRECISION, ROLES, WEIGHT_NAME, LayerQuantizers, Quantization
+from bqat_jax.transform import FULL_PRECISION, ROLES, LayerQuantizers, Quantization
 
 LOSSES = ('lp', 'full')
 REFERENCES = ('full_precision', 'smoothed')
@@ -97,12 +97,14 @@ def measure_gradients(
     smooth = _with_estimator(task, 'stochastic')
     full_precision = _with_quantization(task, FULL_PRECISION)
 
+    path_of = spec.replacement.quantization.weight_path
+
     def gradient(spec, variables, partner, batch, context, draw=None):
         def loss(params):
             return total_loss(spec, variables._replace(params=params), partner, batch, context, draw)[0]
 
         flat: Any = traverse_util.flatten_dict(jax.grad(loss)(variables.params), sep='/')
-        return {path: flat[f'{path}/{WEIGHT_NAME}'] for path in blocks}
+        return {path: flat[path_of(path)] for path in blocks}
 
     @jax.jit
     def measure(state, partner, batch, number):
@@ -326,7 +328,11 @@ def measure_oscillations(
         variables = state.variables
         flat: Any = traverse_util.flatten_dict(variables.params, sep='/')
         return {
-            path: (quantizer, variables.quantizers[path]['weights'], flat[f'{path}/{WEIGHT_NAME}'])
+            path: (
+                quantizer,
+                variables.quantizers[path]['weights'],
+                flat[spec.replacement.quantization.weight_path(path)],
+            )
             for path, quantizer in quantizers.items()
         }
 

@@ -12,7 +12,7 @@ from flax import traverse_util
 
 from bqat_jax.blocks.block_network import BlockNetwork
 from bqat_jax.quantizers.estimators import ESTIMATORS, IDENTITY
-from bqat_jax.replacement.network_layers import blocks_of_layers
+from bqat_jax.replacement.network_layers import blocks_of_layers, network_unquantized_share
 from bqat_jax.transform import Layers, count_macs
 from bqat_jax.transform.operations import NO_LAYER
 from bqat_jax.transform.rules import LayerSettings, QuantizerSettings
@@ -30,7 +30,8 @@ def summarize(network: BlockNetwork, layers: Layers, settings: Mapping[str, Laye
     weights × bits of the input, 32 for full precision (Baskin et al., arXiv 1804.10969, section 4.1). In 'totals' what
     is in no layer that can be quantized counts too: batch norms among the parameters, the products within attention
     among the operations. Sizes are of parameters in bytes, at the bits of the weights' quantizers and without those
-    quantizers' own parameters. 'not_quantizable' has the path of every other weight, and why no quantizer reaches it.
+    quantizers' own parameters. 'not_quantizable' has the path of every other weight, and why no quantizer reaches it,
+    and 'not_quantizable_share' their share of the multiply-accumulates with weights.
 
     Args:
         network: the network; it knows its inputs.
@@ -54,7 +55,7 @@ def summarize(network: BlockNetwork, layers: Layers, settings: Mapping[str, Laye
         rows.append(
             {
                 'path': path,
-                'block': blocks.get(path, '-'),
+                'block': blocks[path],
                 'kind': layer.kind,
                 'kernel': list(kernel),
                 'weights': _describe(own.weights),
@@ -74,7 +75,12 @@ def summarize(network: BlockNetwork, layers: Layers, settings: Mapping[str, Laye
         'bytes_full_precision': full_bits // 8,
         'bytes': -(-(full_bits - saved_bits) // 8),
     }
-    return {'layers': rows, 'totals': totals, 'not_quantizable': dict(layers.others)}
+    return {
+        'layers': rows,
+        'totals': totals,
+        'not_quantizable': dict(layers.others),
+        'not_quantizable_share': network_unquantized_share(network, variables),
+    }
 
 
 def print_summary(console: rich.console.Console, title: str, summary: dict[str, Any]) -> None:
@@ -103,6 +109,9 @@ def print_summary(console: rich.console.Console, title: str, summary: dict[str, 
         f'Size: {_short(totals["bytes_full_precision"])}B in full precision, {_short(totals["bytes"])}B quantized; '
         f'BitOPs: {totals["bitops"] / max(totals["bitops_full_precision"], 1):.2%} of full precision.'
     )
+    if summary['not_quantizable']:
+        share = summary['not_quantizable_share']
+        console.print(f'No quantizer reaches {share:.2%} of the multiply-accumulates with weights.', soft_wrap=True)
     for path, reason in summary['not_quantizable'].items():
         console.print(f'Not quantized: {path}: {reason}.', soft_wrap=True)
 

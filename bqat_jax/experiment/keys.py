@@ -174,6 +174,12 @@ KEYS: tuple[Key, ...] = (
         ),
         'settings of single layers: the first rule whose regular expression matches the layer counts',
     ),
+    Key(
+        'quant.allow_unquantized',
+        0.1,
+        'largest share of multiply-accumulates with weights that no quantizer reaches, as their layers are not known',
+        FRACTION,
+    ),
     Key('quant.calibration_batches', 4, 'batches that quantizers are calibrated on', COUNT),
     Key('quant.trace.every_steps', Unset(int), 'how often `ewgs_trace` measures its strength, after the start', COUNT),
     Key('quant.trace.every_epochs', 10.0, 'the same in epochs; at least one step', POSITIVE),

@@ -26,7 +26,7 @@ from bqat_jax.experiment.experiment import DataSpec, Experiment, InitSource, Int
 from bqat_jax.networks import make_network
 from bqat_jax.networks.convolution import conv_general_dilated
 from bqat_jax.registry import load_plugins, place_in_plugins
-from bqat_jax.replacement.network_layers import find_network_layers
+from bqat_jax.replacement.network_layers import find_network_layers, network_unquantized_share
 from bqat_jax.replacement.objective import WEIGHTS, Objective
 from bqat_jax.replacement.plans import Plan, parse_path_weights
 from bqat_jax.replacement.schedules import get_schedule
@@ -35,7 +35,7 @@ from bqat_jax.storage import place
 from bqat_jax.training.optimizer import OptimizerSpec, Rates
 from bqat_jax.training.regularizers import Regularizers
 from bqat_jax.training.strengths import TraceSettings
-from bqat_jax.transform import Layers
+from bqat_jax.transform import Layers, check_unquantized, fit_settings
 from bqat_jax.transform.rules import NO_QUANTIZER, LayerSettings, assign_quantizers
 
 FULL_PRECISION_BITS = 32
@@ -90,6 +90,9 @@ def make_experiment(
             config.quant.activations.to_dict(),
             config.quant.rules,
         )
+        quantizers = fit_settings(layers.quantizable, quantizers)
+        if any(settings.weights is not None for settings in quantizers.values()):
+            check_unquantized(layers, network_unquantized_share(network, shapes), config.quant.allow_unquantized)
         regularizers = Regularizers(**config.quant.oscillations)
         _check_regularizers(regularizers, layers, quantizers)
         plan = _make_plan(config.replacement, len(network.blocks))

@@ -3,7 +3,7 @@
 from typing import Any
 
 from bqat_jax.blocks.block_network import BlockNetwork
-from bqat_jax.transform import Layers, find_layers
+from bqat_jax.transform import Layers, find_layers, unquantized_share
 
 
 def find_network_layers(network: BlockNetwork, variables: Any) -> Layers:
@@ -16,18 +16,23 @@ def find_network_layers(network: BlockNetwork, variables: Any) -> Layers:
     return find_layers(_run(network), variables['params'], network.batch_of(1), variables)
 
 
-def blocks_of_layers(network: BlockNetwork, variables: Any) -> dict[str, str]:
-    """Returns 'block 1', ... or 'head' for the path of every module; arguments as `find_network_layers`.
+def network_unquantized_share(network: BlockNetwork, variables: Any) -> float:
+    """Returns the share of the multiply-accumulates with weights that no quantizer reaches; arguments as above."""
+    return unquantized_share(_run(network), variables['params'], network.batch_of(1), variables)
 
-    One that runs in several of them, as the stack of an `nn.scan` that is cut between its iterations, has the first and
-    the last: 'block 1 - head'.
+
+def blocks_of_layers(network: BlockNetwork, variables: Any) -> dict[str, str]:
+    """Returns 'block 1', ... or 'head' for the path of every layer; arguments as `find_network_layers`.
+
+    A layer that runs in several of them, as the stack of an `nn.scan` that is cut between its iterations, has the first
+    and the last: 'block 1 - head'.
     """
     pieces = network.trace(variables, None, train=False, size=1).modules()
     labels = [*(f'block {number}' for number in range(1, len(pieces))), 'head']
     blocks = {}
-    for path in set().union(*pieces):
+    for path in find_network_layers(network, variables).quantizable:
         own = [label for label, paths in zip(labels, pieces, strict=True) if path in paths]
-        blocks[path] = own[0] if len(own) == 1 else f'{own[0]} - {own[-1]}'
+        blocks[path] = ' - '.join(dict.fromkeys((own[0], own[-1]))) if own else labels[0]
     return blocks
 
 

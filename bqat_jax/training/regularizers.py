@@ -21,7 +21,7 @@ from bqat_jax.quantizers.oscillations import (
     track,
 )
 from bqat_jax.replacement.paths import Variables
-from bqat_jax.transform import WEIGHT_NAME, Layer, Quantization
+from bqat_jax.transform import Layer, Quantization
 
 # A weight oscillates visibly if it does so this often; the bound of the paper's figures.
 VISIBLE_FREQUENCY = 0.005
@@ -94,7 +94,7 @@ class Regularizers:
             total += dampening_loss(
                 quantizer,
                 variables.quantizers[path]['weights'],
-                flat[f'{path}/{WEIGHT_NAME}'],
+                flat[quantization.weight_path(path)],
                 self.dampening_aggregation,
             )
         return self.dampening_weight(progress) * total
@@ -105,7 +105,7 @@ class Regularizers:
             return {}
         flat: Any = traverse_util.flatten_dict(variables.params, sep='/')
         return {
-            path: init_tracker(quantizer, variables.quantizers[path]['weights'], flat[f'{path}/{WEIGHT_NAME}'])
+            path: init_tracker(quantizer, variables.quantizers[path]['weights'], flat[quantization.weight_path(path)])
             for path, quantizer in _weights(quantization)
         }
 
@@ -136,7 +136,7 @@ class Regularizers:
         new = {}
         for path, quantizer in _weights(quantization):
             if path in trackers:
-                name, own = f'{path}/{WEIGHT_NAME}', variables.quantizers[path]['weights']
+                name, own = quantization.weight_path(path), variables.quantizers[path]['weights']
                 codes = quantizer.encode(own, flat[name])
                 new[path] = track(trackers[path], codes, self.freezing_momentum, self.threshold(progress))
                 flat[name] = freeze(quantizer, own, flat[name], new[path])

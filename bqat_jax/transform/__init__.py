@@ -6,9 +6,9 @@ from bqat_jax.transform.calibration import (
     init_quantizers,
     mean_of_trees,
 )
-from bqat_jax.transform.layers import LAYER_TYPES, WEIGHT_NAME, KernelLayout, Layer, Layers, find_layers
-from bqat_jax.transform.operations import count_macs
-from bqat_jax.transform.preparation import Prepared, prepare, prepare_layers
+from bqat_jax.transform.layers import LAYER_TYPES, WEIGHT_NAME, KernelLayout, Layer, Layers, find_layers, register_layer
+from bqat_jax.transform.operations import count_macs, unquantized_share
+from bqat_jax.transform.preparation import Prepared, check_unquantized, fit_settings, prepare, prepare_layers
 from bqat_jax.transform.quantization import (
     FULL_PRECISION,
     ROLES,
@@ -32,13 +32,17 @@ __all__ = [
     'Quantization',
     'build_quantization',
     'calibrate',
+    'check_unquantized',
     'context_of',
     'count_macs',
     'find_layers',
     'find_signed_inputs',
+    'fit_settings',
     'init_quantizers',
     'mean_of_trees',
     'prepare',
     'prepare_layers',
+    'register_layer',
     'rescale',
+    'unquantized_share',
 ]

@@ -1,12 +1,12 @@
 """Initial parameters of all quantizers, from the weights and some batches of data.
 
 A layer's input may be seen only inside `nn.scan` or `nn.remat`, from where nothing can be carried out by hand. So what
-is to be known of it comes out as a gradient: a function that passes the input on has a backward rule by which a
-placeholder in the parameter tree receives a statistic of that input for its gradient. Flax's 8-bit floating-point
-layers keep their history of maxima in the same way (`flax.linen.fp8_ops`).
+is to be known of it is tagged there, and collected from the traced program: `tagging`. No gradient is taken: heads that
+nothing reads, and layers in front of `stop_gradient` or `argmax`, are seen too.
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,31 +15,12 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from bqat_jax.quantizers import Quantizer
-from bqat_jax.transform.layers import WEIGHT_NAME, Layer, intercept_layers
+from bqat_jax.transform.layers import Layer, intercept_layers
 from bqat_jax.transform.quantization import Quantization
 from bqat_jax.transform.rules import LayerSettings
+from bqat_jax.transform.tagging import collect_tagged, tag
 
-PROBE = 'input_probe'
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _observe(statistic: Callable[..., Any], transform: Callable[..., Any], x: jax.Array, probe: Any) -> jax.Array:
-    """Returns transform(x); in the backward pass the probe's gradient is statistic(x), and the number of calls."""
-    del statistic, probe
-    return transform(x)
-
-
-def _observe_forward(statistic, transform, x, probe):
-    del statistic, probe
-    return transform(x), x
-
-
-def _observe_backward(statistic, transform, x, cotangent):
-    del transform
-    return cotangent, {'sum': statistic(x), 'calls': jnp.float32(1)}
-
-
-_observe.defvjp(_observe_forward, _observe_backward)
+PLACE = 'input_place'
 
 
 def observe_inputs(
@@ -60,46 +41,55 @@ def observe_inputs(
         statistics: for every layer of interest a function of its input that gives a tree of float32 arrays.
         transforms: for some of them, what the layer gets instead of its input, in the same shape.
 
+    Returns:
+        The statistics by layer, NaN for one whose branch of a conditional was never taken.
+
     Raises:
         ValueError: if one of the layers does not run.
     """
-    seen = set()
+    names = list(statistics)
 
     def look(call, module, path, x, args, kwargs):
         if path not in statistics:
             return call(x)
-        seen.add(path)
-        probe = module.get_variable('params', PROBE)
-        return call(_observe(statistics[path], transforms.get(path, _pass), x, probe))
+        place = module.get_variable('params', PLACE)
+        tag(names.index(path), (place, *jax.tree.leaves(statistics[path](x))))
+        return call(transforms.get(path, _pass)(x))
 
-    def total(probes):
+    def watched(params, batch):
         flat: Any = traverse_util.flatten_dict(params, sep='/')
-        flat |= {f'{path}/{PROBE}': probe for path, probe in probes.items()}
+        for path in names:  # where in its stack a layer stands reaches it beside its kernel
+            stack = layers[path].stack
+            flat[f'{path}/{PLACE}'] = jnp.arange(math.prod(stack)).reshape(stack)
         with intercept_layers(look):
-            outputs = run(traverse_util.unflatten_dict(flat, sep='/'), batch)
-        floats = [x for x in jax.tree.leaves(outputs) if jnp.issubdtype(x.dtype, jnp.floating)]
-        return sum((jnp.sum(x.astype(jnp.float32)) for x in floats), jnp.float32(0))
+            return run(traverse_util.unflatten_dict(flat, sep='/'), batch)
 
-    def make_probe(path):
-        value = jax.eval_shape(statistics[path], layers[path].input)
-        stack = layers[path].stack
-        return jax.tree.map(
-            lambda x: jnp.zeros((*stack, *x.shape), x.dtype),
-            {'sum': value, 'calls': jax.ShapeDtypeStruct((), jnp.float32)},
-        )
-
-    observed = jax.grad(total)({path: make_probe(path) for path in statistics})
-    for path in statistics:
-        if path not in seen:
+    observed = collect_tagged(watched, params, batch)
+    for number, path in enumerate(names):
+        if number not in observed:
             raise ValueError(f'The layer {path} has a quantizer for its input, but did not run.')
+    return {path: _mean(observed[number], layers[path], statistics[path]) for number, path in enumerate(names)}
 
-    def mean(probe):
-        def divide(x):
-            return x / probe['calls'].reshape(probe['calls'].shape + (1,) * (x.ndim - probe['calls'].ndim))
 
-        return jax.tree.map(divide, probe['sum'])
-
-    return {path: mean(probe) for path, probe in observed.items()}
+def _mean(calls: Sequence[Sequence[jax.Array]], layer: Layer, statistic: Callable[..., Any]) -> Any:
+    """The mean of what was seen at every place of a layer's stack."""
+    shapes = jax.eval_shape(statistic, layer.input)
+    leaves, structure = jax.tree.flatten(shapes)
+    count = math.prod(layer.stack)
+    total, number = [jnp.zeros((count, *x.shape), x.dtype) for x in leaves], jnp.zeros(count, jnp.float32)
+    for place, *values in calls:
+        # A branch that is not taken has no place, and is dropped.
+        at = jnp.where(place.ravel() < 0, count, place.ravel())
+        number = number.at[at].add(1.0, mode='drop')
+        total = [
+            sums.at[at].add(value.reshape(-1, *x.shape), mode='drop')
+            for sums, value, x in zip(total, values, leaves, strict=True)
+        ]
+    means = [
+        (sums / number.reshape(-1, *(1,) * (sums.ndim - 1))).reshape(*layer.stack, *x.shape)
+        for sums, x in zip(total, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, means)
 
 
 def _pass(x: jax.Array) -> jax.Array:
@@ -164,9 +154,9 @@ def init_quantizers(
     statistics, transforms = {}, {}
     for path, layer in quantization.layers.items():
         if layer.weights is not None:
-            kernel = flat[f'{path}/{WEIGHT_NAME}']
+            kernel = flat[quantization.weight_path(path)]
             initial[path]['weights'] = layer.init_weights(kernel)
-            flat[f'{path}/{WEIGHT_NAME}'] = layer.quantize_weights(initial[path]['weights'], kernel)
+            flat[quantization.weight_path(path)] = layer.quantize_weights(initial[path]['weights'], kernel)
         if layer.activations is not None:
             statistics[path] = layer.activations.init
             transforms[path] = functools.partial(_init_and_quantize, layer.activations)
@@ -205,7 +195,7 @@ def calibrate(
         for role, parameters in roles.items():
             if not all(jnp.all(jnp.isfinite(x)) for x in parameters.values()):
                 raise ValueError(
-                    f'The {role} of layer {path} gave no finite scale: there is a NaN or an infinite number in them. '
-                    'Look at the partner and at the calibration images.'
+                    f'The {role} of layer {path} gave no finite scale: there is a NaN or an infinite number in them, '
+                    'or the layer is in a branch that is not taken. Look at the partner and at the calibration data.'
                 )
     return mean

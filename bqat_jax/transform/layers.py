@@ -8,6 +8,7 @@ leading axes, every layer of the stack is quantized on its own.
 
 import contextlib
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,11 +17,54 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
+from flax.linen.recurrent import DenseParams
 
-# The layers whose weights and input can be quantized.
-LAYER_TYPES = (nn.Conv, nn.ConvTranspose, nn.Dense, nn.DenseGeneral, nn.Einsum)
 WEIGHT_NAME = 'kernel'
-INPUT_NAME = 'inputs'
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerType:
+    """What is known of a class of layers.
+
+    Attributes:
+        kernel: name of the parameter whose values its operation uses, output channels last if Linen does not say
+            otherwise.
+        has_input: whether the first argument of `__call__` is what the operation takes.
+    """
+
+    kernel: str = WEIGHT_NAME
+    has_input: bool = True
+
+
+# The layers whose weights, and whose input, can be quantized.
+LAYER_TYPES: dict[type[nn.Module], LayerType] = {
+    **dict.fromkeys((nn.Conv, nn.ConvTranspose, nn.ConvLocal, nn.Dense, nn.DenseGeneral, nn.Einsum), LayerType()),
+    nn.Embed: LayerType('embedding', has_input=False),
+    # The parts of `nn.OptimizedLSTMCell`, which multiplies by several kernels at once.
+    DenseParams: LayerType(has_input=False),
+}
+
+
+def register_layer(cls: type[nn.Module], *, kernel: str = WEIGHT_NAME, quantize_input: bool = True) -> type[nn.Module]:
+    """Makes a class of layers known, so that its kernel and its input are quantized; returns the class.
+
+    Args:
+        cls: a Linen module with a parameter of its own.
+        kernel: name of that parameter, whose last axis is that of the output channels.
+        quantize_input: whether the first argument of its `__call__` is quantized too.
+
+    Raises:
+        TypeError: for what is no class of Linen modules.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise TypeError(f'{cls!r} is no class of flax.linen.Module: register_layer takes one.')
+    LAYER_TYPES[cls] = LayerType(kernel, quantize_input)
+    return cls
+
+
+def layer_class(module: Any) -> type[nn.Module] | None:
+    """Returns the class by which a module is known as a layer, itself or the nearest above it; None for no layer."""
+    return next((cls for cls in type(module).__mro__ if cls in LAYER_TYPES), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +111,8 @@ class Layer:
         stack: leading axes along which the parameters of several such layers are stacked; () for a single one.
         layout: where the kernel has its output channels.
         input: shape and dtype of the input of its first call.
+        weight: name of its kernel.
+        has_input: whether its input can be quantized.
     """
 
     kind: str
@@ -74,6 +120,8 @@ class Layer:
     stack: tuple[int, ...]
     layout: KernelLayout
     input: jax.ShapeDtypeStruct
+    weight: str = WEIGHT_NAME
+    has_input: bool = True
 
     @property
     def is_plain(self) -> bool:
@@ -92,7 +140,7 @@ class Layers:
 
     Attributes:
         quantizable: path to layer, in the order in which they run.
-        others: path of every other parameter with two axes or more, and why no quantizer reaches it.
+        others: path of every other parameter with two axes or more inside stacks, and why no quantizer reaches it.
     """
 
     quantizable: Mapping[str, Layer]
@@ -107,25 +155,37 @@ def find_layers(run: Callable[..., Any], params: Any, *arguments: Any) -> Layers
         params: the network's 'params' collection; arrays or `jax.ShapeDtypeStruct`s.
         *arguments: the same, the first of them with examples along its first axis.
     """
+    check_names(params)
     flat: Any = traverse_util.flatten_dict(params, sep='/')
     quantizable: dict[str, Layer] = {}
     others: dict[str, str] = {}
+    kinds: dict[str, type] = {}
     smallest = {path: leaf.ndim for path, leaf in flat.items()}  # axes inside stacks
 
     def look(call, module, path, x, args, kwargs):
-        name, kernel = f'{path}/{WEIGHT_NAME}', module.get_variable('params', WEIGHT_NAME)
+        cls: Any = layer_class(module)
+        known = LAYER_TYPES[cls]
+        name, kernel = f'{path}/{known.kernel}', module.get_variable('params', known.kernel)
+        if kernel is None or name not in flat:
+            raise ValueError(
+                f'The layer {path}, a {type(module).__name__}, has no parameter {known.kernel!r}, which '
+                f'register_layer({cls.__name__}, kernel={known.kernel!r}) says.'
+            )
         outer = flat[name].shape
         depth = len(outer) - kernel.ndim
         if depth < 0 or outer[depth:] != kernel.shape:
             others[name] = f'its shape is {outer} outside and {kernel.shape} inside: stacked, but not along the front'
         elif path not in quantizable:
             layout, seen = kernel_layout(module, kernel.ndim, args, kwargs), jax.ShapeDtypeStruct(x.shape, x.dtype)
-            quantizable[path] = Layer(type(module).__name__, kernel.shape, outer[:depth], layout, seen)
+            has_input = known.has_input and jnp.issubdtype(x.dtype, jnp.floating)
+            kind = type(module).__name__
+            quantizable[path] = Layer(kind, kernel.shape, outer[:depth], layout, seen, known.kernel, has_input)
         return call(x)
 
     def record(call, args, kwargs, context):
         if context.module.scope is not None:
             prefix = '/'.join(context.module.path)
+            kinds[prefix] = type(context.module)
             for key, value in context.module.variables.get('params', {}).items():
                 name = f'{prefix}/{key}' if prefix else key
                 if name in smallest and hasattr(value, 'ndim'):
@@ -135,11 +195,38 @@ def find_layers(run: Callable[..., Any], params: Any, *arguments: Any) -> Layers
     with nn.intercept_methods(record), intercept_layers(look):
         # A function of our own: JAX does not trace one again that it has traced before, and then nothing is recorded.
         jax.eval_shape(lambda *arguments: run(*arguments), params, *arguments)
+    taken = {f'{path}/{layer.weight}' for path, layer in quantizable.items()}
     for path, axes in smallest.items():
-        if axes >= 2 and path.removesuffix(f'/{WEIGHT_NAME}') not in quantizable:
-            kinds = ', '.join(kind.__name__ for kind in LAYER_TYPES)
-            others.setdefault(path, f'it is no kernel of a layer that ran ({kinds})')
+        if axes >= 2 and path not in taken:
+            others.setdefault(path, _why_not(kinds.get(path.rpartition('/')[0])))
     return Layers(quantizable, others)
+
+
+def _why_not(kind: type | None) -> str:
+    """Why no quantizer reaches a weight of a module of some class."""
+    if kind is None:
+        return 'its module did not run'
+    cls = next((cls for cls in kind.__mro__ if cls in LAYER_TYPES), None)
+    if cls is not None and kind.param is not cls.param:
+        return f'{kind.__name__} overrides `param`, so that its operation uses other values than the parameter has'
+    if cls is not None:
+        return f"{kind.__name__} has a `__call__` that does not run {cls.__name__}'s: register_layer({kind.__name__})"
+    return f'{kind.__name__} is no layer that is known: register_layer({kind.__name__}, kernel=...) makes it known'
+
+
+def check_names(params: Any) -> None:
+    """Checks that paths of parameters can be told apart from their names.
+
+    Raises:
+        ValueError: for a name that holds a slash.
+    """
+    for keys in traverse_util.flatten_dict(params):
+        slashed = [key for key in keys if '/' in str(key)]
+        if slashed:
+            raise ValueError(
+                f'The name {slashed[0]!r} among the parameters holds a slash, which separates the names in a path. '
+                'Give the module another name; of nn.WeightNorm take the network after its scales are multiplied in.'
+            )
 
 
 def intercept_layers(function: Callable[..., Any]) -> contextlib.AbstractContextManager:
@@ -149,10 +236,17 @@ def intercept_layers(function: Callable[..., Any]) -> contextlib.AbstractContext
     """
 
     def interceptor(call, args, kwargs, context):
-        if not isinstance(context.module, LAYER_TYPES) or context.method_name != '__call__':
+        cls = layer_class(context.module)
+        # A subclass may call this class's own method, on another input: it is there that the operation happens.
+        if cls is None or context.method_name != '__call__' or not _is_method_of(cls, context.orig_method):
             return call(*args, **kwargs)
-        rest = {key: value for key, value in kwargs.items() if key != INPUT_NAME}
-        x, others = (args[0], args[1:]) if args else (kwargs[INPUT_NAME], ())
+        if type(context.module).param is not cls.param:  # the kernel that is used is not the parameter
+            return call(*args, **kwargs)
+        name = next((key for key in _first_names(cls) if key in kwargs), None)
+        rest = {key: value for key, value in kwargs.items() if args or key != name}
+        x, others = (args[0], args[1:]) if args else (kwargs[name], ())
+        if not hasattr(x, 'dtype'):
+            return call(*args, **kwargs)
 
         def call_on(x):
             return call(x, *others, **rest)
@@ -160,6 +254,16 @@ def intercept_layers(function: Callable[..., Any]) -> contextlib.AbstractContext
         return function(call_on, context.module, '/'.join(context.module.path), x, others, rest)
 
     return nn.intercept_methods(interceptor)
+
+
+def _is_method_of(cls: type[nn.Module], method: Any) -> bool:
+    own = inspect.unwrap(cls.__call__)
+    return getattr(method, 'func', method) in (own, cls.__call__) or getattr(method, '__func__', None) is own
+
+
+def _first_names(cls: type[nn.Module]) -> list[str]:
+    """The name of the first argument of a class's `__call__`."""
+    return list(inspect.signature(cls.__call__).parameters)[1:2]
 
 
 def kernel_layout(module: Any, ndim: int, args: Any = (), kwargs: Any = None) -> KernelLayout:

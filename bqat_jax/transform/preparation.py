@@ -1,12 +1,17 @@
 """From a full-precision network to a quantized one with initial scales, in one call."""
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from bqat_jax.transform.calibration import calibrate, find_signed_inputs
-from bqat_jax.transform.layers import Layer, find_layers
+from bqat_jax.transform.layers import Layer, Layers, find_layers
+from bqat_jax.transform.operations import unquantized_share
 from bqat_jax.transform.quantization import Quantization, build_quantization
 from bqat_jax.transform.rules import LayerSettings, assign_quantizers
+
+# Of the multiply-accumulates with weights.
+ALLOW_UNQUANTIZED = 0.1
 
 
 class Prepared(NamedTuple):
@@ -29,6 +34,7 @@ def prepare(
     weights: Mapping[str, Any],
     activations: Mapping[str, Any],
     rules: Sequence[Mapping[str, Any]] = (),
+    allow_unquantized: float = ALLOW_UNQUANTIZED,
 ) -> Prepared:
     """Finds a network's layers, assigns quantizers to them, looks at the signs of their inputs, builds and calibrates.
 
@@ -41,13 +47,16 @@ def prepare(
             'bits': 2}.
         activations: settings of the quantizers of the layers' inputs.
         rules: which layers differ; see `bqat_jax.transform.rules`.
+        allow_unquantized: largest share of the multiply-accumulates with weights whose weights no quantizer reaches.
 
     Raises:
-        ValueError: for settings or rules that do not exist or do not fit the network, without a batch, or if weights or
-            inputs are not finite.
+        ValueError: for settings or rules that do not exist or do not fit the network, without a batch, if weights or
+            inputs are not finite, or if no quantizer reaches too large a share of the network.
     """
     batches = _as_list(batches)
-    layers = find_layers(run, params, batches[0]).quantizable
+    found = find_layers(run, params, batches[0])
+    layers = found.quantizable
+    check_unquantized(found, unquantized_share(run, params, batches[0]), allow_unquantized)
     return prepare_layers(run, params, batches, layers, assign_quantizers(tuple(layers), weights, activations, rules))
 
 
@@ -70,10 +79,38 @@ def prepare_layers(
     Raises:
         ValueError: as `prepare`.
     """
-    batches = _as_list(batches)
+    batches, settings = _as_list(batches), fit_settings(layers, settings)
     signed = find_signed_inputs(run, params, batches, layers, settings)
     quantization = build_quantization(layers, settings, signed)
     return Prepared(quantization, calibrate(quantization, params, run, batches))
+
+
+def fit_settings(layers: Mapping[str, Layer], settings: Mapping[str, LayerSettings]) -> dict[str, LayerSettings]:
+    """Returns settings without those of inputs that cannot be quantized, such as the integers of an embedding."""
+    return {
+        path: own if layers[path].has_input else dataclasses.replace(own, activations=None)
+        for path, own in settings.items()
+    }
+
+
+def check_unquantized(found: Layers, share: float, allowed: float) -> None:
+    """Checks that quantizers reach enough of a network.
+
+    Args:
+        found: what `find_layers` returns.
+        share: what `unquantized_share` returns.
+        allowed: the largest share.
+
+    Raises:
+        ValueError: naming the weights that no quantizer reaches, with their share.
+    """
+    if share > allowed:
+        listed = '; '.join(f'{path}: {reason}' for path, reason in found.others.items())
+        raise ValueError(
+            f'No quantizer reaches {share:.0%} of the multiply-accumulates with weights, and allow_unquantized='
+            f'{allowed:g} ({listed or "operations on weights that are computed from others"}). Make the layers known '
+            'with register_layer, or allow more.'
+        )
 
 
 def _as_list(batches: Iterable[Any]) -> list[Any]:

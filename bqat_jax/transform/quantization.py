@@ -121,13 +121,17 @@ class Quantization:
         flat: Any = traverse_util.flatten_dict(params, sep='/')
         for path, layer in self.layers.items():
             if layer.weights is not None:
-                name, where = f'{path}/{WEIGHT_NAME}', context_of(context, path, 'weights', layer.weights)
+                name, where = self.weight_path(path), context_of(context, path, 'weights', layer.weights)
                 tracker = (context.trackers or {}).get(path)
                 flat[name] = layer.quantize_weights(parameters[path]['weights'], flat[name], where, tracker)
             if layer.activations is not None:
                 where = context_of(context, path, 'activations', layer.activations)
                 flat[f'{path}/{INPUT_SLOT}'] = {'parameters': parameters[path]['activations'], **layer.slot(where)}
         return traverse_util.unflatten_dict(flat, sep='/')
+
+    def weight_path(self, path: str) -> str:
+        """Returns the path of a layer's kernel among the parameters; of one without quantizers Linen's own name."""
+        return f'{path}/{self.layers[path].layer.weight if path in self.layers else WEIGHT_NAME}'
 
     def quantize_inputs(self) -> contextlib.AbstractContextManager:
         """Returns a context in which the input of every layer that has a quantizer for it is fake-quantized.

@@ -1,0 +1,168 @@
+"""Values are tagged wherever they stand in a program, and collected from it: out of loops, branches and inner programs.
+
+A tag is a named identity in the traced program (a jaxpr). Evaluating it, inner programs are written out, a loop gives
+the tagged values of all its iterations along a leading axis, and of the branches of a conditional those that are not
+taken give -1 for integers and zeros.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.custom_batching import custom_vmap
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var, jaxpr_as_fun, jaxprs_in_params
+
+TAG = 'bqat_jax_tag:'
+Collected = dict[int, list[list[jax.Array]]]
+
+
+def tag(number: int, values: Sequence[jax.Array]) -> None:
+    """Tags arrays as one sighting of number `number`; under `vmap` each gets the mapped axis as its first."""
+    count = len(values)
+
+    def mark(*values: jax.Array) -> list[jax.Array]:
+        return [checkpoint_name(x, f'{TAG}{number}:{place}:{count}') for place, x in enumerate(values)]
+
+    marked = custom_vmap(mark)
+
+    @marked.def_vmap
+    def _over(size, is_mapped, *values):
+        whole = [
+            x if mapped else jnp.broadcast_to(x, (size, *x.shape)) for x, mapped in zip(values, is_mapped, strict=True)
+        ]
+        return marked(*whole), [True] * count
+
+    marked(*values)
+
+
+def collect_tagged(run: Callable[..., Any], *arguments: Any) -> Collected:
+    """Returns what `run(*arguments)` tags: by number a list of sightings, each a list of arrays.
+
+    Raises:
+        ValueError: for a tag within a loop whose length is not known (`while_loop`).
+    """
+    program = jax.make_jaxpr(run)(*arguments)
+    _, collected = _evaluate(program.jaxpr, program.consts, jax.tree.leaves(arguments))
+    return collected
+
+
+def _has_tags(program: Jaxpr) -> bool:
+    return any(
+        _name(operation) is not None or any(map(_has_tags, jaxprs_in_params(operation.params)))
+        for operation in program.eqns
+    )
+
+
+def _name(operation: Any) -> str | None:
+    name = operation.params['name'] if operation.primitive.name == 'name' else ''
+    return name.removeprefix(TAG) if name.startswith(TAG) else None
+
+
+def _evaluate(program: Jaxpr, consts: Sequence[Any], arguments: Sequence[Any]) -> tuple[list[Any], Collected]:
+    """Evaluates a program; returns its results and what is tagged in it."""
+    values: dict[Var, Any] = dict(zip([*program.constvars, *program.invars], [*consts, *arguments], strict=True))
+    collected: Collected = {}
+    sightings: dict[str, list[Any]] = {}
+
+    def read(x):
+        return x.val if isinstance(x, Literal) else values[x]
+
+    for operation in program.eqns:
+        given, name = [read(x) for x in operation.invars], _name(operation)
+        if name is not None:
+            number, place, count = map(int, name.split(':'))
+            own = sightings.setdefault(f'{number}:{count}', [])
+            own.append(given[0])
+            if place == count - 1:
+                collected.setdefault(number, []).append(list(own))
+                own.clear()
+            results = given
+        elif any(map(_has_tags, jaxprs_in_params(operation.params))):
+            results, inner = _evaluate_inner(operation, given)
+            for number, own in inner.items():
+                collected.setdefault(number, []).extend(own)
+        else:
+            results = _run_one(program, operation, given)
+        values |= dict(zip(operation.outvars, results, strict=True))
+    return [read(x) for x in program.outvars], collected
+
+
+def _evaluate_inner(operation: Any, given: list[Any]) -> tuple[list[Any], Collected]:
+    kind = operation.primitive.name
+    if kind == 'scan':
+        return _scan(operation, given)
+    if kind == 'cond':
+        return _conditional(operation, given)
+    programs = list(jaxprs_in_params(operation.params))
+    if kind == 'while' or len(programs[0].invars) != len(given):
+        raise ValueError(
+            f'A layer whose input is to be quantized stands within {kind!r}, where its input cannot be looked at. '
+            "Leave it in full precision by a rule in quant.rules, {'layers': ..., 'activations': 'none'}."
+        )
+    return _evaluate(programs[0], _consts(operation), given)
+
+
+def _consts(operation: Any) -> Sequence[Any]:
+    return next((x.consts for x in operation.params.values() if isinstance(x, ClosedJaxpr)), ())
+
+
+def _scan(operation: Any, given: list[Any]) -> tuple[list[Any], Collected]:
+    """A loop, with what is tagged in it as more results of every iteration."""
+    (inner,) = jaxprs_in_params(operation.params)
+    variables: list[Sequence[Any]] = [inner.outvars, operation.outvars, inner.invars]
+    axes = [[x.aval.ndim for x in group] for group in variables]
+    carries = sum(own == outer for own, outer in zip(axes[0], axes[1], strict=True))
+    slices = sum(own < jnp.ndim(outer) for own, outer in zip(axes[2], given, strict=True))
+    fixed = len(given) - carries - slices
+    constant, carry, stacked = given[:fixed], given[fixed : fixed + carries], given[fixed + carries :]
+
+    def body(carry, own):
+        results, collected = _evaluate(inner, _consts(operation), [*constant, *carry, *own])
+        return results[:carries], (results[carries:], collected)
+
+    options = {key: operation.params[key] for key in ('length', 'reverse')}
+    carry, (gathered, collected) = jax.lax.scan(body, carry, stacked, **options)
+    return [*carry, *gathered], collected
+
+
+def _conditional(operation: Any, given: list[Any]) -> tuple[list[Any], Collected]:
+    """A conditional whose branches all give what is tagged in any."""
+    branches = operation.params['branches']
+
+    def run(branch):
+        return lambda arguments: _evaluate(branch.jaxpr, branch.consts, arguments)
+
+    shapes = [jax.eval_shape(run(branch), given[1:])[1] for branch in branches]
+
+    def blank(x):
+        return jnp.full(x.shape, -1 if jnp.issubdtype(x.dtype, jnp.integer) else 0, x.dtype)
+
+    def whole(place, branch):
+        def with_blanks(arguments):
+            results, own = run(branch)(arguments)
+            return results, [own if n == place else jax.tree.map(blank, tree) for n, tree in enumerate(shapes)]
+
+        return with_blanks
+
+    results, of_branches = jax.lax.switch(
+        given[0], [whole(place, branch) for place, branch in enumerate(branches)], given[1:]
+    )
+    collected: Collected = {}
+    for own in of_branches:
+        for number, sightings in own.items():
+            collected.setdefault(number, []).extend(sightings)
+    return results, collected
+
+
+def _run_one(program: Jaxpr, operation: Any, given: Sequence[Any]) -> list[Any]:
+    values = {x: value for x, value in zip(operation.invars, given, strict=True) if not isinstance(x, Literal)}
+    one = program.replace(
+        constvars=(),
+        invars=list(values),
+        outvars=operation.outvars,
+        eqns=[operation],
+        debug_info=program.debug_info.with_unknown_names(),
+    )
+    return list(jaxpr_as_fun(ClosedJaxpr(one, ()))(*values.values()))
