@@ -29,7 +29,10 @@ def get_config(argument: str | None = None) -> Config:
         config.quant.weights.bits = 2
     config.quant.weights.granularity = 'channel'
     config.quant.activations.bits = 8
-    config.quant.rules = ({'layers': 'head', 'weights': dict(LSQ8), 'activations': dict(LSQ8)},)
+    config.quant.rules = (
+        {'layers': 'embed', 'weights': dict(LSQ8)},
+        {'layers': 'head', 'weights': dict(LSQ8), 'activations': dict(LSQ8)},
+    )
     config.train.batch_size = 32
     config.partner.steps = 2000
     config.train.steps = 1000

@@ -79,7 +79,7 @@ def summarize(network: BlockNetwork, layers: Layers, settings: Mapping[str, Laye
         'layers': rows,
         'totals': totals,
         'not_quantizable': dict(layers.others),
-        'not_quantizable_share': network_unquantized_share(network, variables),
+        'not_quantizable_share': network_unquantized_share(network, variables, layers),
     }
 
 

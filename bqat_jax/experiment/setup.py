@@ -92,7 +92,9 @@ def make_experiment(
         )
         quantizers = fit_settings(layers.quantizable, quantizers)
         if any(settings.weights is not None for settings in quantizers.values()):
-            check_unquantized(layers, network_unquantized_share(network, shapes), config.quant.allow_unquantized)
+            check_unquantized(
+                layers, network_unquantized_share(network, shapes, layers), config.quant.allow_unquantized
+            )
         regularizers = Regularizers(**config.quant.oscillations)
         _check_regularizers(regularizers, layers, quantizers)
         plan = _make_plan(config.replacement, len(network.blocks))

@@ -16,9 +16,15 @@ def find_network_layers(network: BlockNetwork, variables: Any) -> Layers:
     return find_layers(_run(network), variables['params'], network.batch_of(1), variables)
 
 
-def network_unquantized_share(network: BlockNetwork, variables: Any) -> float:
-    """Returns the share of the multiply-accumulates with weights that no quantizer reaches; arguments as above."""
-    return unquantized_share(_run(network), variables['params'], network.batch_of(1), variables)
+def network_unquantized_share(network: BlockNetwork, variables: Any, layers: Layers) -> float:
+    """Returns the share of the multiply-accumulates with weights whose weights no quantizer reaches.
+
+    Args:
+        network: the network.
+        variables: its variables, or their shapes.
+        layers: what `find_network_layers` returns.
+    """
+    return unquantized_share(_run(network), layers.others, variables['params'], network.batch_of(1), variables)
 
 
 def blocks_of_layers(network: BlockNetwork, variables: Any) -> dict[str, str]:

@@ -3,7 +3,7 @@
 import collections
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,8 @@ from bqat_jax.transform.layers import intercept_layers
 # The scope in which a layer runs, as it stands in the names of its operations.
 _SCOPE = re.compile(r'layer<(.*?)>')
 NO_LAYER = ''
+# What a value depends on: the inputs; weights that no quantizer reaches.
+DATA, UNREACHED = 'data', 'unreached'
 
 
 def count_macs(run: Callable[..., Any], *arguments: Any) -> dict[str, int]:
@@ -28,64 +30,57 @@ def count_macs(run: Callable[..., Any], *arguments: Any) -> dict[str, int]:
         *arguments: arrays or `jax.ShapeDtypeStruct`s.
     """
 
-    program = jax.make_jaxpr(_scoped(run))(*arguments)
-    return dict(+_count(program.jaxpr, NO_LAYER))  # without those that count nothing
-
-
-def _scoped(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Runs a network with its layers in scopes of their paths."""
-
     def look(call, module, path, x, args, kwargs):
         with jax.named_scope(f'layer<{path}>'):
             return call(x)
 
-    def scoped(*arguments):
-        with intercept_layers(look):
-            return run(*arguments)
-
-    return scoped
+    with intercept_layers(look):
+        program = jax.make_jaxpr(lambda *arguments: run(*arguments))(*arguments)
+    return dict(+_count(program.jaxpr, NO_LAYER))  # without those that count nothing
 
 
-def unquantized_share(run: Callable[..., Any], params: Any, *arguments: Any) -> float:
-    """Returns the share of the multiply-accumulates with weights that stand in no layer that can be quantized.
+def unquantized_share(run: Callable[..., Any], others: Iterable[str], params: Any, *arguments: Any) -> float:
+    """Returns the share of the multiply-accumulates with weights whose weights no quantizer reaches.
 
     Products of two values that both depend on the inputs, as in attention, are none with weights.
 
     Args:
         run: runs the network: `run(params, *arguments)`. Nothing is computed.
+        others: paths of the weights that no quantizer reaches.
         params: the network's 'params' collection; arrays or `jax.ShapeDtypeStruct`s.
         *arguments: the same.
     """
-    program = jax.make_jaxpr(_scoped(run))(params, *arguments)
-    weights = len(jax.tree.leaves(params))
-    depends = [number >= weights for number in range(len(program.jaxpr.invars))]
+    program = jax.make_jaxpr(lambda *arguments: run(*arguments))(params, *arguments)
+    others = set(others)
+    paths = [jax.tree_util.keystr(keys, simple=True, separator='/') for keys, _ in jax.tree.leaves_with_path(params)]
+    kinds = [{UNREACHED} if path in others else set() for path in paths]
+    kinds += [{DATA}] * (len(program.jaxpr.invars) - len(kinds))
     counts = collections.Counter()
-    _count_weighted(program.jaxpr, NO_LAYER, depends, counts)
-    total = counts.total()
-    return counts[NO_LAYER] / total if total else 0.0
+    _count_weighted(program.jaxpr, kinds, counts)
+    return counts[UNREACHED] / counts.total() if counts else 0.0
 
 
-def _count_weighted(program: Any, layer: str, depends: list[bool], counts: collections.Counter, times: int = 1) -> None:
-    """Adds to `counts` products with an operand that depends on no input; `depends` says which arguments do."""
-    known = dict(zip(program.invars, depends, strict=True))
+def _count_weighted(program: Any, kinds: Sequence[set[str]], counts: collections.Counter, times: int = 1) -> None:
+    """Adds to `counts` products with an operand that depends on no input; `kinds` says what arguments depend on."""
+    known = dict(zip(program.invars, kinds, strict=True))
 
-    def is_data(x):
-        return not isinstance(x, Literal) and known.get(x, False)
+    def depends(x):
+        return set() if isinstance(x, Literal) else known.get(x, set())
 
     for operation in program.eqns:
-        scope = _SCOPE.search(str(operation.source_info.name_stack))
-        where = scope[1] if scope else layer
-        given = [is_data(x) for x in operation.invars]
-        if not all(given):
-            counts[where] += times * _macs(operation)
-        known |= dict.fromkeys(operation.outvars, any(given))
+        given = [depends(x) for x in operation.invars]
+        weights = [kind for kind in given if DATA not in kind]
+        if weights and any(DATA in kind for kind in given):
+            counts[UNREACHED if any(UNREACHED in kind for kind in weights) else 'reached'] += times * _macs(operation)
+        everything = set().union(*given)
+        known |= dict.fromkeys(operation.outvars, everything)
         length = operation.params['length'] if operation.primitive.name == 'scan' else 1
         parts = []
         for part in jaxprs_in_params(operation.params):
             missing = max(0, len(part.invars) - len(given))
-            own = [any(given)] * missing + given[len(given) + missing - len(part.invars) :]
+            own = [everything] * missing + given[len(given) + missing - len(part.invars) :]
             parts.append(collections.Counter())
-            _count_weighted(part, where, own, parts[-1], times * length)
+            _count_weighted(part, own, parts[-1], times * length)
         counts.update(max(parts, key=lambda count: count.total(), default={}))  # of branches the longest
 
 

@@ -56,7 +56,7 @@ def prepare(
     batches = _as_list(batches)
     found = find_layers(run, params, batches[0])
     layers = found.quantizable
-    check_unquantized(found, unquantized_share(run, params, batches[0]), allow_unquantized)
+    check_unquantized(found, unquantized_share(run, found.others, params, batches[0]), allow_unquantized)
     return prepare_layers(run, params, batches, layers, assign_quantizers(tuple(layers), weights, activations, rules))
 
 
@@ -108,7 +108,7 @@ def check_unquantized(found: Layers, share: float, allowed: float) -> None:
         listed = '; '.join(f'{path}: {reason}' for path, reason in found.others.items())
         raise ValueError(
             f'No quantizer reaches {share:.0%} of the multiply-accumulates with weights, and allow_unquantized='
-            f'{allowed:g} ({listed or "operations on weights that are computed from others"}). Make the layers known '
+            f'{allowed:g} ({listed}). Make the layers known '
             'with register_layer, or allow more.'
         )
 
