@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import errors
 
 from bqat_jax.blocks.program import Program, mark_modules, trace
 from bqat_jax.blocks.switch import Call, switch_module
@@ -104,15 +105,30 @@ class BlockNetwork:
         Args:
             key: random.
             inputs: as of `with_inputs`; by default the network's own.
+
+        Raises:
+            ValueError: if variables depend on values of inputs.
         """
         return nn.meta.unbox(self.init_boxed(key, inputs))
 
     def init_boxed(self, key: jax.Array, inputs: Any = None) -> dict[str, Any]:
         """Returns what `init` returns, with the boxes; arguments as `init`."""
         network = self if inputs is None else dataclasses.replace(self, inputs=describe_inputs(inputs))
-        variables: Any = switch_module(self.module, False).lazy_init(
-            key, network.batch_of(1), method=lambda module, x: self.call(module, x, False)
-        )
+        try:
+            return network._start(switch_module(self.module, False).lazy_init, key, network.batch_of(1))
+        except errors.LazyInitError as error:
+            raise ValueError(
+                'The network makes variables out of its inputs, and here are only their shapes: take those that '
+                'module.init(key, a batch) returns.'
+            ) from error
+
+    def shapes(self) -> dict[str, Any]:
+        """Returns shapes and dtypes of the variables by collection; nothing is computed."""
+        init = switch_module(self.module, False).init
+        return nn.meta.unbox(jax.eval_shape(lambda x: self._start(init, jax.random.key(0), x), self.batch_of(1)))
+
+    def _start(self, init: Callable[..., Any], key: jax.Array, inputs: Any) -> dict[str, Any]:
+        variables = init(key, inputs, method=lambda module, x: self.call(module, x, False))
         kept = {name: tree for name, tree in variables.items() if name not in PASSING}
         return {PARAMS: {}, BATCH_STATS: {}, **kept}
 

@@ -252,11 +252,11 @@ def _write_out(jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[Any], ta
     for operation in jaxpr.eqns:
         given, inside = [read(x) for x in operation.invars], _marks_inside(operation, targets)
         if not inside:
-            results = _run_one(operation, given)
+            results = _run_one(jaxpr, operation, given)
         elif operation.primitive.name in CALLS:
-            results = _write_out_call(operation, given, inside, targets)
+            results = _write_out_call(jaxpr, operation, given, targets)
         elif operation.primitive.name == 'scan':
-            results = _divide_scan(operation, given, inside, targets)
+            results = _divide_scan(operation, given, targets)
         else:
             raise ValueError(
                 f'The cut behind {sorted(inside)[0]!r} lies within {operation.primitive.name!r}, where no program can '
@@ -266,33 +266,37 @@ def _write_out(jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[Any], ta
     return [read(x) for x in jaxpr.outvars]
 
 
-def _run_one(operation: Any, given: Sequence[Any], **changed: Any) -> list[Any]:
-    """Runs a single operation, with some of its parameters changed."""
+def _run_one(jaxpr: Jaxpr, operation: Any, given: Sequence[Any]) -> list[Any]:
+    """Runs a single operation of a program."""
     values = {x: value for x, value in zip(operation.invars, given, strict=True) if not isinstance(x, Literal)}
-    one = Jaxpr(
+    one = jaxpr.replace(
         constvars=(),
         invars=list(values),
         outvars=operation.outvars,
-        eqns=[operation.replace(params={**operation.params, **changed})],
+        eqns=[operation],
         effects=operation.effects,
+        debug_info=jaxpr.debug_info.with_unknown_names(),
     )
     return list(jaxpr_as_fun(ClosedJaxpr(one, ()))(*values.values()))
 
 
-def _write_out_call(operation: Any, given: list[Any], inside: set[str], targets: Targets) -> list[Any]:
+def _write_out_call(jaxpr: Jaxpr, operation: Any, given: list[Any], targets: Targets) -> list[Any]:
     """An inner program as it is with the mark behind it, if it ends with the mark; else written out."""
-    (inner,), path = jaxprs_in_params(operation.params), min(inside)
+    (inner,), inside = jaxprs_in_params(operation.params), _marks_inside(operation, targets)
+    path = min(inside)
     marks = _ends_with(inner, path) if len(inside) == 1 and targets[path] == [None] * len(targets[path]) else {}
     if marks:
-        results = _run_one(operation, given)
+        results = _run_one(jaxpr, operation, given)
         return [checkpoint_name(x, marks[number]) if number in marks else x for number, x in enumerate(results)]
     consts = next((x.consts for x in operation.params.values() if isinstance(x, ClosedJaxpr)), [])
     return _write_out(inner, consts, given, targets)
 
 
-def _divide_scan(operation: Any, given: list[Any], inside: set[str], targets: Targets) -> list[Any]:
+def _divide_scan(operation: Any, given: list[Any], targets: Targets) -> list[Any]:
     """A scan in as many parts as it is cut into; the marks stand behind the parts."""
-    (inner,), length, path = jaxprs_in_params(operation.params), operation.params['length'], min(inside, key=len)
+    (inner,), length = jaxprs_in_params(operation.params), operation.params['length']
+    inside = _marks_inside(operation, targets)
+    path = min(inside, key=len)
     marks = _ends_with(inner, path)
     deeper = sorted(inside - {path})
     if deeper or not marks:
@@ -309,7 +313,7 @@ def _divide_scan(operation: Any, given: list[Any], inside: set[str], targets: Ta
     slices = sum(_axes(own) < _axes(outer) for own, outer in zip(inner.invars, operation.invars, strict=True))
     consts = len(given) - carries - slices
     constant, carry, stacked = given[:consts], given[consts : consts + carries], given[consts + carries :]
-    carried = [number for number in marks if number < carries]
+    carried, call = [number for number in marks if number < carries], next(iter(marks.values())).rpartition('#')[2]
 
     def body(carry, own):
         results = jaxpr_as_fun(operation.params['jaxpr'])(*constant, *carry, *own)
@@ -322,7 +326,7 @@ def _divide_scan(operation: Any, given: list[Any], inside: set[str], targets: Ta
         own = [jax.lax.slice_in_dim(x, start, stop) if stop - start < length else x for x in stacked]
         carry, gathered = jax.lax.scan(body, carry, own, length=stop - start, **options)
         if stop - 1 in names:
-            name = f'{MARK}{names[stop - 1]}#scan{id(operation)}'
+            name = f'{MARK}{names[stop - 1]}#{call}'
             marked = set(carried or range(len(given)))
             results = [
                 checkpoint_name(x, name) if number in marked else x for number, x in enumerate([*carry, *gathered])
