@@ -273,7 +273,7 @@ def _write_out(jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[Any], ta
         elif operation.primitive.name in CALLS:
             results = _write_out_call(jaxpr, operation, given, targets)
         elif operation.primitive.name == 'scan':
-            results = _divide_scan(operation, given, inside, targets)
+            results = _divide_scan(operation, given, targets)
         else:
             raise ValueError(
                 f'The cut behind {sorted(inside)[0]!r} lies within {operation.primitive.name!r}, where no program can '
@@ -291,6 +291,7 @@ def _run_one(jaxpr: Jaxpr, operation: Any, given: Sequence[Any]) -> list[Any]:
         invars=list(values),
         outvars=operation.outvars,
         eqns=[operation],
+        effects=operation.effects,
         debug_info=jaxpr.debug_info.with_unknown_names(),
     )
     return list(jaxpr_as_fun(ClosedJaxpr(one, ()))(*values.values()))
@@ -308,9 +309,11 @@ def _write_out_call(jaxpr: Jaxpr, operation: Any, given: list[Any], targets: Tar
     return _write_out(inner, consts, given, targets)
 
 
-def _divide_scan(operation: Any, given: list[Any], inside: set[str], targets: Targets) -> list[Any]:
+def _divide_scan(operation: Any, given: list[Any], targets: Targets) -> list[Any]:
     """A scan in as many parts as it is cut into; the marks stand behind the parts."""
-    (inner,), length, path = jaxprs_in_params(operation.params), operation.params['length'], min(inside, key=len)
+    (inner,), length = jaxprs_in_params(operation.params), operation.params['length']
+    inside = _marks_inside(operation, targets)
+    path = min(inside, key=len)
     marks = _ends_with(inner, path)
     deeper = sorted(inside - {path})
     if deeper or not marks:

@@ -1,12 +1,12 @@
 """Cuts a user's own Linen module into blocks, without a change to it."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
-import jax
 
-from bqat_jax.blocks.block_network import BlockNetwork
+from bqat_jax.blocks.block_network import BlockNetwork, describe_inputs
 from bqat_jax.blocks.exploring import check_switch, with_inputs
 from bqat_jax.blocks.program import mark
 from bqat_jax.blocks.switch import Call, has_switch, make_call
@@ -35,10 +35,10 @@ def split_after(module: nn.Module, ends: Sequence[str], inputs: Any, call: Call 
         ValueError: if a submodule does not run, a cut cannot be there, or nothing says whether the module is trained
             though it has batch norm or dropout; or for fewer than two ends.
     """
-    network = with_inputs(BlockNetwork(module, tuple(ends), call or make_call(module)), inputs)
+    network = BlockNetwork(module, tuple(ends), call or make_call(module))
     if call is None and not has_switch(module):
-        check_switch(network, jax.eval_shape(network.init, jax.random.key(0)))
-    return network
+        check_switch(dataclasses.replace(network, inputs=describe_inputs(inputs)))
+    return with_inputs(network, inputs)
 
 
 def split_into(module: nn.Module, stem: Piece, blocks: Sequence[Piece], head: Piece) -> BlockNetwork:
