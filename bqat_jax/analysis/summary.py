@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import rich.box
 import rich.console
 import rich.table
@@ -38,7 +37,7 @@ def summarize(network: BlockNetwork, layers: Layers, settings: Mapping[str, Laye
         layers: what `find_layers` found in it.
         settings: what `assign_quantizers` said of them.
     """
-    variables: Any = jax.eval_shape(network.init, jax.random.key(0))
+    variables: Any = network.shapes()
 
     def run(variables, x):
         return network.apply(variables, x, train=False)[0]

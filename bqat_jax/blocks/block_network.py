@@ -105,22 +105,30 @@ class BlockNetwork:
         Args:
             key: random.
             inputs: as of `with_inputs`; by default the network's own.
+
+        Raises:
+            ValueError: if variables depend on values of inputs.
         """
         return nn.meta.unbox(self.init_boxed(key, inputs))
 
     def init_boxed(self, key: jax.Array, inputs: Any = None) -> dict[str, Any]:
         """Returns what `init` returns, with the boxes; arguments as `init`."""
         network = self if inputs is None else dataclasses.replace(self, inputs=describe_inputs(inputs))
-        module, like = switch_module(self.module, False), network.batch_of(1)
-
-        def call(module, x):
-            return self.call(module, x, False)
-
         try:
-            variables: Any = module.lazy_init(key, like, method=call)
-        except errors.LazyInitError:  # something is initialised from the inputs
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-            variables = module.init(key, zeros, method=call)
+            return network._start(switch_module(self.module, False).lazy_init, key, network.batch_of(1))
+        except errors.LazyInitError as error:
+            raise ValueError(
+                'The network makes variables out of its inputs, and here are only their shapes: take those that '
+                'module.init(key, a batch) returns.'
+            ) from error
+
+    def shapes(self) -> dict[str, Any]:
+        """Returns shapes and dtypes of the variables by collection; nothing is computed."""
+        init = switch_module(self.module, False).init
+        return nn.meta.unbox(jax.eval_shape(lambda x: self._start(init, jax.random.key(0), x), self.batch_of(1)))
+
+    def _start(self, init: Callable[..., Any], key: jax.Array, inputs: Any) -> dict[str, Any]:
+        variables = init(key, inputs, method=lambda module, x: self.call(module, x, False))
         kept = {name: tree for name, tree in variables.items() if name not in PASSING}
         return {PARAMS: {}, BATCH_STATS: {}, **kept}
 

@@ -45,7 +45,7 @@ def with_inputs(network: BlockNetwork, inputs: Any) -> BlockNetwork:
     network = dataclasses.replace(network, inputs=inputs)
     key = jax.eval_shape(lambda: jax.random.key(0))
     try:
-        variables: Any = jax.eval_shape(network.init, key)
+        variables = network.shapes()
         collections = tuple(name for name in variables if name != PARAMS)
         network, training = _trace_training(dataclasses.replace(network, mutable=collections), variables, key)
         network = dataclasses.replace(network, mutable=_find_mutable(variables, training))
@@ -114,8 +114,8 @@ def _crossing(name: str, two: Any, three: Any) -> Crossing:
     return Crossing(tuple(n // 2 if number == axis else n for number, n in enumerate(shape)), dtype, axis, False)
 
 
-def check_switch(network: BlockNetwork, variables: Any) -> None:
-    """Checks that a module which has no switch needs none.
+def check_switch(network: BlockNetwork) -> None:
+    """Checks that a module which has no switch needs none; it knows its inputs.
 
     Raises:
         ValueError: if there are batch norms or dropouts in it, naming the first.
@@ -129,7 +129,7 @@ def check_switch(network: BlockNetwork, variables: Any) -> None:
         return call(*args, **kwargs)
 
     with nn.intercept_methods(interceptor):
-        jax.eval_shape(lambda variables, x: network.apply(variables, x, train=False)[0], variables, network.batch_of(1))
+        network.shapes()
     if seen:
         raise ValueError(
             f'The network has {seen[0]}, which computes something else in training, and nothing is found that says '

@@ -80,7 +80,7 @@ def make_experiment(
             conv_general_dilated if mesh.devices.size == 1 else None,
         )
         network = with_inputs(network, images.inputs)
-        shapes: Any = jax.eval_shape(network.init, jax.random.key(0))
+        shapes: Any = network.shapes()
         rules = parse_rules(config.mesh.rules) + _rules_of_names(network, mesh.shape[FSDP_AXIS])
         placement = Placement(mesh, rules, config.mesh.min_shard_elements)
         layers = find_network_layers(network, shapes)
