@@ -38,8 +38,7 @@ class PythonBytes(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager):
         del dl_manager
-        root = Path(sysconfig.get_paths()['stdlib'])
-        texts = read_texts(root)
+        texts = read_texts(library_folder())
         digest = hashlib.sha256()
         for name, text in texts.items():
             digest.update(name.encode() + b'\0' + text + b'\0')
@@ -59,6 +58,11 @@ class PythonBytes(tfds.core.GeneratorBasedBuilder):
             for start in range(0, len(text) - LENGTH, LENGTH):
                 yield number, {'tokens': np.frombuffer(text[start : start + LENGTH + 1], np.uint8)}
                 number += 1
+
+
+def library_folder() -> Path:
+    """Returns the folder of this Python's standard library."""
+    return Path(sysconfig.get_paths()['stdlib'])
 
 
 def read_texts(root: Path) -> dict[str, bytes]:
