@@ -252,9 +252,9 @@ def _write_out(jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[Any], ta
     for operation in jaxpr.eqns:
         given, inside = [read(x) for x in operation.invars], _marks_inside(operation, targets)
         if not inside:
-            results = _run_one(operation, given)
+            results = _run_one(jaxpr, operation, given)
         elif operation.primitive.name in CALLS:
-            results = _write_out_call(operation, given, inside, targets)
+            results = _write_out_call(jaxpr, operation, given, inside, targets)
         elif operation.primitive.name == 'scan':
             results = _divide_scan(operation, given, inside, targets)
         else:
@@ -266,25 +266,26 @@ def _write_out(jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[Any], ta
     return [read(x) for x in jaxpr.outvars]
 
 
-def _run_one(operation: Any, given: Sequence[Any], **changed: Any) -> list[Any]:
-    """Runs a single operation, with some of its parameters changed."""
+def _run_one(jaxpr: Jaxpr, operation: Any, given: Sequence[Any]) -> list[Any]:
+    """Runs a single operation of a program."""
     values = {x: value for x, value in zip(operation.invars, given, strict=True) if not isinstance(x, Literal)}
-    one = Jaxpr(
-        constvars=(),
+    one = jaxpr.replace(
+        constvars=[],
         invars=list(values),
         outvars=operation.outvars,
-        eqns=[operation.replace(params={**operation.params, **changed})],
+        eqns=[operation],
         effects=operation.effects,
+        debug_info=jaxpr.debug_info.with_unknown_names(),
     )
     return list(jaxpr_as_fun(ClosedJaxpr(one, ()))(*values.values()))
 
 
-def _write_out_call(operation: Any, given: list[Any], inside: set[str], targets: Targets) -> list[Any]:
+def _write_out_call(jaxpr: Jaxpr, operation: Any, given: list[Any], inside: set[str], targets: Targets) -> list[Any]:
     """An inner program as it is with the mark behind it, if it ends with the mark; else written out."""
     (inner,), path = jaxprs_in_params(operation.params), min(inside)
     marks = _ends_with(inner, path) if len(inside) == 1 and targets[path] == [None] * len(targets[path]) else {}
     if marks:
-        results = _run_one(operation, given)
+        results = _run_one(jaxpr, operation, given)
         return [checkpoint_name(x, marks[number]) if number in marks else x for number, x in enumerate(results)]
     consts = next((x.consts for x in operation.params.values() if isinstance(x, ClosedJaxpr)), [])
     return _write_out(inner, consts, given, targets)
