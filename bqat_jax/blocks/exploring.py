@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 from flax import errors
+from jax.extend.core import Literal
 
 from bqat_jax.blocks.block_network import (
     BATCH_STATS,
@@ -19,6 +20,7 @@ from bqat_jax.blocks.block_network import (
     short,
     stream_keys,
 )
+from bqat_jax.blocks.linen import check_called
 from bqat_jax.blocks.program import Program
 from bqat_jax.blocks.switch import EVALUATE_NAMES, SWITCHED, TRAIN_NAMES, switch_module
 
@@ -34,7 +36,8 @@ def with_inputs(network: BlockNetwork, inputs: Any) -> BlockNetwork:
             such as (32, 32, 3), stands for an array of float32.
 
     Raises:
-        ValueError: if the network cannot be run on them or be cut so, or if it was made for other inputs.
+        ValueError: if the network cannot be run on them or be cut so, if it was made for other inputs, or if an
+            `nnx.Module` is in it.
     """
     inputs = describe_inputs(inputs)
     if network.inputs is not None:
@@ -47,7 +50,8 @@ def with_inputs(network: BlockNetwork, inputs: Any) -> BlockNetwork:
     network = dataclasses.replace(network, inputs=inputs)
     key = jax.eval_shape(lambda: jax.random.key(0))
     try:
-        variables: Any = jax.eval_shape(network.init, key)
+        with check_called():
+            variables: Any = jax.eval_shape(network.init, key)
         network = dataclasses.replace(network, streams=_find_streams(network, variables, key))
         network = dataclasses.replace(network, mutable=_find_mutable(network, variables, key))
         small, large = (network.trace(variables, key, train=False, size=size) for size in (2, 3))
@@ -99,7 +103,7 @@ def _find_mutable(network: BlockNetwork, variables: Any, key: Any) -> tuple[str,
     changed, given = [], set(program.jaxpr.invars)
     names = [name for name, tree in shapes.items() for _ in jax.tree.leaves(tree)]
     for name, result in zip(names, program.jaxpr.outvars, strict=True):
-        if name not in changed and (not hasattr(result, 'count') or result not in given):
+        if name not in changed and (isinstance(result, Literal) or result not in given):
             changed.append(name)
     for name in changed:
         own = variables.get(name, {})
@@ -136,8 +140,12 @@ def _crossing(name: str, two: Any, three: Any) -> Crossing:
     return Crossing(tuple(n // 2 if number == axis else n for number, n in enumerate(shape)), dtype, axis, False)
 
 
-def check_switch(network: BlockNetwork, variables: Any) -> None:
-    """Checks that a module which has no switch needs none.
+def check_switch(network: BlockNetwork, inputs: Any) -> None:
+    """Checks that a module which has no switch needs none; it need not run in evaluation.
+
+    Args:
+        network: it need not know its inputs.
+        inputs: as of `with_inputs`.
 
     Raises:
         ValueError: if there are batch norms or dropouts in it, naming the first.
@@ -151,7 +159,7 @@ def check_switch(network: BlockNetwork, variables: Any) -> None:
         return call(*args, **kwargs)
 
     with nn.intercept_methods(interceptor):
-        jax.eval_shape(lambda variables, x: network.apply(variables, x, train=False)[0], variables, network.batch_of(1))
+        jax.eval_shape(lambda key: network.init(key, inputs), jax.random.key(0))
     if seen:
         raise ValueError(
             f'The network has {seen[0]}, which computes something else in training, and nothing is found that says '
