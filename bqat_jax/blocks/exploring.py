@@ -17,6 +17,7 @@ from bqat_jax.blocks.block_network import (
     describe_inputs,
     short,
 )
+from bqat_jax.blocks.linen import check_called
 from bqat_jax.blocks.program import Program
 from bqat_jax.blocks.switch import EVALUATE_NAMES, SWITCHED, TRAIN_NAMES
 
@@ -32,7 +33,8 @@ def with_inputs(network: BlockNetwork, inputs: Any) -> BlockNetwork:
             such as (32, 32, 3), stands for an array of float32.
 
     Raises:
-        ValueError: if the network cannot be run on them or be cut so, or if it was made for other inputs.
+        ValueError: if the network cannot be run on them or be cut so, if it was made for other inputs, or if an
+            `nnx.Module` is in it.
     """
     inputs = describe_inputs(inputs)
     if network.inputs is not None:
@@ -45,7 +47,8 @@ def with_inputs(network: BlockNetwork, inputs: Any) -> BlockNetwork:
     network = dataclasses.replace(network, inputs=inputs)
     key = jax.eval_shape(lambda: jax.random.key(0))
     try:
-        variables = network.shapes()
+        with check_called():
+            variables = network.shapes()
         collections = tuple(name for name in variables if name != PARAMS)
         network, training = _trace_training(dataclasses.replace(network, mutable=collections), variables, key)
         network = dataclasses.replace(network, mutable=_find_mutable(variables, training))

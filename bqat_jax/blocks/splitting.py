@@ -8,6 +8,7 @@ import flax.linen as nn
 
 from bqat_jax.blocks.block_network import BlockNetwork, describe_inputs
 from bqat_jax.blocks.exploring import check_switch, with_inputs
+from bqat_jax.blocks.linen import check_linen
 from bqat_jax.blocks.program import mark
 from bqat_jax.blocks.switch import Call, has_switch, make_call
 
@@ -33,8 +34,9 @@ def split_after(module: nn.Module, ends: Sequence[str], inputs: Any, call: Call 
 
     Raises:
         ValueError: if a submodule does not run, a cut cannot be there, or nothing says whether the module is trained
-            though it has batch norm or dropout; or for fewer than two ends.
+            though it has batch norm or dropout; for fewer than two ends; or for a module that is not Linen.
     """
+    check_linen(module)
     network = BlockNetwork(module, tuple(ends), call or make_call(module))
     if call is None and not has_switch(module):
         check_switch(dataclasses.replace(network, inputs=describe_inputs(inputs)))
@@ -51,8 +53,9 @@ def split_into(module: nn.Module, stem: Piece, blocks: Sequence[Piece], head: Pi
         head: from what leaves the last block to outputs.
 
     Raises:
-        ValueError: for fewer than two blocks.
+        ValueError: for fewer than two blocks, or for a module that is not Linen.
     """
+    check_linen(module)
     names = tuple(f'block{number}' for number in range(1, len(blocks) + 1))
 
     def call(module, inputs, train):

@@ -1,0 +1,82 @@
+"""Networks that strangers wrote are wrapped in one call, run exactly as they do by themselves, and train at W4A4."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import bqat_jax as bq
+from bqat_jax.blocks.block_network import stream_keys
+from tests.foreign.cases import BATCH, CASES, draw_variables
+
+KEY = jax.random.key(5)
+W4A4 = {'weights': {'name': 'lsq', 'bits': 4}, 'activations': {'name': 'lsq', 'bits': 4}}
+STEPS = 10
+
+
+def run_all(network, variables, train, inputs):
+    """Outputs and state of the whole, and outputs of what follows every cut."""
+    bound = network.bind(variables, train=train, key=KEY)
+    run, last = bound.run(inputs), len(network.blocks)
+    rest = [bound.run_pieces(number + 1, last, alive) for number, alive in enumerate(run.alive)]
+    return run.outputs, run.state, rest
+
+
+@pytest.mark.parametrize('name', list(CASES))
+def test_a_network_that_is_cut_computes_what_it_computes_by_itself(name):
+    case = CASES[name]
+    network, inputs = case.split(), case.batch()
+    variables, equal = draw_variables(network), np.testing.assert_array_equal
+    if case.is_divided:
+        equal = lambda got, wanted: np.testing.assert_allclose(got, wanted, atol=1e-5, rtol=1e-5)  # noqa: E731
+    for train in (True, False):
+        keys = stream_keys(KEY, network.streams)
+        mutable = list(network.mutable) if train else []
+        expected, state = case.apply(variables, inputs, train, rngs=keys, mutable=mutable)
+        outputs, own_state, rest = run_all(network, variables, train, inputs)
+        for got in (outputs, *rest):
+            jax.tree.map(equal, got, expected)
+        for collection, tree in state.items():
+            jax.tree.map(equal, own_state[collection], tree)
+
+
+@pytest.mark.parametrize('name', list(CASES))
+def test_a_network_trains_with_weights_and_activations_of_four_bits(name):
+    case = CASES[name]
+    network, inputs = case.split_with_logits(), case.batch()
+    partner, labels = draw_variables(network), jnp.arange(BATCH) % 2
+    replacement, variables = bq.replace_blocks(network, partner, [inputs], W4A4, case.plan)
+    optimizer = optax.flatten(optax.adam(1e-2))
+
+    def step(carry, _):
+        variables, state = carry
+
+        def loss(trained, params):
+            own = variables._replace(params=trained[0], quantizers=trained[1])
+            batch, context = bq.Batch(inputs, labels), bq.Context(key=KEY)
+            return replacement.loss(own, {**partner, 'params': params}, batch, context)
+
+        trained = variables.params, variables.quantizers
+        (value, (collections, _)), (gradients, of_partner) = jax.value_and_grad(loss, (0, 1), has_aux=True)(
+            trained, partner['params']
+        )
+        updates, state = optimizer.update(gradients, state)
+        trained = optax.apply_updates(trained, updates)
+        return (variables._replace(params=trained[0], quantizers=trained[1], collections=collections), state), (
+            value,
+            [jnp.any(x != 0) for x in jax.tree.leaves(of_partner)],
+        )
+
+    @jax.jit
+    def train(variables):
+        state = optimizer.init((variables.params, variables.quantizers))
+        return jax.lax.scan(step, (variables, state), length=STEPS)
+
+    (trained, _), (losses, reached) = train(variables)
+    assert losses[-1] < 0.95 * losses[0], losses
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(trained))
+    assert not np.any(reached)
+    assert jax.tree.all(
+        jax.tree.map(lambda new, old: old.size == 1 or bool(np.any(new != old)), trained.params, variables.params)
+    )
