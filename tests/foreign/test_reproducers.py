@@ -276,9 +276,9 @@ class InNNX(nnx.Module):
 def test_nnx_is_refused_in_one_sentence():
     identity = lambda module, x, train: x  # noqa: E731
     for module in (InNNX(nnx.Rngs(0)), nnx.bridge.to_linen(InNNX)):
-        with pytest.raises(ValueError, match='^InNNX is an nnx.Module: this project wraps Linen modules'):
+        with pytest.raises(ValueError, match=r'^InNNX is an nnx.Module: this project wraps Linen modules'):
             bq.split_after(module, ['a', 'b'], (4,))
-        with pytest.raises(ValueError, match='^InNNX is an nnx.Module'):
+        with pytest.raises(ValueError, match=r'^InNNX is an nnx.Module'):
             bq.split_into(module, identity, [identity] * 2, identity)
     with pytest.raises(ValueError, match='no Linen module'):
         bq.split_after(nn.Dense, ['a', 'b'], (4,))  # pyright: ignore[reportArgumentType]
@@ -286,5 +286,5 @@ def test_nnx_is_refused_in_one_sentence():
     with pytest.raises(ValueError, match=r"^'a' \(InNNX\) is an nnx.Module"):
         bq.split_after(holds, ['a', 'b'], (4,))
     pieces = bq.split_into(holds, identity, [lambda module, x, train: module(x)] * 2, identity)
-    with pytest.raises(ValueError, match='is an nnx.Module'):
+    with pytest.raises(ValueError, match=r'is an nnx.Module'):
         with_inputs(pieces, (4,))
