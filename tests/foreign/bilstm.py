@@ -1,4 +1,4 @@
-"""A tagger of words: two bidirectional LSTMs over sentences of different lengths."""
+"""A tagger of words: a bidirectional and a plain LSTM over sentences of different lengths."""
 
 import flax.linen as nn
 
@@ -13,7 +13,7 @@ class Tagger(nn.Module):
     def __call__(self, words, lengths):
         x = nn.Embed(self.vocab_size, 6)(words)
         x = nn.Dropout(0.1, deterministic=not self.training)(x)
-        for number, cell in enumerate((nn.OptimizedLSTMCell, nn.LSTMCell)):
-            both = nn.Bidirectional(nn.RNN(cell(self.hidden)), nn.RNN(cell(self.hidden)), name=f'lstm{number}')
-            x = both(x, seq_lengths=lengths)
+        forward, backward = nn.RNN(nn.OptimizedLSTMCell(self.hidden)), nn.RNN(nn.OptimizedLSTMCell(self.hidden))
+        x = nn.Bidirectional(forward, backward, name='lstm0')(x, seq_lengths=lengths)
+        x = nn.RNN(nn.LSTMCell(self.hidden), name='lstm1')(x, seq_lengths=lengths)
         return nn.Dense(self.num_tags, name='tags')(x)

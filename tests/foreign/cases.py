@@ -120,7 +120,7 @@ CASES = {
         (array(6, dtype=jnp.int32), array(dtype=jnp.int32)),
         lambda module, x, train: module(*x),
         logits=lambda logits: logits.mean(1),
-        left=('embedding',),
+        left=('embedding', 'i/kernel', 'f/kernel', 'g/kernel', 'o/kernel'),  # of the fused cell
         field='training',
     ),
     'unet': Case(

@@ -28,6 +28,6 @@ class GraphNetwork(nn.Module):
         for number in range(self.layers):
             nodes = GraphConv(self.width, name=f'conv{number}')(nodes, adjacency, mask)
             nodes = nn.Dropout(0.1)(nodes, deterministic=not train)
-            readouts.append((nodes.sum(1) / mask.sum(1, keepdims=True), nodes.max(1)))
-        graph = jnp.concatenate([x for pair in readouts for x in pair], axis=-1)
-        return nn.Dense(self.num_classes, name='classes')(graph)
+            scores = jnp.where(mask[..., None] > 0, nn.Dense(1, name=f'gate{number}')(nodes), -1e9)
+            readouts += [(nodes * nn.softmax(scores, axis=1)).sum(1), nodes.sum(1) / mask.sum(1, keepdims=True)]
+        return nn.Dense(self.num_classes, name='classes')(jnp.concatenate(readouts, axis=-1))

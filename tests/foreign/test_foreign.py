@@ -80,3 +80,22 @@ def test_a_network_trains_with_weights_and_activations_of_four_bits(name):
     assert jax.tree.all(
         jax.tree.map(lambda new, old: old.size == 1 or bool(np.any(new != old)), trained.params, variables.params)
     )
+
+
+@pytest.mark.parametrize('name', list(CASES))
+def test_no_weight_goes_unmentioned(name):
+    case, network = CASES[name], CASES[name].split()
+    variables = draw_variables(network)
+    layers = bq.find_layers(
+        network.as_function(variables, train=True, key=KEY), variables['params'], network.batch_of(2)
+    )
+    summary = summarize(network, layers, assign_quantizers(tuple(layers.quantizable), **W4A4, rules=()))
+    quantized = {row['path'] for row in summary['layers']}
+    left = summary['not_quantizable']
+    assert all(reason for reason in left.values())
+    assert all(path.endswith(('/bias', *case.left)) for path in left), left  # of heads, a bias has two axes
+    for path, x in traverse_util.flatten_dict(variables['params'], sep='/').items():
+        owner, _, leaf = path.rpartition('/')
+        is_vector = x.ndim < 2 or leaf in ('bias', 'scale')  # perhaps stacked
+        assert is_vector or owner in quantized or path in left, path
+    assert all(row['block'] != '-' and row['macs'] > 0 for row in summary['layers'])
