@@ -147,13 +147,15 @@ class BlockNetwork:
             variables: by collection.
             inputs: a batch.
             train: with batch statistics and dropout, or else as in evaluation.
-            key: of the random streams.
+            key: of the random streams; a network that draws in evaluation too draws from a fixed one there if None.
             around: `around(module)` is a context in which the bound module is called.
 
         Returns:
             The outputs, and the collections that training changes, as they are afterwards.
         """
         state = {name: variables.get(name, {}) for name in self.mutable}
+        if key is None and not train:
+            key = jax.random.key(0)
 
         def run(module, inputs):
             with contextlib.nullcontext() if around is None else around(module):

@@ -13,6 +13,7 @@ from tests.foreign.cases import BATCH, CASES, draw_variables
 KEY = jax.random.key(5)
 W4A4 = {'weights': {'name': 'lsq', 'bits': 4}, 'activations': {'name': 'lsq', 'bits': 4}}
 STEPS = 10
+SLOW = ('convnext', 'mixer')  # to train them asks nothing that the others do not
 
 
 def run_all(network, variables, train, inputs):
@@ -41,7 +42,7 @@ def test_a_network_that_is_cut_computes_what_it_computes_by_itself(name):
             jax.tree.map(equal, own_state[collection], tree)
 
 
-@pytest.mark.parametrize('name', list(CASES))
+@pytest.mark.parametrize('name', [pytest.param(x, marks=pytest.mark.slow) if x in SLOW else x for x in CASES])
 def test_a_network_trains_with_weights_and_activations_of_four_bits(name):
     case = CASES[name]
     network, inputs = case.split_with_logits(), case.batch()
@@ -73,13 +74,12 @@ def test_a_network_trains_with_weights_and_activations_of_four_bits(name):
         state = optimizer.init((variables.params, variables.quantizers))
         return jax.lax.scan(step, (variables, state), length=STEPS)
 
-    (trained, _), (losses, reached) = train(variables)
+    (trained, _), (losses, reached) = jax.device_get(train(variables))
     assert losses[-1] < 0.95 * losses[0], losses
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(trained))
     assert not np.any(reached)
-    assert jax.tree.all(
-        jax.tree.map(lambda new, old: old.size == 1 or bool(np.any(new != old)), trained.params, variables.params)
-    )
+    before = jax.device_get(variables.params)
+    assert jax.tree.all(jax.tree.map(lambda new, old: new.size == 1 or np.any(new != old), trained.params, before))
 
 
 @pytest.mark.parametrize('name', list(CASES))

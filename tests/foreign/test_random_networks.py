@@ -149,14 +149,14 @@ def check(module, ends, transform, is_exact):
             jax.tree.map(equal, state[name], tree)
 
 
-@settings(max_examples=10, **QUICK)
+@settings(max_examples=8, **QUICK)
 @given(networks())
 def test_a_random_network_that_is_cut_equals_itself(case):
     module, ends = case
     check(module, ends, lambda function: function, is_exact=not any('[' in end for end in ends))
 
 
-@settings(max_examples=3, **QUICK)
+@settings(max_examples=2, **QUICK)
 @given(networks())
 def test_a_random_network_that_is_cut_equals_itself_when_compiled(case):
     def compile_quickly(function):

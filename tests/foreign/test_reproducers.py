@@ -186,6 +186,20 @@ def test_a_random_stream_of_another_name():
     assert network.streams == ('drop_path',)
 
 
+def test_a_network_that_draws_in_evaluation_too_draws_the_same_each_time():
+    def call(self, x):
+        x = nn.Dense(4, name='a')(x)
+        return nn.Dense(4, name='b')(x + jax.random.normal(self.make_rng('noise'), x.shape))
+
+    network, _ = check(network_of(call))
+    partner = draw_variables(network)
+    replacement, variables = bq.replace_blocks(network, partner, [X], W4A4, 'prefix')
+    batch = bq.Batch(X, jnp.arange(3))
+    loss, _ = replacement.loss(variables, partner, batch, bq.Context(key=KEY))
+    assert jnp.isfinite(loss)
+    np.testing.assert_array_equal(replacement.logits(variables, X), replacement.logits(variables, X))
+
+
 def test_other_collections_are_carried():
     def call(self, x, train):
         scale = self.variable('constants', 'scale', lambda: jnp.ones((4,)))
