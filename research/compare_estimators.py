@@ -22,6 +22,7 @@ import numpy as np
 import rich.console
 from absl import app, flags, logging
 
+from bqat_jax.blocks.block_network import other_collections
 from bqat_jax.data.pipeline import Split
 from bqat_jax.distributed.preemption import StopRequest
 from bqat_jax.experiment.configuration import Config
@@ -129,7 +130,7 @@ def run_cell(bench: Bench, cell: dict[str, Any], steps: int, seeds: int) -> list
     objective, plan = Objective(distillation=0.0), Plan('none', len(network.blocks))
     spec = TrainSpec(BlockReplacement(network, quantization, plan, objective), preprocessing, steps)
     optimizer, learning_rate = make_optimizer(experiment.training.optimizer, max(steps, 1))
-    start = Variables(variables['params'], quantizers, variables['batch_stats'])
+    start = Variables(variables['params'], quantizers, other_collections(variables))
     # Seeds one after another, by the same compiled programs: side by side, under vmap, convolutions of weights that
     # differ are several times slower on a CPU.
     begin = jax.jit(lambda key: init_state(spec, key, start, optimizer))
@@ -148,7 +149,7 @@ def run_cell(bench: Bench, cell: dict[str, Any], steps: int, seeds: int) -> list
                 strengths = mean_strengths([measure(state, None, train, {'index': index}, jnp.int32(0))])
                 state = dataclasses.replace(state, strengths=strengths)
             state, _ = step(state, None, train, {'index': index})
-        counts = evaluate(state.params, state.batch_stats, test, everything)
+        counts = evaluate(state.params, state.collections, test, everything)
         accuracies.append(int(counts['correct']) / len(test['label']))
     return accuracies
 

@@ -30,7 +30,7 @@ NUMERICS = (
 # What may differ between the processes of a run: which one it is, and where things lie on its machine.
 OF_ONE_PROCESS = ('distributed', 'compilation_cache', 'data.dir', 'data.workers', 'plugins')
 # Before it, the state of training had other names.
-FIRST_READABLE = (0, 2)
+FIRST_READABLE = (0, 3)
 
 
 def versions() -> dict[str, str]:

@@ -160,8 +160,9 @@ def replace_blocks(
         raise ValueError(f"plan={plan!r}: give a Plan or the name of one, 'none' for no mixed-precision models.")
     if not isinstance(partner, Mapping) or 'params' not in partner:
         raise ValueError("The partner's variables have no 'params': give {'params': ..., 'batch_stats': ...}.")
-    batches = list(batches)
-    if batches and network.inputs is None:
+    if not hasattr(batches, 'shape') and not isinstance(batches, Mapping):  # of one batch alone `prepare` complains
+        batches = list(batches)
+    if isinstance(batches, list) and batches and network.inputs is None:
         network = with_inputs(network, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batches[0]))
     run = network.as_function(partner, train=True, key=jax.random.key(0))
     quantization, parameters = prepare(run, partner['params'], batches, **quantizers)

@@ -197,7 +197,7 @@ def find_layers(run: Callable[..., Any], params: Any, *arguments: Any) -> Layers
         jax.eval_shape(lambda *arguments: run(*arguments), params, *arguments)
     taken = {f'{path}/{layer.weight}' for path, layer in quantizable.items()}
     for path, axes in smallest.items():
-        if axes >= 2 and path not in taken:
+        if axes >= 2 and path not in taken and path.rpartition('/')[0] not in quantizable:  # nor a bias of two axes
             others.setdefault(path, _why_not(kinds.get(path.rpartition('/')[0])))
     return Layers(quantizable, others)
 

@@ -61,7 +61,7 @@ def test_without_quantizers_all_gradients_are_the_same():
     gradients = measure_gradients(spec, state_of(spec, {}), VARIABLES, BATCHES, BLOCKS, samples=2)
     for loss in ('lp', 'full'):
         assert list(gradients[loss]['layers']) == list(BLOCKS)
-        assert list(gradients[loss]['blocks']) == ['stem', 'block 1', 'block 2', 'block 3', 'head']
+        assert list(gradients[loss]['blocks']) == ['block 1', 'block 2', 'block 3', 'head']
         for measures in (*gradients[loss]['layers'].values(), *gradients[loss]['blocks'].values()):
             for reference in ('full_precision', 'smoothed'):
                 np.testing.assert_allclose(measures[f'cosine_to_{reference}'], 1, rtol=1e-4)

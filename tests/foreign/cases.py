@@ -102,7 +102,7 @@ CASES = {
         ('layers_0', 'layers_1'),
         {'input_ids': array(6, dtype=jnp.int32), 'attention_mask': array(6, dtype=jnp.bool_)},
         lambda module, x, train: module(x['input_ids'], x['attention_mask'], deterministic=not train),
-        left=('embedding', 'position_embeddings'),
+        left=('position_embeddings',),
     ),
     'decoder': Case(
         decoder.Decoder(),
@@ -110,7 +110,6 @@ CASES = {
         array(6, dtype=jnp.int32),
         lambda module, x, train: module(x, deterministic=not train),
         logits=lambda logits: logits.mean(1),
-        left=('embedding',),
         is_divided=True,
         plan='prefix_sampled',
     ),
@@ -120,7 +119,6 @@ CASES = {
         (array(6, dtype=jnp.int32), array(dtype=jnp.int32)),
         lambda module, x, train: module(*x),
         logits=lambda logits: logits.mean(1),
-        left=('embedding', 'i/kernel', 'f/kernel', 'g/kernel', 'o/kernel'),  # of the fused cell
         field='training',
     ),
     'unet': Case(

@@ -47,7 +47,7 @@ def test_the_whole_formula_in_float64(temperature):
 def test_without_paths_and_distillation_it_is_the_cross_entropy():
     objective = Objective(distillation=0.0)
     assert not objective.needs_teacher(0) and objective.needs_teacher(1)
-    loss, terms = objective(LABELS, Outputs(Z_Q), NO_TEACHER, None, jnp.zeros(0))
+    loss, terms = objective(LABELS, Outputs(Z_Q), NO_TEACHER, [], jnp.zeros(0))
     np.testing.assert_array_equal(loss, cross_entropy(Z_Q, LABELS))
     assert set(terms) == {'loss', 'loss/cross_entropy'}
 
