@@ -22,7 +22,7 @@ def get_config(argument: str | None = None) -> Config:
     config.data.name = 'python_bytes'
     config.data.validation_split = 'validation'
     config.network = ml_collections.ConfigDict(
-        {'name': 'decoder', 'depth': 4, 'width': 64, 'heads': 4, 'dtype': 'float32'}
+        {'name': 'decoder', 'depth': 4, 'width': 64, 'heads': 4, 'dtype': 'float32', 'unroll': True}
     )
     if given.weights == TERNARY:
         config.quant.weights.name = 'absmean_ternary'

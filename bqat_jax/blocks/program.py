@@ -336,12 +336,13 @@ def _divide_scan(operation: Any, given: list[Any], targets: Targets) -> list[Any
         results = jaxpr_as_fun(operation.params['jaxpr'])(*constant, *carry, *own)
         return results[:carries], results[carries:]
 
-    options = {key: operation.params[key] for key in ('reverse', 'unroll')}
+    reverse, unroll = (operation.params[key] for key in ('reverse', 'unroll'))
     parts: list[Any] = []
     start = 0
     for stop in sorted({*(index + 1 for index in names), length}):
         own = [jax.lax.slice_in_dim(x, start, stop) if stop - start < length else x for x in stacked]
-        carry, gathered = jax.lax.scan(body, carry, own, length=stop - start, **options)
+        size = stop - start
+        carry, gathered = jax.lax.scan(body, carry, own, length=size, reverse=reverse, unroll=min(unroll, size))
         if stop - 1 in names:
             name = f'{MARK}{names[stop - 1]}#{call}'
             marked = set(carried or range(len(given)))

@@ -27,6 +27,7 @@ def decoder(
     width: int = 96,
     heads: int = 4,
     dtype: str = 'float32',
+    unroll: bool = False,
     cut: str = 'stage',
 ) -> BlockNetwork:
     """Returns a decoder-only transformer for sequences of tokens (Radford et al., GPT-2, 2019).
@@ -40,6 +41,7 @@ def decoder(
         width: of a token.
         heads: of attention; their number divides the width.
         dtype: of the computation, 'float32' or 'bfloat16'; parameters, layer norm and softmax are float32.
+        unroll: whether the loop over the layers is written out: quicker steps, more to compile.
         cut: 'stage' (two blocks of equally many layers), 'block' (one layer each) or the last layers of the blocks, as
             in 'layers[0],layers[3]'.
 
@@ -58,7 +60,7 @@ def decoder(
         ends = tuple(cut.replace(' ', '').split(','))
     else:
         raise ValueError(f"cut={cut!r}: it must be one of {', '.join(CUTS)}, or layers such as 'layers[0],layers[3]'.")
-    module = Decoder(num_classes, depth, width, heads, computation(dtype, None).dtype)
+    module = Decoder(num_classes, depth, width, heads, unroll, computation(dtype, None).dtype)
     return BlockNetwork(module, ends, make_call(module))
 
 
@@ -69,6 +71,7 @@ class Decoder(nn.Module):
     depth: int
     width: int
     heads: int
+    unroll: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -82,6 +85,7 @@ class Decoder(nn.Module):
             variable_axes={'params': 0},
             split_rngs={'params': True},
             length=self.depth,
+            unroll=self.depth if self.unroll else 1,
         )(self.heads, self.depth, self.dtype, name='layers')
         x, _ = layers(x, None)
         x = layer_norm(x, 'norm')
