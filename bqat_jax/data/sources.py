@@ -171,13 +171,6 @@ class ImageData:
         """Shape and dtype of what a network gets of one example."""
         return jax.ShapeDtypeStruct(self.image_shape, np.int32 if self.is_tokens else np.float32)
 
-    @property
-    def arrays(self) -> dict[str, tuple[tuple[int, ...], Any]]:
-        """Shape and dtype of the arrays of one example as they are read."""
-        if self.is_tokens:
-            return {'tokens': ((self.image_shape[0] + 1,), np.uint8)}
-        return {'image': (self.image_shape, np.dtype(self.dtype)), 'label': (self.label_shape, np.int32)}
-
 
 @dataclasses.dataclass(frozen=True)
 class ImageOptions:

@@ -1,4 +1,4 @@
-"""Every data set that prepares itself is one of labelled images, in train and test."""
+"""Every data set that prepares itself is one of labelled images or of tokens, in train and test."""
 
 import io
 
@@ -16,7 +16,11 @@ def test_a_data_set_that_prepares_itself(name, digits_dir):
     images = load_images(name, digits_dir, ImageOptions(0.1))
     for subset in (images.train, images.validation, images.test):
         arrays = read_whole(subset)
+        if images.is_tokens:
+            assert arrays['tokens'].dtype == np.uint8 and arrays['tokens'].shape[1:] == (images.image_shape[0] + 1,)
+            continue
         assert arrays['image'].dtype == np.uint8 and arrays['image'].shape[1:] == images.image_shape
+        assert arrays['label'].dtype == np.int32 and arrays['label'].shape[1:] == images.label_shape
         assert arrays['label'].min() >= 0 and arrays['label'].max() < images.num_classes
 
 
