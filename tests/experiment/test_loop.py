@@ -74,7 +74,7 @@ class Checkpoints:
 
 
 class State:
-    first_bad_step, params, batch_stats = -1, None, None
+    first_bad_step, params, collections = -1, None, None
 
 
 def test_metrics_are_recorded_after_the_next_step_has_begun():
@@ -109,7 +109,7 @@ def test_the_score_of_a_checkpoint_is_larger_for_a_better_network(task, sign):
     metric, recorder, checkpoints = get_task(task).score, Recorder(), Checkpoints()
     evaluations = iter([(0.25, 0.75), (math.nan, 0.5)])
 
-    def evaluation(params, batch_stats):
+    def evaluation(params, collections):
         return [Evaluation({metric.name: value}, 8) for value in next(evaluations)]
 
     save = Save(checkpoints, Log(recorder, Clock(0.0, 8), lambda bad: None), evaluation, metric)
