@@ -1,4 +1,4 @@
-"""The training step of a recipe without its dataset: images and labels at random, or shapes alone."""
+"""The training step of a recipe without its dataset: examples at random, or shapes alone."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,14 +10,13 @@ import numpy as np
 import rich.console
 
 from bqat_jax.blocks.block_network import other_collections
-from bqat_jax.data.augmentation import normalize
 from bqat_jax.data.sources import ImageData, Subset
 from bqat_jax.distributed.sharding import over_batch
 from bqat_jax.errors import UserError
 from bqat_jax.experiment.configuration import Config
 from bqat_jax.experiment.experiment import Experiment
 from bqat_jax.experiment.low_precision import low_precision_phase
-from bqat_jax.experiment.partner import Partner
+from bqat_jax.experiment.partner import Partner, make_preprocessing
 from bqat_jax.experiment.phase import Phase
 from bqat_jax.experiment.run_phase import initial_state
 from bqat_jax.experiment.setup import make_experiment
@@ -26,12 +25,20 @@ from bqat_jax.training.optimizer import make_optimizer
 from bqat_jax.training.step import make_train_step
 from bqat_jax.transform import build_quantization, prepare_layers
 
-# Training images, classes and shape of datasets that are not read.
-SIZES = {
-    'imagenet2012': (1_281_167, 1000, (224, 224, 3)),
-    'cifar10': (50_000, 10, (32, 32, 3)),
-    'cifar100': (50_000, 100, (32, 32, 3)),
-    'digits': (1_437, 10, (8, 8, 1)),
+# Datasets that are not read, with none but their sizes.
+DESCRIBED = {
+    'imagenet2012': {'examples': 1_281_167, 'num_classes': 1000, 'image_shape': (224, 224, 3)},
+    'cifar10': {'examples': 50_000, 'num_classes': 10, 'image_shape': (32, 32, 3)},
+    'cifar100': {'examples': 50_000, 'num_classes': 100, 'image_shape': (32, 32, 3)},
+    'digits': {'examples': 1_437, 'num_classes': 10, 'image_shape': (8, 8, 1)},
+    'digits_segmentation': {
+        'examples': 3_600,
+        'num_classes': 11,
+        'image_shape': (16, 16, 1),
+        'label_shape': (16, 16),
+    },
+    # As many sequences as the library of Python 3.11 gives.
+    'python_bytes': {'examples': 138_228, 'num_classes': 256, 'image_shape': (64,), 'is_tokens': True},
 }
 
 
@@ -44,7 +51,7 @@ class Bench(NamedTuple):
         step: jitted `step(state, partner, None, batch) -> state, metrics`; it donates `state`.
         state: arrays, or their shapes.
         partner: the partner's variables, or None if the step does not read them.
-        batch: images and labels.
+        batch: examples as they are read.
     """
 
     experiment: Experiment
@@ -61,11 +68,11 @@ def described_images(name: str) -> ImageData:
     Raises:
         UserError: for a dataset whose sizes are not known here.
     """
-    if name not in SIZES:
-        raise UserError(f'data.name={name!r}: the sizes are known here of {", ".join(SIZES)}.')
-    count, num_classes, shape = SIZES[name]
-    nothing = Subset(None, np.arange(0))
-    return ImageData(Subset(None, np.arange(count)), nothing, nothing, num_classes, shape)
+    if name not in DESCRIBED:
+        raise UserError(f'data.name={name!r}: the sizes are known here of {", ".join(DESCRIBED)}.')
+    described = dict(DESCRIBED[name])
+    count, nothing = described.pop('examples'), Subset(None, np.arange(0))
+    return ImageData(Subset(None, np.arange(count)), nothing, nothing, **described)
 
 
 def make_bench(config: Config, devices: Sequence[Any] | None = None, *, with_arrays: bool) -> Bench:
@@ -89,31 +96,43 @@ def make_bench(config: Config, devices: Sequence[Any] | None = None, *, with_arr
     layers, settings = experiment.layers.quantizable, experiment.quantizers
     sharding, replicas = over_batch(experiment.placement.mesh), experiment.replicas
     axes = (config.train.batch_size,) if replicas.count == 1 else (replicas.count, config.train.batch_size)
+    arrays = _arrays_of(images)
     if not with_arrays:
         quantization = build_quantization(layers, settings, {path: path.startswith('stem') for path in layers})
         phase = low_precision_phase(experiment, Partner(experiment.shapes, facts), quantization)
         batch = {
-            'image': jax.ShapeDtypeStruct((*axes, *images.image_shape), images.dtype, sharding=sharding),
-            'label': jax.ShapeDtypeStruct(axes, 'int32', sharding=sharding),
+            name: jax.ShapeDtypeStruct(axes + shape, dtype, sharding=sharding)
+            for name, (shape, dtype, _) in arrays.items()
         }
         return _make_bench(experiment, phase, phase.state_shapes, batch)
     generator = np.random.default_rng(0)
     batch = {
-        'image': generator.integers(0, 256, (*axes, *images.image_shape)).astype(np.uint8),
-        'label': generator.integers(0, images.num_classes, axes).astype(np.int32),
+        name: generator.integers(0, count, axes + shape).astype(dtype)
+        for name, (shape, dtype, count) in arrays.items()
     }
     make = jax.jit(
-        lambda key: experiment.network.init(key, images.image_shape),
+        lambda key: experiment.network.init(key, images.inputs),
         out_shardings=experiment.placement.shardings(experiment.shapes),
     )
     variables = make(jax.random.key(0))
-    sample = normalize(jnp.asarray(batch['image'].reshape(-1, *images.image_shape)[:64]), *facts.values())
+    some = {name: jnp.asarray(x.reshape(-1, *arrays[name][0])[:64]) for name, x in batch.items()}
+    sample = make_preprocessing(experiment, facts)(some, None, None).inputs
     run = experiment.network.as_function(variables, train=True)
     quantization, quantizers = prepare_layers(run, variables['params'], [sample], layers, settings)
     phase = low_precision_phase(experiment, Partner(variables, facts), quantization)
     start = Variables(variables['params'], quantizers, other_collections(variables))
     state = initial_state(experiment, phase, lambda _: start)
     return _make_bench(experiment, phase, state, jax.device_put(batch, sharding))
+
+
+def _arrays_of(images: ImageData) -> dict[str, tuple[tuple[int, ...], str, int]]:
+    """Returns shape, dtype and number of values of the arrays of an example, by their names."""
+    if images.is_tokens:
+        return {'tokens': ((images.image_shape[0] + 1,), 'uint8', images.num_classes)}
+    return {
+        'image': (images.image_shape, images.dtype, 256),
+        'label': (images.label_shape, 'int32', images.num_classes),
+    }
 
 
 def _make_bench(experiment: Experiment, phase: Phase, state: Any, batch: Any) -> Bench:

@@ -5,8 +5,10 @@ from jax.interpreters.partial_eval import dce_jaxpr
 
 
 def operations(jaxpr):
-    """The operations of a program with all its parts, in order: name and types of what each gives."""
+    """The operations of a program with all its parts, in order, without marks: name and types of what each gives."""
     for equation in jaxpr.eqns:
+        if equation.primitive.name == 'name':  # marks a value, and compiles to nothing
+            continue
         yield equation.primitive.name, tuple(str(variable.aval) for variable in equation.outvars)
         for part in jaxprs_in_params(equation.params):
             yield from operations(part)

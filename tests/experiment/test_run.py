@@ -388,7 +388,7 @@ def test_the_summary_counts_what_there_is(config, tmp_path):
     summary = read_json(tmp_path / 'summary.json')
     assert summary['totals'] == totals and summary['not_quantizable'] == {}
     rows = {row['path']: row for row in summary['layers']}
-    assert [row['block'] for row in summary['layers']][:2] == ['stem', 'block 1']
+    assert [row['block'] for row in summary['layers']][:2] == ['block 1', 'block 1']
     assert rows['head/dense']['block'] == 'head'
     stem = rows['stem/conv']
     assert stem['kernel'] == [3, 3, 1, 4] and stem['parameters'] == 36 and stem['macs'] == 64 * 36

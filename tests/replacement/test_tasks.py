@@ -312,7 +312,7 @@ def test_a_loss_is_enough_for_a_task():
     assert results(task, outputs, images, mask) == pytest.approx({'loss': float(expected)}, rel=1e-5)
     assert task.score.name == 'loss' and not task.score.larger_is_better
     student = bq.replacement.paths.Outputs(outputs)
-    loss, terms = task_alone(task)(images, student, bq.replacement.paths.Outputs(None), None, jnp.zeros(0))
+    loss, terms = task_alone(task)(images, student, bq.replacement.paths.Outputs(None), [], jnp.zeros(0))
     assert loss == terms['loss/task'] == vae_loss(outputs, images)
     with pytest.raises(ValueError, match=r"replacement.distillation=1.0: the task 'custom' has no distance"):
         bq.Objective(task=task)
