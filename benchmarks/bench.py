@@ -107,8 +107,7 @@ def make_bench(config: Config, devices: Sequence[Any] | None = None, *, with_arr
         return _make_bench(experiment, phase, phase.state_shapes, batch)
     generator = np.random.default_rng(0)
     batch = {
-        name: generator.integers(0, count, axes + shape).astype(dtype)
-        for name, (shape, dtype, count) in arrays.items()
+        name: generator.integers(0, count, axes + shape).astype(dtype) for name, (shape, dtype, count) in arrays.items()
     }
     make = jax.jit(
         lambda key: experiment.network.init(key, images.inputs),
