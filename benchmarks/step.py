@@ -242,7 +242,7 @@ def config_arguments() -> list[str]:
 def table(measured: dict[str, dict[str, Any]]) -> str:
     """Returns what was measured as a Markdown table; the first variant is what others are compared with."""
     lines = [
-        '| variant | ms | quartiles | images/s | time / first | by units | measured / units | compile s | peak MiB '
+        '| variant | ms | quartiles | examples/s | time / first | by units | measured / units | compile s | peak MiB '
         '| resident MiB | Gflop/s | of the ceiling |',
         '|' + '---|' * 12,
     ]

@@ -22,12 +22,12 @@ from bqat_jax.training.strengths import mean_strengths
 
 
 class Clock:
-    """Times a phase; its images per second leave pauses out."""
+    """Times a phase; its examples per second leave pauses out."""
 
-    def __init__(self, seconds: float, images_per_step: int):
+    def __init__(self, seconds: float, examples_per_step: int):
         """Takes the seconds that earlier processes spent in the phase."""
         self._began = time.monotonic() - seconds
-        self._images_per_step = images_per_step
+        self._examples_per_step = examples_per_step
         self.restart(0)
 
     @property
@@ -46,11 +46,11 @@ class Clock:
         yield
         self._time += time.monotonic() - began
 
-    def images_per_second(self, step: int) -> float | None:
+    def examples_per_second(self, step: int) -> float | None:
         """Returns the speed since the last call or restart; None where no step lies between."""
         steps, seconds = step - self._step, time.monotonic() - self._time
         self.restart(step)
-        return steps * self._images_per_step / seconds if steps > 0 and seconds > 0 else None
+        return steps * self._examples_per_step / seconds if steps > 0 and seconds > 0 else None
 
 
 class Log:
@@ -89,8 +89,8 @@ class Log:
         self.check_finite(values.pop('first_bad_step'))
         means = {name: sum(replicas) / len(replicas) for name, replicas in values.items()}
         means['seconds'] = self.clock.seconds
-        speed = self.clock.images_per_second(number)
-        self.recorder.record(number, means if speed is None else {**means, 'images_per_second': speed})
+        speed = self.clock.examples_per_second(number)
+        self.recorder.record(number, means if speed is None else {**means, 'examples_per_second': speed})
 
 
 class Save:

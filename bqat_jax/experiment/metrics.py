@@ -19,7 +19,7 @@ METRICS_FILE = 'metrics.jsonl'
 STRENGTH = 'mean_delta'  # the mean strength of estimators that measure one, before the step that follows
 VALIDATION = 'validation_'  # before the name of a metric on the validation split
 # The metrics shown on the terminal, and how; the files have all.
-SHOWN = {'loss': 'loss {:.3g}', 'images_per_second': '{:.0f} images/s'}
+SHOWN = {'loss': 'loss {:.3g}', 'examples_per_second': '{:.0f} examples/s'}
 
 
 class Recorder:

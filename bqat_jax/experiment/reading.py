@@ -40,7 +40,7 @@ def load_split(experiment: Experiment, subset: Subset) -> Split:
     """Returns a split; reads it onto the device if it is to live there."""
     data, arrays = experiment.data, None
     if data.on_device:
-        experiment.console.print(f'Reading {len(subset)} images onto the device.')
+        experiment.console.print(f'Reading {len(subset)} examples onto the device.')
         arrays = jax.device_put(read_whole(subset), replicated(experiment.placement.mesh))
     share = Share(jax.process_index(), jax.process_count())
     return Split(subset, arrays, data.workers, data.images.crop, share, data.skips_damaged)

@@ -159,7 +159,7 @@ def find_layers(run: Callable[..., Any], params: Any, *arguments: Any) -> Layers
     flat: Any = traverse_util.flatten_dict(params, sep='/')
     quantizable: dict[str, Layer] = {}
     others: dict[str, str] = {}
-    kinds: dict[str, type] = {}
+    kinds: dict[str, type] = {}  # of the modules that have the parameters
     smallest = {path: leaf.ndim for path, leaf in flat.items()}  # axes inside stacks
 
     def look(call, module, path, x, args, kwargs):
@@ -185,11 +185,11 @@ def find_layers(run: Callable[..., Any], params: Any, *arguments: Any) -> Layers
     def record(call, args, kwargs, context):
         if context.module.scope is not None:
             prefix = '/'.join(context.module.path)
-            kinds[prefix] = type(context.module)
             for key, value in context.module.variables.get('params', {}).items():
                 name = f'{prefix}/{key}' if prefix else key
                 if name in smallest and hasattr(value, 'ndim'):
                     smallest[name] = min(smallest[name], value.ndim)
+                    kinds[name] = type(context.module)
         return call(*args, **kwargs)
 
     with nn.intercept_methods(record), intercept_layers(look):
@@ -198,7 +198,7 @@ def find_layers(run: Callable[..., Any], params: Any, *arguments: Any) -> Layers
     taken = {f'{path}/{layer.weight}' for path, layer in quantizable.items()}
     for path, axes in smallest.items():
         if axes >= 2 and path not in taken and path.rpartition('/')[0] not in quantizable:  # nor a bias of two axes
-            others.setdefault(path, _why_not(kinds.get(path.rpartition('/')[0])))
+            others.setdefault(path, _why_not(kinds.get(path)))
     return Layers(quantizable, others)
 
 

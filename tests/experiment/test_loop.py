@@ -89,7 +89,7 @@ def test_metrics_are_recorded_after_the_next_step_has_begun():
     log.flush()
     log.flush()
     assert [step for step, _ in recorder.records] == [2, 4, 5]
-    assert recorder.records[1] == (4, ['images_per_second', 'loss', 'seconds'])
+    assert recorder.records[1] == (4, ['examples_per_second', 'loss', 'seconds'])
 
 
 def test_a_checkpoint_is_saved_when_due_and_at_the_end_behind_the_metrics_of_its_step():

@@ -10,7 +10,7 @@ def record(workdir, phase, start, steps, total=10, terminal=False):
     console = rich.console.Console(file=io.StringIO(), force_terminal=terminal, width=120)
     with Recorder(workdir, phase, start, total, console) as recorder:
         for step in steps:
-            recorder.record(step, {'loss': 1.0 / step, 'images_per_second': 100.0})
+            recorder.record(step, {'loss': 1.0 / step, 'examples_per_second': 100.0})
     return console.file.getvalue()
 
 
@@ -20,9 +20,9 @@ def read(workdir):
 
 def test_one_object_per_step_and_events_beside_them(tmp_path):
     shown = record(tmp_path, 'train', 0, [5, 10])
-    assert read(tmp_path)[1] == {'phase': 'train', 'step': 10, 'loss': 0.1, 'images_per_second': 100.0}
+    assert read(tmp_path)[1] == {'phase': 'train', 'step': 10, 'loss': 0.1, 'examples_per_second': 100.0}
     assert list((tmp_path / 'tensorboard' / 'train').glob('events*'))
-    assert shown.splitlines()[0].startswith('train 5/10  loss 0.2  100 images/s  left ')
+    assert shown.splitlines()[0].startswith('train 5/10  loss 0.2  100 examples/s  left ')
     assert shown.splitlines()[1].endswith('left 0 s')
 
 

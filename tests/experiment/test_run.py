@@ -86,7 +86,9 @@ def test_leaves_what_the_readme_says(finished):
     logged = [entry for entry in metrics_of(workdir) if entry['phase'] == 'train' and 'loss' in entry]
     assert [entry['step'] for entry in logged] == [4, 8, 12]
     losses = {'loss/cross_entropy', 'loss/distillation', 'loss/path1_cross_entropy', 'loss/path2_distillation'}
-    assert losses | {'learning_rate', 'l2_gradients', 'l2_params', 'l2_updates', 'images_per_second'} <= set(logged[-1])
+    assert losses | {'learning_rate', 'l2_gradients', 'l2_params', 'l2_updates', 'examples_per_second'} <= set(
+        logged[-1]
+    )
 
 
 def test_evaluating_gives_the_same_numbers(finished):

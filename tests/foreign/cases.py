@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bqat_jax import BlockNetwork, split_after
+from bqat_jax import BlockNetwork, CustomTask, Task, split_after
 from tests.foreign import bert, bilstm, convnext, decoder, efficientnet, gnn, mixer, unet, vae
 
 BATCH = 4
@@ -24,8 +24,8 @@ class Case:
         ends: behind which submodules it is cut.
         example: one input, without the batch axis.
         direct: how its user calls it, `direct(module, inputs, train)`.
-        logits: from its outputs to logits (batch, classes), where they are something else: a network with a task of its
-            own.
+        task: what it is trained for.
+        targets: from inputs to those of the task.
         left: endings of the paths of all weights that stay in full precision.
         is_divided: whether an `nn.scan` is cut between iterations; then XLA sums in another order.
         field: a field of the module that says whether it is trained.
@@ -36,7 +36,8 @@ class Case:
     ends: tuple[str, ...]
     example: Any
     direct: Call
-    logits: Callable[[Any], jax.Array] | None = None
+    task: str | Task = 'classification'
+    targets: Callable[[Any], Any] = lambda inputs: jnp.arange(BATCH) % 2
     left: tuple[str, ...] = ()
     is_divided: bool = False
     field: str | None = None
@@ -45,15 +46,6 @@ class Case:
     def split(self) -> BlockNetwork:
         """Divides the network, as its user would."""
         return split_after(self.module, self.ends, self.example)
-
-    def split_with_logits(self) -> BlockNetwork:
-        """Divides it with logits (batch, classes) for outputs."""
-        to_logits = self.logits
-        if to_logits is None:
-            return self.split()
-        return split_after(
-            self.module, self.ends, self.example, lambda module, x, train: to_logits(self.direct(module, x, train))
-        )
 
     def apply(self, variables: Any, inputs: Any, train: bool, **options: Any) -> Any:
         """Runs the module itself, without this project."""
@@ -109,7 +101,8 @@ CASES = {
         ('layers[0]', 'layers[1]'),
         array(6, dtype=jnp.int32),
         lambda module, x, train: module(x, deterministic=not train),
-        logits=lambda logits: logits.mean(1),
+        task='language_model',
+        targets=lambda tokens: jnp.roll(tokens, -1, axis=1),
         is_divided=True,
         plan='prefix_sampled',
     ),
@@ -118,7 +111,8 @@ CASES = {
         ('lstm0', 'lstm1'),
         (array(6, dtype=jnp.int32), array(dtype=jnp.int32)),
         lambda module, x, train: module(*x),
-        logits=lambda logits: logits.mean(1),
+        task='classification:ignore=-1',
+        targets=lambda inputs: jnp.where(jnp.arange(6)[None] < inputs[1][:, None], inputs[0] % 2, -1),
         field='training',
     ),
     'unet': Case(
@@ -126,7 +120,8 @@ CASES = {
         ('down0', 'bottleneck'),
         IMAGE,
         lambda module, x, train: module(x, train=train),
-        logits=lambda logits: logits.mean((1, 2)),
+        task='segmentation',
+        targets=lambda image: (image[..., 0] > 0).astype(jnp.int32),
         plan='prefix_sampled',
     ),
     'convnext': Case(
@@ -160,6 +155,7 @@ CASES = {
         ('encoder', 'bridge'),
         IMAGE,
         lambda module, x, train: module(x, train),
-        logits=lambda outputs: outputs['reconstruction'].mean((2, 3)) + outputs['logvar'].mean(-1, keepdims=True),
+        task=CustomTask(vae.vae_loss, lambda student, teacher: jnp.mean((student['mean'] - teacher['mean']) ** 2)),
+        targets=lambda image: image,
     ),
 }

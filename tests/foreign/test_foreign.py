@@ -11,7 +11,7 @@ import bqat_jax as bq
 from bqat_jax.analysis.summary import summarize
 from bqat_jax.blocks.block_network import stream_keys
 from bqat_jax.transform.rules import assign_quantizers
-from tests.foreign.cases import BATCH, CASES, draw_variables
+from tests.foreign.cases import CASES, draw_variables
 
 KEY = jax.random.key(5)
 W4A4 = {'weights': {'name': 'lsq', 'bits': 4}, 'activations': {'name': 'lsq', 'bits': 4}}
@@ -48,9 +48,11 @@ def test_a_network_that_is_cut_computes_what_it_computes_by_itself(name):
 @pytest.mark.parametrize('name', [pytest.param(x, marks=pytest.mark.slow) if x in SLOW else x for x in CASES])
 def test_a_network_trains_with_weights_and_activations_of_four_bits(name):
     case = CASES[name]
-    network, inputs = case.split_with_logits(), case.batch()
-    partner, labels = draw_variables(network), jnp.arange(BATCH) % 2
-    replacement, variables = bq.replace_blocks(network, partner, [inputs], W4A4, case.plan)
+    network, inputs = case.split(), case.batch()
+    partner, targets = draw_variables(network), case.targets(inputs)
+    task = bq.get_task(case.task) if isinstance(case.task, str) else case.task
+    objective = bq.Objective(task=task)
+    replacement, variables = bq.replace_blocks(network, partner, [inputs], W4A4, case.plan, objective=objective)
     optimizer = optax.flatten(optax.adam(1e-2))
 
     def step(carry, _):
@@ -58,7 +60,7 @@ def test_a_network_trains_with_weights_and_activations_of_four_bits(name):
 
         def loss(trained, params):
             own = variables._replace(params=trained[0], quantizers=trained[1])
-            batch, context = bq.Batch(inputs, labels), bq.Context(key=KEY)
+            batch, context = bq.Batch(inputs, targets), bq.Context(key=KEY)
             return replacement.loss(own, {**partner, 'params': params}, batch, context)
 
         trained = variables.params, variables.quantizers
