@@ -13,9 +13,10 @@ PACKAGE = ROOT / 'bqat_jax'
 LIBRARY = {
     'registry': set(),
     'quantizers': {'registry'},
-    'transform': {'quantizers', 'registry'},
-    'blocks': set(),
-    'networks': {'blocks', 'registry'},
+    'interception': set(),
+    'transform': {'quantizers', 'interception', 'registry'},
+    'blocks': {'interception'},
+    'networks': {'blocks', 'interception', 'registry'},
     'replacement': {'transform', 'blocks', 'quantizers', 'registry'},
     'distributed': set(),
     'training': {'replacement', 'distributed', 'transform', 'blocks', 'networks', 'quantizers'},

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import errors
 
 from bqat_jax.blocks.program import Program, mark_modules, trace
@@ -17,6 +18,7 @@ from bqat_jax.blocks.switch import Call, switch_module
 # Collections whose values are not carried from step to step: what `sow` and `perturb` leave there.
 PASSING = ('intermediates', 'perturbations')
 PARAMS, BATCH_STATS, DROPOUT = 'params', 'batch_stats', 'dropout'
+Within = Callable[[], contextlib.AbstractContextManager]
 
 
 class Crossing(NamedTuple):
@@ -188,14 +190,22 @@ class BlockNetwork:
 
         return trace(run, (variables, key), self.batch_of(size), self.blocks)
 
-    def bind(self, variables: Any, *, train: bool, key: jax.Array | None = None) -> 'BoundNetwork':
+    def bind(
+        self, variables: Any, *, train: bool, key: jax.Array | None = None, within: Within = contextlib.nullcontext
+    ) -> 'BoundNetwork':
         """Returns the network with its variables, to be run with its cuts or block by block; arguments as `apply`.
+
+        Args:
+            variables: by collection.
+            train: as `apply`.
+            key: as `apply`.
+            within: `within()` is a context in which the network is traced.
 
         Raises:
             ValueError: before `with_inputs`.
         """
         self.batch_of(1)
-        return BoundNetwork(self, variables, train, key)
+        return BoundNetwork(self, variables, train, key, within)
 
     def batch_size(self, cut: int, alive: Sequence[Any]) -> int:
         """Returns how many examples there are in what is alive at cut number `cut`."""
@@ -213,6 +223,7 @@ class BoundNetwork:
     variables: Any
     train: bool
     key: jax.Array | None
+    within: Within = contextlib.nullcontext
     programs: dict[int, Program] = dataclasses.field(default_factory=dict)
 
     def run(self, inputs: Any) -> Run:
@@ -249,7 +260,8 @@ class BoundNetwork:
 
     def _program(self, size: int) -> Program:
         if size not in self.programs:
-            program = self.network.trace(self.variables, self.key, train=self.train, size=size)
+            with self.within():
+                program = self.network.trace(self.variables, self.key, train=self.train, size=size)
             check_alike(self.network, program, size, 'in training' if self.train else 'in evaluation')
             self.programs[size] = program
         return self.programs[size]
@@ -287,9 +299,16 @@ def stream_keys(key: jax.Array, streams: Sequence[str]) -> dict[str, jax.Array]:
 
 def describe_inputs(inputs: Any) -> Any:
     """Returns shapes and dtypes of inputs as a tree of `jax.ShapeDtypeStruct`; a tuple of numbers is float32."""
-    if isinstance(inputs, Sequence) and all(isinstance(n, int) for n in inputs):
-        return jax.ShapeDtypeStruct(tuple(inputs), jnp.float32)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(tuple(x.shape), jnp.dtype(x.dtype)), inputs)
+    if isinstance(inputs, Sequence) and all(isinstance(n, int | np.integer) for n in inputs):
+        return jax.ShapeDtypeStruct(tuple(map(int, inputs)), jnp.float32)
+    for x in jax.tree.leaves(inputs):
+        if not hasattr(x, 'shape') or not hasattr(x, 'dtype'):
+            raise ValueError(
+                f'inputs={inputs!r}: give a tree of jax.ShapeDtypeStruct(shape, dtype) or of arrays, of one example; a '
+                'shape alone stands for one array of float32.'
+            )
+    # As JAX takes them: float64 and int64 of NumPy become float32 and int32.
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(tuple(x.shape), jax.dtypes.canonicalize_dtype(x.dtype)), inputs)
 
 
 def short(inputs: Any) -> str:

@@ -20,6 +20,7 @@ from bqat_jax.blocks.block_network import (
 from bqat_jax.blocks.linen import check_called
 from bqat_jax.blocks.program import Program
 from bqat_jax.blocks.switch import EVALUATE_NAMES, SWITCHED, TRAIN_NAMES
+from bqat_jax.interception import intercept_methods
 
 _STREAM = re.compile(r'needs PRNG for "(.*?)"')
 
@@ -131,11 +132,41 @@ def check_switch(network: BlockNetwork) -> None:
             seen.append('/'.join(module.path) + f' ({type(module).__name__})')
         return call(*args, **kwargs)
 
-    with nn.intercept_methods(interceptor):
+    with intercept_methods(interceptor):
         network.shapes()
     if seen:
         raise ValueError(
             f'The network has {seen[0]}, which computes something else in training, and nothing is found that says '
             f'whether it is trained: no argument of __call__ and no field called {", ".join(TRAIN_NAMES)}, or the '
             f'other way round {", ".join(EVALUATE_NAMES)}. Give call=lambda module, inputs, train: ... .'
+        )
+
+
+def check_acts(network: BlockNetwork) -> None:
+    """Checks that the switch that was found reaches the modules that need it; the network knows its inputs.
+
+    Raises:
+        ValueError: if there are batch norms or dropouts, and all of them run in training as in evaluation.
+    """
+    seen: dict[str, bool] = {}
+
+    def interceptor(call, args, kwargs, context):
+        module = context.module
+        if isinstance(module, SWITCHED) and context.method_name == '__call__':
+            name = 'use_running_average' if isinstance(module, nn.BatchNorm) else 'deterministic'
+            given = kwargs.get(name, args[1] if len(args) > 1 else None)
+            acts = not (getattr(module, name) if given is None else given)
+            if isinstance(module, nn.BatchNorm) or module.rate > 0:
+                seen['/'.join(module.path) + f' ({type(module).__name__})'] = acts
+        return call(*args, **kwargs)
+
+    def run(variables, inputs):
+        with intercept_methods(interceptor):
+            return network.apply(variables, inputs, train=True, key=jax.random.key(0))
+
+    jax.eval_shape(run, network.shapes(), network.batch_of(2))
+    if seen and not any(seen.values()):
+        raise ValueError(
+            f'In training {next(iter(seen))} does what it does in evaluation: what was found by its name does not '
+            'reach it. Give call=lambda module, inputs, train: ... , which tells all of the network.'
         )

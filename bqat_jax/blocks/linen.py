@@ -5,6 +5,8 @@ from typing import Any
 
 import flax.linen as nn
 
+from bqat_jax.interception import intercept_methods
+
 REMEDY = 'this project wraps Linen modules; write it with flax.linen.'
 
 
@@ -29,7 +31,7 @@ def check_called() -> contextlib.AbstractContextManager:
             raise ValueError(f'{path!r} ({_name(context.module)}) is an nnx.Module: {REMEDY}')
         return call(*args, **kwargs)
 
-    return nn.intercept_methods(interceptor)
+    return intercept_methods(interceptor)
 
 
 def _is_nnx(module: Any) -> bool:

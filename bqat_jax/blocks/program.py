@@ -24,10 +24,11 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var, jaxpr_as_fun, jaxprs_in_params
+
+from bqat_jax.interception import intercept_methods
 
 MARK = 'bqat_jax:'
 # Methods that compute nothing; Flax calls the second itself.
@@ -67,7 +68,7 @@ def mark_modules(root: Any) -> contextlib.AbstractContextManager:
         finally:
             running.pop()
 
-    return nn.intercept_methods(interceptor)
+    return intercept_methods(interceptor)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,7 +323,7 @@ def _divide_scan(operation: Any, given: list[Any], targets: Targets) -> list[Any
             "module, or between its iterations, as 'layers[3]' does behind the fourth of 'layers'."
         )
     names = {length - 1 if n is None else n: path if n is None else f'{path}[{n}]' for n in targets[path]}
-    if max(names) >= length or (operation.params['reverse'] and len(names) > 1):
+    if max(names) >= length or (operation.params['reverse'] and set(names) != {length - 1}):
         why = f'has the iterations 0 to {length - 1}' if max(names) >= length else 'runs backwards'
         raise ValueError(f'The cut behind {path}[{max(names)}]: this nn.scan {why}.')
     # By their shapes: how `scan` counts its arguments differs between versions of JAX.

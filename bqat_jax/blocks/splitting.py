@@ -7,7 +7,7 @@ from typing import Any
 import flax.linen as nn
 
 from bqat_jax.blocks.block_network import BlockNetwork, describe_inputs
-from bqat_jax.blocks.exploring import check_switch, with_inputs
+from bqat_jax.blocks.exploring import check_acts, check_switch, with_inputs
 from bqat_jax.blocks.linen import check_linen
 from bqat_jax.blocks.program import mark
 from bqat_jax.blocks.switch import Call, has_switch, make_call
@@ -37,10 +37,15 @@ def split_after(module: nn.Module, ends: Sequence[str], inputs: Any, call: Call 
             though it has batch norm or dropout; for fewer than two ends; or for a module that is not Linen.
     """
     check_linen(module)
+    if isinstance(ends, str):
+        raise ValueError(f'ends={ends!r}: give a list of paths, [{ends!r}, ...].')
     network = BlockNetwork(module, tuple(ends), call or make_call(module))
     if call is None and not has_switch(module):
         check_switch(dataclasses.replace(network, inputs=describe_inputs(inputs)))
-    return with_inputs(network, inputs)
+    network = with_inputs(network, inputs)
+    if call is None:
+        check_acts(network)
+    return network
 
 
 def split_into(module: nn.Module, stem: Piece, blocks: Sequence[Piece], head: Piece) -> BlockNetwork:

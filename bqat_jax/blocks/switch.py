@@ -32,7 +32,8 @@ def switch_names(names: Any) -> dict[str, bool]:
 
 def find_fields(module: nn.Module) -> dict[str, bool]:
     """Returns the fields of a module that say whether it is trained, each with its value in training."""
-    fields = [name for name in type(module).__dataclass_fields__ if name not in ('parent', 'name')]
+    arguments = inspect.signature(type(module).__call__).parameters  # `nn.merge_param` takes one of both
+    fields = [name for name in type(module).__dataclass_fields__ if name not in ('parent', 'name', *arguments)]
     return switch_names(fields)
 
 

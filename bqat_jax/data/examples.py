@@ -27,6 +27,7 @@ class ExampleFormat:
         shape: (height, width, channels) of every image; None if images stay encoded, to be cropped later.
         value_range: the values that become 0 and 1; None for uint8 pixels that stay as they are.
         label_shape: () for one label of every image, (height, width) for one of every pixel, encoded as a PNG file.
+        ignore: a label beside these, of what the task does not count; None for no such label.
     """
 
     num_classes: int
@@ -35,6 +36,7 @@ class ExampleFormat:
     shape: tuple[int, ...] | None
     value_range: tuple[float, float] | None = None
     label_shape: tuple[int, ...] = ()
+    ignore: int | None = None
 
     def read(self, example: dict[str, Any]) -> dict[str, Any]:
         """Returns an example as the program knows it.
@@ -90,16 +92,17 @@ class ExampleFormat:
 
     def _check_labels(self, encoded: bytes) -> np.ndarray:
         labels = np.asarray(Image.open(io.BytesIO(encoded)))
-        if labels.shape != self.label_shape or labels.dtype.kind not in 'ui' or labels.max() >= self.num_classes:
+        wrong = labels[(labels >= self.num_classes) & (labels != self.ignore)]
+        if labels.shape != self.label_shape or labels.dtype.kind not in 'ui' or wrong.size:
             raise WrongExample(
                 f"its 'label' is {labels.dtype} of shape {labels.shape} with labels up to {labels.max()}, and the data "
                 f'set declares 0 to {self.num_classes - 1}, of shape {self.label_shape}. Prepare it with such '
-                'labels'
+                'labels, or name the one that does not count (--config.task=segmentation:ignore=LABEL)'
             )
         return labels.astype(np.int32)
 
     def _check_label(self, label: Any) -> np.int32:
-        if 0 <= label < self.num_classes:
+        if 0 <= label < self.num_classes or label == self.ignore:
             return np.int32(label)
         what = "it has no label (its 'label' is -1)" if label == -1 else f"its 'label' is {label}"
         raise WrongExample(

@@ -184,6 +184,7 @@ class ImageOptions:
         validation_split: split that choices are made on, or a slice of one; None to hold out a fraction.
         train_examples: how many of the training images to take, before some are held out; None for all.
         value_range: lowest and highest value of float pixels, which become 0 and 1; None to look at a sample.
+        ignore: a label beside the declared ones that the task does not count; None for no such label.
     """
 
     validation_fraction: float = 0.0
@@ -193,6 +194,7 @@ class ImageOptions:
     validation_split: str | None = None
     train_examples: int | None = None
     value_range: tuple[float, float] | None = None
+    ignore: int | None = None
 
 
 def load_images(name: str, directory: str | None, options: ImageOptions = ImageOptions()) -> ImageData:
@@ -214,6 +216,7 @@ def load_images(name: str, directory: str | None, options: ImageOptions = ImageO
     form, channels = check_tokens(name, features), 0
     if form is None:
         form, channels = check_features(name, features, options.image_size, options.value_range)
+        form = dataclasses.replace(form, ignore=options.ignore)
     keys = [key for key in _SPLIT_KEYS if getattr(options, key) is not None]
     if options.validation_split is not None and fraction > 0:
         raise UserError(

@@ -68,7 +68,7 @@ def make_experiment(
     _check_batch(config, mesh.devices.size)
     plugins = plugin_files(config)
     load_plugins(plugins)  # one may bring the dataset
-    images = images or _open_images(config)
+    images = images or _open_images(config, _ignored_label(config))
     data = _make_data_spec(config, images)
     epoch = len(images.train) / config.train.batch_size  # steps
     try:
@@ -182,7 +182,15 @@ def _check_batch(config: Config, devices: int) -> None:
         )
 
 
-def _open_images(config: Config) -> ImageData:
+def _ignored_label(config: Config) -> int | None:
+    """The label that the task does not count."""
+    try:
+        return getattr(get_task(config.task), 'ignore', None)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _open_images(config: Config, ignore: int | None) -> ImageData:
     data = config.data
     if data.on_device and data.skip_damaged:
         raise UserError(
@@ -202,6 +210,7 @@ def _open_images(config: Config) -> ImageData:
         validation_split=data.validation_split,
         train_examples=data.train_examples,
         value_range=data.value_range,
+        ignore=ignore,
     )
     return load_images(data.name, None if data.dir is None else str(place(data.dir, 'data.dir')), options)
 

@@ -9,6 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from bqat_jax.interception import intercept_methods
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def normalize(
@@ -106,7 +108,7 @@ def batch_norm_in_groups(count: int) -> Iterator[None]:
         stored = nn.merge_param('use_running_average', norm.use_running_average, kwargs.get('use_running_average'))
         return call(*args, **kwargs) if stored else _normalize_parts(norm, args[0], count)
 
-    with nn.intercept_methods(intercept):
+    with intercept_methods(intercept, ('batch_norm_in_groups', count)):
         yield
 
 

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -99,6 +100,11 @@ class BlockReplacement:
             raise ValueError(
                 f'partner=None: the plan {self.plan.name!r} or the objective reads the partner. Give its variables.'
             )
+        if context.key is None and self.network.streams and self.network.inputs is not None:
+            raise ValueError(
+                f'Context(key=None): the network draws in training ({", ".join(self.network.streams)}), and would '
+                'draw the same in every step. Give a key, another in each step.'
+            )
         plan_key, key = (None, None) if context.key is None else jax.random.split(context.key)
         if draw is None:
             draw = self.plan.draw(plan_key, context.progress)
@@ -160,9 +166,10 @@ def replace_blocks(
         raise ValueError(f"plan={plan!r}: give a Plan or the name of one, 'none' for no mixed-precision models.")
     if not isinstance(partner, Mapping) or 'params' not in partner:
         raise ValueError("The partner's variables have no 'params': give {'params': ..., 'batch_stats': ...}.")
+    partner = nn.meta.unbox(partner)
     if not hasattr(batches, 'shape') and not isinstance(batches, Mapping):  # of one batch alone `prepare` complains
         batches = list(batches)
-    if isinstance(batches, list) and batches and network.inputs is None:
+    if isinstance(batches, list) and batches:  # of other inputs than its own the network complains
         network = with_inputs(network, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batches[0]))
     run = network.as_function(partner, train=True, key=jax.random.key(0))
     quantization, parameters = prepare(run, partner['params'], batches, **quantizers)

@@ -121,13 +121,12 @@ def run_backbone(
     """
     quantized = quantization.quantize_params(variables.quantizers, variables.params, context)
     key = jax.random.key(0) if train and context.key is None and network.streams else context.key
-    bound = network.bind({**variables.collections, PARAMS: quantized}, train=train, key=key)
-    with quantization.quantize_inputs():
-        run = bound.run(inputs)
+    carried, within = {**variables.collections, PARAMS: quantized}, quantization.quantize_inputs
+    bound = network.bind(carried, train=train, key=key, within=within)
+    run = bound.run(inputs)
 
     def run_block(number, alive):
-        with quantization.quantize_inputs():
-            return bound.run_pieces(number, number, alive)
+        return bound.run_pieces(number, number, alive)
 
     return Backbone(run.outputs, run.features, run.alive, {**variables.collections, **run.state}, run_block)
 

@@ -1,7 +1,7 @@
 """The tasks that ship with the project: classification of images, pixels and tokens, several labels, regression."""
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,8 @@ class Classification(Task):
     logits: str = ''
 
     loss_name = 'cross_entropy'
+    # What has a label of its own, and of how many axes such labels are.
+    labelled: ClassVar[tuple[str, int]] = ('image', 1)
     score = Metric('top1', 'top-1', larger_is_better=True, is_fraction=True)
 
     def loss(self, outputs, targets):
@@ -82,6 +84,12 @@ class Classification(Task):
         logits = select(outputs, str(self.logits), 'logits')
         _check_floats(logits, 'logits')
         _check_is_array(targets)
+        what, axes = self.labelled
+        if targets.ndim < axes:
+            raise ValueError(
+                f'The labels have the shape {targets.shape}, and the task wants one of every {what}, {axes} axes. Take '
+                'another task (config.task), or other data.'
+            )
         if logits.ndim < 2:
             raise ValueError(f'The logits have the shape {logits.shape}: it must be (batch, .., classes).')
         if jnp.issubdtype(targets.dtype, jnp.floating):
@@ -133,6 +141,7 @@ class LanguageModel(Classification):
     For tokens of several bytes it is bits per token.
     """
 
+    labelled = ('token', 2)
     score = Metric('bits_per_byte', 'bits per byte', larger_is_better=False)
     reported = ('top1',)
 
@@ -156,6 +165,7 @@ class Segmentation(Classification):
     The mean is over classes that occur in labels or predictions; intersection and union are those of a whole split.
     """
 
+    labelled = ('pixel', 3)
     score = Metric('mean_iou', 'mean IoU', larger_is_better=True, is_fraction=True)
     reported = ('top1',)
 

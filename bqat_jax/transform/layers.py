@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 from flax.linen.recurrent import DenseParams
+
+from bqat_jax.interception import intercept_methods
 
 WEIGHT_NAME = 'kernel'
 
@@ -155,6 +157,7 @@ def find_layers(run: Callable[..., Any], params: Any, *arguments: Any) -> Layers
         params: the network's 'params' collection; arrays or `jax.ShapeDtypeStruct`s.
         *arguments: the same, the first of them with examples along its first axis.
     """
+    params = nn.meta.unbox(params)
     check_names(params)
     flat: Any = traverse_util.flatten_dict(params, sep='/')
     quantizable: dict[str, Layer] = {}
@@ -165,6 +168,10 @@ def find_layers(run: Callable[..., Any], params: Any, *arguments: Any) -> Layers
     def look(call, module, path, x, args, kwargs):
         cls: Any = layer_class(module)
         known = LAYER_TYPES[cls]
+        if not path:
+            raise ValueError(
+                f'The network is itself a layer, a {type(module).__name__}: put it in a module that calls it.'
+            )
         name, kernel = f'{path}/{known.kernel}', module.get_variable('params', known.kernel)
         if kernel is None or name not in flat:
             raise ValueError(
@@ -180,6 +187,9 @@ def find_layers(run: Callable[..., Any], params: Any, *arguments: Any) -> Layers
             has_input = known.has_input and jnp.issubdtype(x.dtype, jnp.floating)
             kind = type(module).__name__
             quantizable[path] = Layer(kind, kernel.shape, outer[:depth], layout, seen, known.kernel, has_input)
+        elif known.has_input and not quantizable[path].has_input and jnp.issubdtype(x.dtype, jnp.floating):
+            seen = jax.ShapeDtypeStruct(x.shape, x.dtype)  # its first call was on integers
+            quantizable[path] = dataclasses.replace(quantizable[path], input=seen, has_input=True)
         return call(x)
 
     def record(call, args, kwargs, context):
@@ -192,24 +202,31 @@ def find_layers(run: Callable[..., Any], params: Any, *arguments: Any) -> Layers
                     kinds[name] = type(context.module)
         return call(*args, **kwargs)
 
-    with nn.intercept_methods(record), intercept_layers(look):
+    with intercept_methods(record), intercept_layers(look):
         # A function of our own: JAX does not trace one again that it has traced before, and then nothing is recorded.
         jax.eval_shape(lambda *arguments: run(*arguments), params, *arguments)
     taken = {f'{path}/{layer.weight}' for path, layer in quantizable.items()}
     for path, axes in smallest.items():
-        if axes >= 2 and path not in taken and path.rpartition('/')[0] not in quantizable:  # nor a bias of two axes
-            others.setdefault(path, _why_not(kinds.get(path)))
+        if axes >= 2 and path not in taken and path.rpartition('/')[2] != 'bias':  # it may have two axes
+            others.setdefault(path, _why_not(path, kinds.get(path), quantizable))
     return Layers(quantizable, others)
 
 
-def _why_not(kind: type | None) -> str:
-    """Why no quantizer reaches a weight of a module of some class."""
+def _why_not(path: str, kind: type | None, quantizable: Mapping[str, Layer]) -> str:
+    """Why no quantizer reaches the weight at a path, of a module of some class."""
     if kind is None:
         return 'its module did not run'
+    owner = path.rpartition('/')[0]
+    if not owner:
+        return f'{kind.__name__} is the network itself: in a submodule of its own, register_layer can make it known'
+    if owner in quantizable:
+        return f'{kind.__name__} has one kernel, {quantizable[owner].weight!r}'
     cls = next((cls for cls in kind.__mro__ if cls in LAYER_TYPES), None)
     if cls is not None and kind.param is not cls.param:
         return f'{kind.__name__} overrides `param`, so that its operation uses other values than the parameter has'
     if cls is not None:
+        if cls is kind:
+            return f'the `__call__` of {kind.__name__} did not run'
         return f"{kind.__name__} has a `__call__` that does not run {cls.__name__}'s: register_layer({kind.__name__})"
     return f'{kind.__name__} is no layer that is known: register_layer({kind.__name__}, kernel=...) makes it known'
 
@@ -229,10 +246,11 @@ def check_names(params: Any) -> None:
             )
 
 
-def intercept_layers(function: Callable[..., Any]) -> contextlib.AbstractContextManager:
+def intercept_layers(function: Callable[..., Any], key: Hashable = None) -> contextlib.AbstractContextManager:
     """Returns a context in which `function(call, module, path, x, args, kwargs)` replaces every call of a layer.
 
-    `call(x)` is the layer's own call on another input; args and kwargs are the rest of its arguments.
+    `call(x)` is the layer's own call on another input; args and kwargs are the rest of its arguments. The key is equal
+    for functions that do the same, see `intercept_methods`.
     """
 
     def interceptor(call, args, kwargs, context):
@@ -253,7 +271,7 @@ def intercept_layers(function: Callable[..., Any]) -> contextlib.AbstractContext
 
         return function(call_on, context.module, '/'.join(context.module.path), x, others, rest)
 
-    return nn.intercept_methods(interceptor)
+    return intercept_methods(interceptor, key)
 
 
 def _is_method_of(cls: type[nn.Module], method: Any) -> bool:

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import flax.linen as nn
+
 from bqat_jax.transform.calibration import calibrate, find_signed_inputs
 from bqat_jax.transform.layers import Layer, Layers, find_layers
 from bqat_jax.transform.operations import unquantized_share
@@ -53,7 +55,7 @@ def prepare(
         ValueError: for settings or rules that do not exist or do not fit the network, without a batch, if weights or
             inputs are not finite, or if no quantizer reaches too large a share of the network.
     """
-    batches = _as_list(batches)
+    batches, params = _as_list(batches), nn.meta.unbox(params)
     found = find_layers(run, params, batches[0])
     layers = found.quantizable
     check_unquantized(found, unquantized_share(run, found.others, params, batches[0]), allow_unquantized)

@@ -10,6 +10,7 @@ brings the kernel to the layer, be it `nn.scan` or `nn.remat`, brings that too.
 
 import contextlib
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -151,7 +152,12 @@ class Quantization:
                 )
             return call(layer.activations.fake_quantize(slot['parameters'], x, _from_slot(slot)))
 
-        return intercept_layers(quantize)
+        return intercept_layers(quantize, self._key)
+
+    @functools.cached_property
+    def _key(self) -> object:
+        """Different for every instance: JAX's programs of one are not those of another."""
+        return object()
 
     def quantizers(self) -> Iterable[tuple[str, str, Quantizer]]:
         """Yields (layer path, role, quantizer) for every quantizer."""

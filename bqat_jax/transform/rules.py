@@ -173,7 +173,9 @@ def _settings(role: str, defaults: Mapping[str, Any], changes: Mapping[str, Any]
     if not isinstance(changes, Mapping):
         raise ValueError(f"{role}={changes!r} in a quantization rule: write 'none' or a dict of settings.")
     if not hasattr(defaults, 'keys'):  # a ConfigDict is no Mapping
-        raise ValueError(f"{role}={defaults!r}: write a dict of settings, such as {{'name': 'lsq', 'bits': 2}}.")
+        raise ValueError(
+            f"{role}={defaults!r}: write a dict of settings, {{'name': 'lsq', 'bits': 2}}, or {{'name': 'none'}}."
+        )
     fields = [field.name for field in dataclasses.fields(QuantizerSettings)]
     # The sign of weights is no choice, and a layer's input has no output channels and is not scaled again.
     fields = [field for field in fields if field not in NOT_OF[role]]
