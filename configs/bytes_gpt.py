@@ -2,7 +2,7 @@
 
 The text is that of the Python that prepares the data set; metadata and environment.json say which. Loss: the
 cross entropy of the next byte; metric: bits per byte on files that were not trained on. The embedding and the head have
-8 bits.
+8 bits. docs/results.md ("Bytes and pixels") has what it reaches.
 
 Command: python main.py --config=configs/bytes_gpt.py:bits=4,plan=prefix
 """
