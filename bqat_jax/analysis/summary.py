@@ -101,6 +101,10 @@ def print_summary(console: rich.console.Console, title: str, summary: dict[str, 
             *(_short(row[name]) for name in ('parameters', 'macs', 'bitops')),
         )
     totals = summary['totals']
+    rest = {name: totals[name] - sum(row[name] for row in summary['layers']) for name in ('macs', 'bitops')}
+    if rest['macs']:
+        what = 'products of no such layer, as in attention'
+        table.add_row('', '', what, *['full precision'] * 2, '', *(_short(rest[name]) for name in ('macs', 'bitops')))
     table.add_section()
     table.add_row('all', '', '', '', '', *(_short(totals[name]) for name in ('parameters', 'macs', 'bitops')))
     console.print(table)
@@ -108,8 +112,8 @@ def print_summary(console: rich.console.Console, title: str, summary: dict[str, 
         f'Size: {_short(totals["bytes_full_precision"])}B in full precision, {_short(totals["bytes"])}B quantized; '
         f'BitOPs: {totals["bitops"] / max(totals["bitops_full_precision"], 1):.2%} of full precision.'
     )
-    if summary['not_quantizable']:
-        share = summary['not_quantizable_share']
+    share = summary['not_quantizable_share']
+    if share > 0:
         console.print(f'No quantizer reaches {share:.2%} of the multiply-accumulates with weights.', soft_wrap=True)
     for path, reason in summary['not_quantizable'].items():
         console.print(f'Not quantized: {path}: {reason}.', soft_wrap=True)

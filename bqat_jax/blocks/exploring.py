@@ -56,6 +56,11 @@ def with_inputs(network: BlockNetwork, inputs: Any) -> BlockNetwork:
         small, large = (network.trace(variables, key, train=False, size=size) for size in (2, 3))
         network = dataclasses.replace(network, crossings=_find_crossings(network, small, large))
         check_alike(network, training, 2, 'in training')
+    except (errors.ScopeParamNotFoundError, errors.ScopeCollectionNotFound, errors.ScopeVariableNotFoundError) as error:
+        raise ValueError(
+            f'In training the network asks for a variable that its start in evaluation did not make ({error}). '
+            'Make all variables in both, such as those of a head that is used in training alone.'
+        ) from error
     except NameError as error:
         if 'axis name' not in str(error):
             raise

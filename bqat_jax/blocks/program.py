@@ -378,10 +378,10 @@ def _find_cuts(jaxpr: Jaxpr, variables: int, outputs: int, ends: Sequence[str]) 
         start = next((n + 1 for n in range(start, len(order)) if order[n][0] == end), 0)
         if not start:
             behind = 'the input' if number == 0 else repr(ends[number - 1])
-            paths = sorted({path for path, _ in groups})
+            paths = list(dict.fromkeys(path for path, _ in order))
             raise ValueError(
                 f'The cut behind {end!r} is never reached: no submodule of that path gives an array after {behind}. '
-                f'These do: {", ".join(paths) or "none"}.'
+                f'In the order of their calls these do: {", ".join(paths) or "none"}.'
             )
         marks.append(order[start - 1][1])
     depends = _depend_on(jaxpr, jaxpr.invars[variables:])

@@ -166,6 +166,18 @@ def test_ends_are_a_list():
         bq.split_after(Blocks(), 'block0', (8,))
 
 
+class OnlyInTraining(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Dense(8, name='second')(nn.Dense(8, name='first')(x))
+        return nn.Dense(3, name='extra')(x) if train else nn.Dense(3, name='head')(x)
+
+
+def test_variables_are_there_in_training_and_in_evaluation():
+    with pytest.raises(ValueError, match=r'Make all variables in both'):
+        bq.split_after(OnlyInTraining(), ['first', 'second'], (8,))
+
+
 class LowRank(nn.Module):
     @nn.compact
     def __call__(self, x):

@@ -266,7 +266,9 @@ def test_blocks_without_variables():
 
 
 def test_an_end_that_is_never_reached_says_which_there_are():
-    with pytest.raises(ValueError, match=r"'c' is never reached: .* after 'a'\. These do: a, b\."):
+    with pytest.raises(
+        ValueError, match=r"'c' is never reached: .* after 'a'\. In the order of their calls these do: a, b\."
+    ):
         bq.split_after(network_of(lambda self, x: nn.Dense(3, name='b')(nn.Dense(4, name='a')(x))), ['a', 'c'], (4,))
 
 
