@@ -37,7 +37,7 @@ class Classification(Task):
     logits: str = ''
 
     loss_name = 'cross_entropy'
-    # What has a label of its own, and of how many axes such labels are.
+    # What has a label of its own, and how many axes such labels have at least.
     labelled: ClassVar[tuple[str, int]] = ('image', 1)
     score = Metric('top1', 'top-1', larger_is_better=True, is_fraction=True)
 
@@ -87,7 +87,7 @@ class Classification(Task):
         what, axes = self.labelled
         if targets.ndim < axes:
             raise ValueError(
-                f'The labels have the shape {targets.shape}, and the task wants one of every {what}, {axes} axes. Take '
+                f'The labels have the shape {targets.shape}, and the task wants one of every {what}. Take '
                 'another task (config.task), or other data.'
             )
         if logits.ndim < 2:
@@ -165,7 +165,7 @@ class Segmentation(Classification):
     The mean is over classes that occur in labels or predictions; intersection and union are those of a whole split.
     """
 
-    labelled = ('pixel', 3)
+    labelled = ('pixel', 2)
     score = Metric('mean_iou', 'mean IoU', larger_is_better=True, is_fraction=True)
     reported = ('top1',)
 

@@ -108,10 +108,11 @@ class Task(abc.ABC):
 
     def is_finite(self, outputs: Any, targets: Any) -> jax.Array:
         """Returns for every example whether its outputs are finite where they count, bool (batch,)."""
-        del targets
+        count = next(x.shape[0] for x in jax.tree.leaves((targets, outputs)) if x.ndim > 0)
         floats = [x for x in jax.tree.leaves(outputs) if jnp.issubdtype(x.dtype, jnp.floating)]
-        finite = [jnp.all(jnp.isfinite(x.reshape(x.shape[0], -1)), axis=-1) for x in floats]
-        return jnp.all(jnp.stack(finite), axis=0)
+        # A scalar, such as a loss that the network computes, is one for all examples.
+        finite = [jnp.all(jnp.isfinite(x.reshape(x.shape[0] if x.ndim else 1, -1)), axis=-1) for x in floats]
+        return jnp.all(jnp.stack([jnp.ones(count, bool), *(jnp.broadcast_to(x, count) for x in finite)]), axis=0)
 
     def counts(self, outputs: Any, targets: Any, mask: jax.Array) -> Counts:
         """Returns sums over a batch, to be added up over batches for `results`.
@@ -124,10 +125,14 @@ class Task(abc.ABC):
             mask: bool (batch,); examples where it is false, which fill up the last batch, do not count.
         """
 
-        def of_one(outputs, targets):
-            return self.loss(*jax.tree.map(lambda x: x[None], (outputs, targets)))
+        leaves, structure = jax.tree.flatten((outputs, targets))
+        axes = [0 if x.ndim else None for x in leaves]  # a scalar is one for all examples
 
-        losses = jax.vmap(of_one)(outputs, targets)
+        def of_one(*leaves):
+            own = [x if axis is None else x[None] for x, axis in zip(leaves, axes, strict=True)]
+            return self.loss(*jax.tree.unflatten(structure, own))
+
+        losses = jax.vmap(of_one, axes)(*leaves)
         losses = jnp.where(jnp.isnan(losses), jnp.inf, losses)
         return {'loss': jnp.sum(jnp.where(mask, losses, 0.0)), 'counted': jnp.sum(mask)}
 

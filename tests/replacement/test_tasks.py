@@ -451,3 +451,18 @@ def test_block_replacement_trains_it(name):
     outputs = replacement.logits(variables, inputs)
     value = task.results(jax.tree.map(np.asarray, task.counts(outputs, targets, jnp.ones(32, bool))))
     assert np.isfinite(value[task.score.name])
+
+
+def test_outputs_of_a_task_of_ones_own_may_be_scalars_and_integers():
+    outputs = {'x': jnp.arange(8.0).reshape(4, 2), 'loss': jnp.float32(1), 'codes': jnp.arange(4)}
+    task = bq.CustomTask(lambda outputs, targets: jnp.mean((outputs['x'] - targets) ** 2) + outputs['loss'])
+    targets, mask = outputs['x'].at[1].add(1.0), jnp.array([True, True, False, True])
+    assert results(task, outputs, targets, mask) == pytest.approx({'loss': 1 + 1 / 3})
+    np.testing.assert_array_equal(task.is_finite(outputs, targets), True)
+    np.testing.assert_array_equal(task.is_finite({**outputs, 'loss': jnp.float32(jnp.nan)}, targets), False)
+
+
+@pytest.mark.parametrize(('name', 'what'), [('segmentation', 'pixel'), ('language_model', 'token')])
+def test_one_label_of_an_image_is_none_of_its_parts(name, what):
+    with pytest.raises(ValueError, match=f'one of every {what}'):
+        bq.get_task(name).check(normal(0, BATCH, CLASSES), labels(1, BATCH), CLASSES)
