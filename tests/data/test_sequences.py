@@ -1,5 +1,6 @@
 """Data sets of tokens and of labelled pixels."""
 
+import dataclasses
 import io
 
 import jax
@@ -95,6 +96,10 @@ def test_labels_of_pixels_are_checked():
     for labels, message in ((np.full((2, 2), 3), 'up to 3'), (np.zeros((2, 3)), r'shape \(2, 3\)')):
         with pytest.raises(WrongExample, match=message):
             form.read({'image': np.zeros((2, 2, 1), np.uint8), 'label': encode(labels)})
+    labels = np.array([[0, 255], [2, 1]])  # 255: nothing is labelled there
+    form = dataclasses.replace(form, ignore=255)
+    read = form.read({'image': np.zeros((2, 2, 1), np.uint8), 'label': encode(labels)})
+    np.testing.assert_array_equal(read['label'], labels)
 
 
 def encode(labels):
