@@ -204,7 +204,7 @@ def test_what_a_known_layer_has_beside_its_kernel_is_mentioned(monkeypatch):
 class Twice(nn.Module):
     @nn.compact
     def __call__(self, x):
-        dense = nn.Dense(8, name='dense')
+        dense = nn.Dense(8, dtype=jnp.float32, name='dense')
         return nn.Dense(3)(dense(dense(jnp.ones_like(x, jnp.int32)) + x))
 
 
