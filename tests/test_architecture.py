@@ -14,11 +14,13 @@ LIBRARY = {
     'registry': set(),
     'quantizers': {'registry'},
     'interception': set(),
-    'transform': {'quantizers', 'interception', 'registry'},
-    'blocks': {'interception'},
+    'jaxprs': set(),
+    'transform': {'quantizers', 'interception', 'jaxprs', 'registry'},
+    'blocks': {'interception', 'jaxprs'},
     'networks': {'blocks', 'interception', 'registry'},
     'replacement': {'transform', 'blocks', 'quantizers', 'registry'},
     'distributed': set(),
+    'export': {'replacement', 'transform', 'blocks', 'networks', 'quantizers', 'interception', 'jaxprs', 'registry'},
     'training': {'replacement', 'distributed', 'transform', 'blocks', 'networks', 'quantizers'},
 }
 BELOW = set(LIBRARY)
@@ -29,7 +31,7 @@ PROGRAM = {
     'experiment': BELOW | {'analysis', 'data', 'storage', '__init__'},
     'sweeps': {'experiment', 'replacement', 'distributed', 'registry', 'storage'},
 }
-FACE = {'__init__': BELOW - {'training', 'distributed', 'registry'}}
+FACE = {'__init__': BELOW - {'training', 'distributed', 'registry', 'export', 'jaxprs'}}
 ARROWS = {**LIBRARY, **PROGRAM, **FACE}
 # What the library needs to be installed, and what it reads files with if that is there.
 LIBRARY_PACKAGES = {'jax', 'flax', 'optax', 'numpy'}
@@ -96,5 +98,5 @@ def test_the_library_needs_few_packages(path):
 
 def test_the_architecture_page_names_every_package():
     page = (ROOT / 'docs' / 'architecture.md').read_text(encoding='utf-8')
-    for name in {*LIBRARY, *PROGRAM} - {'registry', 'interception', 'storage'}:
+    for name in {*LIBRARY, *PROGRAM} - {'registry', 'interception', 'jaxprs', 'storage'}:
         assert f'  {name}/' in page, name

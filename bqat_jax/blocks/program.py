@@ -29,6 +29,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var, jaxpr_as_fun, jaxprs_in_params
 
 from bqat_jax.interception import intercept_methods
+from bqat_jax.jaxprs import consts_of, run_operation, scan_arguments
 
 MARK = 'bqat_jax:'
 # Methods that compute nothing; Flax calls the second itself.
@@ -270,7 +271,7 @@ def _write_out(jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[Any], ta
     for operation in jaxpr.eqns:
         given, inside = [read(x) for x in operation.invars], _marks_inside(operation, targets)
         if not inside:
-            results = _run_one(jaxpr, operation, given)
+            results = run_operation(jaxpr, operation, given)
         elif operation.primitive.name in CALLS:
             results = _write_out_call(jaxpr, operation, given, targets)
         elif operation.primitive.name == 'scan':
@@ -284,30 +285,15 @@ def _write_out(jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[Any], ta
     return [read(x) for x in jaxpr.outvars]
 
 
-def _run_one(jaxpr: Jaxpr, operation: Any, given: Sequence[Any]) -> list[Any]:
-    """Runs a single operation of a program."""
-    values = {x: value for x, value in zip(operation.invars, given, strict=True) if not isinstance(x, Literal)}
-    one = jaxpr.replace(
-        constvars=(),
-        invars=list(values),
-        outvars=operation.outvars,
-        eqns=[operation],
-        effects=operation.effects,
-        debug_info=jaxpr.debug_info.with_unknown_names(),
-    )
-    return list(jaxpr_as_fun(ClosedJaxpr(one, ()))(*values.values()))
-
-
 def _write_out_call(jaxpr: Jaxpr, operation: Any, given: list[Any], targets: Targets) -> list[Any]:
     """An inner program as it is with the mark behind it, if it ends with the mark; else written out."""
     (inner,), inside = jaxprs_in_params(operation.params), _marks_inside(operation, targets)
     path = min(inside)
     marks = _ends_with(inner, path) if len(inside) == 1 and targets[path] == [None] * len(targets[path]) else {}
     if marks:
-        results = _run_one(jaxpr, operation, given)
+        results = run_operation(jaxpr, operation, given)
         return [checkpoint_name(x, marks[number]) if number in marks else x for number, x in enumerate(results)]
-    consts = next((x.consts for x in operation.params.values() if isinstance(x, ClosedJaxpr)), [])
-    return _write_out(inner, consts, given, targets)
+    return _write_out(inner, consts_of(operation), given, targets)
 
 
 def _divide_scan(operation: Any, given: list[Any], targets: Targets) -> list[Any]:
@@ -326,11 +312,8 @@ def _divide_scan(operation: Any, given: list[Any], targets: Targets) -> list[Any
     if max(names) >= length or (operation.params['reverse'] and set(names) != {length - 1}):
         why = f'has the iterations 0 to {length - 1}' if max(names) >= length else 'runs backwards'
         raise ValueError(f'The cut behind {path}[{max(names)}]: this nn.scan {why}.')
-    # By their shapes: how `scan` counts its arguments differs between versions of JAX.
-    carries = sum(_axes(own) == _axes(outer) for own, outer in zip(inner.outvars, operation.outvars, strict=True))
-    slices = sum(_axes(own) < _axes(outer) for own, outer in zip(inner.invars, operation.invars, strict=True))
-    consts = len(given) - carries - slices
-    constant, carry, stacked = given[:consts], given[consts : consts + carries], given[consts + carries :]
+    constant, carry, stacked = scan_arguments(operation, given)
+    carries = len(carry)
     carried, call = [number for number in marks if number < carries], next(iter(marks.values())).rpartition('#')[2]
 
     def body(carry, own):
@@ -355,10 +338,6 @@ def _divide_scan(operation: Any, given: list[Any], targets: Targets) -> list[Any
         start = stop
     gathered = [jax.lax.concatenate(part, 0) for part in zip(*parts, strict=True)] if len(parts) > 1 else parts[0]
     return [*carry, *gathered]
-
-
-def _axes(x: Any) -> int:
-    return x.aval.ndim
 
 
 def _find_cuts(jaxpr: Jaxpr, variables: int, outputs: int, ends: Sequence[str]) -> tuple[Cut, ...]:

@@ -5,6 +5,7 @@ compiled division may give another code than an eager one, a comparison cannot.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -42,7 +43,7 @@ def encode_by_thresholds(thresholds: np.ndarray, x: np.ndarray, lower: int) -> n
     return (lower + np.sum(x[..., None] >= thresholds[:, None, :], axis=-1)).astype(np.int16)
 
 
-def order(x: np.ndarray) -> np.ndarray:
+def order(x: Any) -> np.ndarray:
     """Returns the places of float32 numbers in their order, int64; neighbours are 1 apart, and -0 is 0."""
     bits = np.asarray(x, np.float32).view(np.int32).astype(np.int64)
     return np.where(bits >= 0, bits, -(bits & 0x7FFFFFFF))

@@ -301,15 +301,15 @@ def kernel_layout(module: Any, ndim: int, args: Any = (), kwargs: Any = None) ->
         outputs = 1 if isinstance(features, int) else len(features)
         return KernelLayout(axes, outputs, is_matrix=ndim != 2)
     if isinstance(module, nn.Einsum):
-        left, kernel, out = _einsum_terms(module, args, kwargs)
+        left, kernel, out = einsum_terms(module, args, kwargs)
         is_output = [letter in out and letter not in left for letter in kernel]
         permutation = tuple(sorted(axes, key=lambda axis: is_output[axis]))
         return KernelLayout(permutation, sum(is_output), is_matrix=True)
     return KernelLayout(axes)
 
 
-def _einsum_terms(module: Any, args: Any, kwargs: Any) -> tuple[str, str, str]:
-    """The letters of input, kernel and output; what an ellipsis stands for is in none of them."""
+def einsum_terms(module: Any, args: Any, kwargs: Any) -> tuple[str, str, str]:
+    """Returns the letters of input, kernel and output of an `nn.Einsum`; an ellipsis is kept as '...'."""
     equation = args[0] if args else (kwargs or {}).get('einsum_str')
     left, _, out = (equation or module.einsum_str).replace(' ', '').partition('->')
     left, kernel = left.split(',')

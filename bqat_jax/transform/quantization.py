@@ -134,10 +134,15 @@ class Quantization:
         """Returns the path of a layer's kernel among the parameters; of one without quantizers Linen's own name."""
         return f'{path}/{self.layers[path].layer.weight if path in self.layers else WEIGHT_NAME}'
 
-    def quantize_inputs(self) -> contextlib.AbstractContextManager:
+    def quantize_inputs(
+        self, look: Callable[[str, jax.Array], None] | None = None
+    ) -> contextlib.AbstractContextManager:
         """Returns a context in which the input of every layer that has a quantizer for it is fake-quantized.
 
         The network must be given parameters from `quantize_params`.
+
+        Args:
+            look: is called with the path of every such layer and the codes of its input.
         """
 
         def quantize(call, module, path, x, args, kwargs):
@@ -150,9 +155,11 @@ class Quantization:
                     f'The layer {path} has a quantizer for its input but no parameters for it: run the network with '
                     'the parameters that `quantize_params` returns.'
                 )
+            if look is not None:
+                look(path, layer.activations.encode(slot['parameters'], x))
             return call(layer.activations.fake_quantize(slot['parameters'], x, _from_slot(slot)))
 
-        return intercept_layers(quantize, self._key)
+        return intercept_layers(quantize, self._key if look is None else None)
 
     @functools.cached_property
     def _key(self) -> object:
@@ -211,13 +218,17 @@ def rescale(how: str, weights: jax.Array, quantized: jax.Array) -> jax.Array:
     """
     if how == 'none':
         return quantized
+    return (quantized.astype(jnp.float32) * rescale_factor(how, weights, quantized)).astype(quantized.dtype)
+
+
+def rescale_factor(how: str, weights: jax.Array, quantized: jax.Array) -> jax.Array:
+    """Returns the factor of `rescale`, () float32; 'none' has none."""
     spread = jnp.std(jax.lax.stop_gradient(quantized).astype(jnp.float32))
     if how == 'constant':
         target = jnp.float32((weights.size // weights.shape[-2]) ** -0.5)
     else:
         target = jnp.std(jax.lax.stop_gradient(weights).astype(jnp.float32))
-    factor = jnp.where(spread > 0, target / jnp.where(spread > 0, spread, 1.0), 1.0)
-    return (quantized.astype(jnp.float32) * factor).astype(quantized.dtype)
+    return jnp.where(spread > 0, target / jnp.where(spread > 0, spread, 1.0), 1.0)
 
 
 def build_quantization(

@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var, jaxpr_as_fun, jaxprs_in_params
+from jax.extend.core import Jaxpr, Literal, Var, jaxprs_in_params
+
+from bqat_jax.jaxprs import consts_of, run_operation, scan_arguments
 
 TAG = 'bqat_jax_tag:'
 Collected = dict[int, list[list[jax.Array]]]
@@ -43,9 +45,14 @@ def collect_tagged(run: Callable[..., Any], *arguments: Any) -> Collected:
     Raises:
         ValueError: for a tag within a loop whose length is not known (`while_loop`).
     """
-    program = jax.make_jaxpr(run)(*arguments)
-    _, collected = _evaluate(program.jaxpr, program.consts, jax.tree.leaves(arguments))
-    return collected
+    return run_and_collect(run, *arguments)[1]
+
+
+def run_and_collect(run: Callable[..., Any], *arguments: Any) -> tuple[Any, Collected]:
+    """Returns the results of `run(*arguments)` and what it tags; see `collect_tagged`."""
+    program, shapes = jax.make_jaxpr(run, return_shape=True)(*arguments)
+    results, collected = _evaluate(program.jaxpr, program.consts, jax.tree.leaves(arguments))
+    return jax.tree.unflatten(jax.tree.structure(shapes), results), collected
 
 
 def _has_tags(program: Jaxpr) -> bool:
@@ -84,7 +91,7 @@ def _evaluate(program: Jaxpr, consts: Sequence[Any], arguments: Sequence[Any]) -
             for number, own in inner.items():
                 collected.setdefault(number, []).extend(own)
         else:
-            results = _run_one(program, operation, given)
+            results = run_operation(program, operation, given)
         values |= dict(zip(operation.outvars, results, strict=True))
     return [read(x) for x in program.outvars], collected
 
@@ -101,25 +108,17 @@ def _evaluate_inner(operation: Any, given: list[Any]) -> tuple[list[Any], Collec
             f'A layer whose input is to be quantized stands within {kind!r}, where its input cannot be looked at. '
             "Leave it in full precision by a rule in quant.rules, {'layers': ..., 'activations': 'none'}."
         )
-    return _evaluate(programs[0], _consts(operation), given)
-
-
-def _consts(operation: Any) -> Sequence[Any]:
-    return next((x.consts for x in operation.params.values() if isinstance(x, ClosedJaxpr)), ())
+    return _evaluate(programs[0], consts_of(operation), given)
 
 
 def _scan(operation: Any, given: list[Any]) -> tuple[list[Any], Collected]:
     """A loop, with what is tagged in it as more results of every iteration."""
     (inner,) = jaxprs_in_params(operation.params)
-    variables: list[Sequence[Any]] = [inner.outvars, operation.outvars, inner.invars]
-    axes = [[x.aval.ndim for x in group] for group in variables]
-    carries = sum(own == outer for own, outer in zip(axes[0], axes[1], strict=True))
-    slices = sum(own < jnp.ndim(outer) for own, outer in zip(axes[2], given, strict=True))
-    fixed = len(given) - carries - slices
-    constant, carry, stacked = given[:fixed], given[fixed : fixed + carries], given[fixed + carries :]
+    constant, carry, stacked = scan_arguments(operation, given)
+    carries = len(carry)
 
     def body(carry, own):
-        results, collected = _evaluate(inner, _consts(operation), [*constant, *carry, *own])
+        results, collected = _evaluate(inner, consts_of(operation), [*constant, *carry, *own])
         return results[:carries], (results[carries:], collected)
 
     options = {key: operation.params[key] for key in ('length', 'reverse')}
@@ -154,15 +153,3 @@ def _conditional(operation: Any, given: list[Any]) -> tuple[list[Any], Collected
         for number, sightings in own.items():
             collected.setdefault(number, []).extend(sightings)
     return results, collected
-
-
-def _run_one(program: Jaxpr, operation: Any, given: Sequence[Any]) -> list[Any]:
-    values = {x: value for x, value in zip(operation.invars, given, strict=True) if not isinstance(x, Literal)}
-    one = program.replace(
-        constvars=(),
-        invars=list(values),
-        outvars=operation.outvars,
-        eqns=[operation],
-        debug_info=program.debug_info.with_unknown_names(),
-    )
-    return list(jaxpr_as_fun(ClosedJaxpr(one, ()))(*values.values()))

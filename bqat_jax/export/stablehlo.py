@@ -1,0 +1,60 @@
+"""A frozen network as a StableHLO program, which runs in any process that has JAX, without this project."""
+
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+
+from bqat_jax.blocks.block_network import BlockNetwork
+from bqat_jax.export.frozen import Frozen
+from bqat_jax.export.inference import FLOAT32, Program, packed_arrays_of, unpack_arrays
+
+PLATFORMS = ('cpu', 'cuda', 'tpu')
+SUFFIX = '.stablehlo'
+BATCH_AXIS = 'batch'
+
+
+def export_stablehlo(
+    frozen: Frozen, network: BlockNetwork, *, batch: int = 0, arithmetic: str = FLOAT32, with_codes: bool = False
+) -> bytes:
+    """Returns the serialized program, for `jax.export.deserialize(content).call(inputs)`.
+
+    It holds the codes packed. It runs on CPUs, NVIDIA GPUs and TPUs.
+
+    Args:
+        frozen: the network as arrays.
+        network: the network.
+        batch: how many examples it takes; 0 for any number, which this version of JAX or a newer one can read.
+        arithmetic: see `logits_function`.
+        with_codes: whether it returns the codes of the layers' inputs too, see `Program.run_with_codes`.
+
+    Raises:
+        ValueError: if the network cannot be traced for any number of examples; with the remedy.
+    """
+    program = Program(frozen, network, arithmetic)
+    run = program.run_with_codes if with_codes else program.run
+
+    def logits(inputs):
+        # Behind a barrier: XLA would unpack the codes while it compiles, slowly.
+        arrays = packed_arrays_of(frozen)
+        codes = jax.lax.optimization_barrier({path: jnp.asarray(x) for path, x in arrays['codes'].items()})
+        return run(unpack_arrays(frozen, {**arrays, 'codes': codes}), inputs)
+
+    exported = jax.export.export(jax.jit(logits), platforms=PLATFORMS)
+    try:
+        return bytes(exported(batch_of(frozen, batch)).serialize())
+    except Exception as error:
+        if batch:
+            raise
+        what = f'{type(error).__name__}: {str(error).partition(chr(10))[0]}'
+        raise ValueError(
+            f'The network cannot be traced for any number of examples ({what}). Export it for one number of examples '
+            '(batch=1; --config.export.batch=1).'
+        ) from error
+
+
+def batch_of(frozen: Frozen, batch: int) -> Any:
+    """Returns shapes and dtypes of a batch of inputs; of any number of examples if `batch` is 0."""
+    size = batch or jax.export.symbolic_shape(BATCH_AXIS)[0]
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape), x.dtype), frozen.inputs)
