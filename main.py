@@ -26,7 +26,7 @@ from bqat_jax.experiment.run import diagnose_run, evaluate_run, import_partner, 
 from bqat_jax.registry import loaded_plugins, place_in_plugins
 from bqat_jax.storage import place
 
-MODES = ('train', 'evaluate', 'import', 'summary', 'diagnose', 'sweep')
+MODES = ('train', 'evaluate', 'import', 'summary', 'diagnose', 'export', 'sweep')
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # They come without the name of a file where a write fails.
 DISK_ERRORS = (*FULL, errno.EROFS, errno.EIO, errno.ESTALE)
@@ -67,6 +67,10 @@ def main(argv: list[str], given: CommandLine) -> None:
         result = summarize_network(config, workdir)
     elif mode == 'diagnose':
         result = diagnose_run(config, workdir)
+    elif mode == 'export':
+        from bqat_jax.experiment.exporting import export_run
+
+        result = export_run(config, workdir)
     elif mode == 'sweep':
         # Only here: its plots take a second to load.
         from bqat_jax.sweeps.execution import run_sweep

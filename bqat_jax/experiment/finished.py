@@ -1,11 +1,13 @@
 """Opens what a run left: its partner, and the selected checkpoint of its low-precision network."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_collections
 import rich.console
 
+from bqat_jax.blocks.block_network import BATCH_STATS
+from bqat_jax.data.pipeline import Split
 from bqat_jax.errors import UserError
 from bqat_jax.experiment.checkpoints import Restored
 from bqat_jax.experiment.configuration import Config, changed_keys, completed
@@ -13,10 +15,13 @@ from bqat_jax.experiment.experiment import Experiment
 from bqat_jax.experiment.low_precision import QUANTIZERS_FILE, Start, low_precision_phase, read_quantization
 from bqat_jax.experiment.partner import Partner, load_partner
 from bqat_jax.experiment.phase import Phase
+from bqat_jax.experiment.reading import training_batches
 from bqat_jax.experiment.run_phase import open_checkpoints
 from bqat_jax.experiment.setup import make_experiment
+from bqat_jax.experiment.streams import Stream
 from bqat_jax.experiment.workdir import CONFIG, check_config, check_is_run
 from bqat_jax.storage import read_json
+from bqat_jax.training.reestimation import reestimate_batch_stats
 
 
 class Finished(NamedTuple):
@@ -58,6 +63,27 @@ def open_run(config: Config, workdir: Path, console: rich.console.Console) -> tu
     if restored is None:
         raise UserError(f'{workdir} holds no checkpoint of the low-precision network yet: train first (--mode=train).')
     return experiment, Finished(partner, phase, restored)
+
+
+def collections_to_evaluate(experiment: Experiment, finished: Finished, train: Split | None) -> dict[str, Any]:
+    """Returns the collections that the selected checkpoint is evaluated with, of all replicas.
+
+    They are the checkpoint's own; batch-norm statistics are estimated anew if `quant.reestimation_batches` says so, the
+    same in every call.
+
+    Args:
+        experiment: what was run.
+        finished: what it left.
+        train: the training split; None if nothing is estimated.
+    """
+    collections, count = finished.restored.state.collections, experiment.reestimation_batches
+    if not count:
+        return collections
+    assert train is not None
+    experiment.console.print(f'Estimating batch-norm statistics on {count} batches.')
+    phase, state = finished.phase, finished.restored.state
+    batches = training_batches(experiment, train, Stream.REESTIMATION, phase.replicas, 0, count)
+    return {**collections, BATCH_STATS: reestimate_batch_stats(phase.spec, state, train.arrays, batches, phase.replicas)}
 
 
 def find_start(experiment: Experiment, partner: Partner) -> Start:

@@ -252,6 +252,14 @@ KEYS: tuple[Key, ...] = (
     Key('diagnosis.batches', 4, 'training batches that are measured', '[2, inf)', True),
     Key('diagnosis.samples', 8, 'draws of perturbed weights for the smoothed gradient', COUNT, True),
     Key('diagnosis.oscillation_steps', 50, 'steps, made for this alone, in which weights are watched', STEPS, True),
+    Key(
+        'export.formats',
+        'packed,stablehlo',
+        'for `--mode=export`: some of `packed`, `stablehlo`, `onnx`, `qcdq`, separated by commas: [deploy](deploy.md)',
+        may_change=True,
+    ),
+    Key('export.batch', 0, 'examples that an exported program takes at once; 0: any number', COUNT_OR_NONE, True),
+    Key('export.opset', 21, 'version of the ONNX operators', '[21, 25]', True),
     Key('mesh.data', -1, 'devices that share a batch, times `mesh.fsdp`; -1: all', '[-1, inf)', True),
     Key('mesh.fsdp', 1, 'parts that large arrays are split into: parameters, optimizer state, partner', COUNT, True),
     Key(

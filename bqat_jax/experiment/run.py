@@ -9,28 +9,24 @@ import rich.console
 
 from bqat_jax.analysis.diagnosis import DIRECTORY as DIAGNOSES
 from bqat_jax.analysis.summary import print_summary, summarize
-from bqat_jax.blocks.block_network import BATCH_STATS, other_collections
+from bqat_jax.blocks.block_network import other_collections
 from bqat_jax.data.pipeline import Split
 from bqat_jax.distributed.preemption import StopRequest
 from bqat_jax.distributed.processes import is_first, total
 from bqat_jax.errors import UserError
-from bqat_jax.experiment.checkpoints import Restored
 from bqat_jax.experiment.configuration import Config
 from bqat_jax.experiment.diagnosing import diagnose_phase
 from bqat_jax.experiment.environment import check_memory
 from bqat_jax.experiment.experiment import Experiment
-from bqat_jax.experiment.finished import Finished, find_start, open_run
+from bqat_jax.experiment.finished import Finished, collections_to_evaluate, find_start, open_run
 from bqat_jax.experiment.low_precision import train_low_precision
 from bqat_jax.experiment.metrics import VALIDATION
 from bqat_jax.experiment.partner import Partner, find_partner, partner_spec, pretrain_partner
-from bqat_jax.experiment.phase import Phase
-from bqat_jax.experiment.reading import Data, load_data, load_split, make_evaluation, training_batches
+from bqat_jax.experiment.reading import Data, load_data, load_split, make_evaluation
 from bqat_jax.experiment.setup import make_experiment
-from bqat_jax.experiment.streams import Stream
 from bqat_jax.experiment.workdir import check_config, opened, write_record
 from bqat_jax.storage import write_once
 from bqat_jax.training.evaluation import Evaluation
-from bqat_jax.training.reestimation import reestimate_batch_stats
 from bqat_jax.training.spec import NETWORK, QUANTIZERS
 
 # Before the name of a metric: that of the full-precision partner.
@@ -190,10 +186,8 @@ def _finish(
     """Evaluates partner and network on the test split; writes and returns the result."""
     partner, phase, restored = finished
     experiment.console.print('Evaluating on the test split.')
-    test, collections = load_split(experiment, experiment.data.images.test), restored.state.collections
-    if experiment.reestimation_batches:
-        assert data is not None
-        collections = {**collections, BATCH_STATS: _reestimate(experiment, phase, restored, data.train)}
+    test = load_split(experiment, experiment.data.images.test)
+    collections = collections_to_evaluate(experiment, finished, None if data is None else data.train)
     evaluation = make_evaluation(experiment, phase.spec, phase.replicas, test, lambda: _check(stop))
     low = evaluation(restored.state.params, collections)
     full = _evaluate_partner(experiment, partner, test, stop)
@@ -260,11 +254,3 @@ def _evaluate_partner(experiment: Experiment, partner: Partner, test: Split, sto
 
 def _check(stop: StopRequest) -> None:
     stop.check('while evaluating on the test split; what was trained is saved')
-
-
-def _reestimate(experiment: Experiment, phase: Phase, restored: Restored, train: Split) -> Any:
-    """The batch statistics to evaluate with, estimated anew; the same in every call."""
-    count = experiment.reestimation_batches
-    experiment.console.print(f'Estimating batch-norm statistics on {count} batches.')
-    batches = training_batches(experiment, train, Stream.REESTIMATION, phase.replicas, 0, count)
-    return reestimate_batch_stats(phase.spec, restored.state, train.arrays, batches, phase.replicas)

@@ -5,7 +5,6 @@ All that is no array is JSON under one key of the file's metadata, so that the s
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,7 +50,7 @@ def to_bytes(frozen: Frozen) -> bytes:
         'collections': list(frozen.collections),
     }
     plain = {name: np.asarray(x, order='C') for name, x in arrays.items()}
-    return save(plain, metadata={KEY: json.dumps(facts, sort_keys=True)})
+    return save(plain, metadata={KEY: json.dumps(facts, sort_keys=True, separators=(',', ':'))})
 
 
 def write_checkpoint(path: str | os.PathLike, frozen: Frozen) -> None:
@@ -61,17 +60,15 @@ def write_checkpoint(path: str | os.PathLike, frozen: Frozen) -> None:
         ImportError: without the package safetensors.
     """
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f'.{path.name}.', dir=path.parent)
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
-        with os.fdopen(handle, 'wb') as file:
+        with temporary.open('wb') as file:
             file.write(to_bytes(frozen))
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are for their owner alone
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_checkpoint(path: str | os.PathLike) -> Frozen:
@@ -176,7 +173,9 @@ def _describe_inputs(inputs: Any) -> Any:
     if isinstance(inputs, Mapping):
         return {'dict': {str(name): _describe_inputs(x) for name, x in inputs.items()}}
     if isinstance(inputs, tuple | list):
-        return {type(inputs).__name__ if type(inputs) in (tuple, list) else 'tuple': list(map(_describe_inputs, inputs))}
+        return {
+            type(inputs).__name__ if type(inputs) in (tuple, list) else 'tuple': list(map(_describe_inputs, inputs))
+        }
     return {'shape': list(inputs.shape), 'dtype': np.dtype(inputs.dtype).name}
 
 
@@ -187,12 +186,6 @@ def _read_inputs(facts: Mapping[str, Any]) -> Any:
         if kind.__name__ in facts:
             return kind(map(_read_inputs, facts[kind.__name__]))
     return jax.ShapeDtypeStruct(tuple(facts['shape']), np.dtype(facts['dtype']))
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _safetensors() -> Any:

@@ -217,7 +217,7 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class LinearCall:
-    """A call of a layer whose output is linear in its input, up to its bias: the same on other inputs, without the bias.
+    """A call of a layer that is linear in its input, up to its bias: the same on other inputs, without the bias.
 
     Attributes:
         module: the layer, bound.

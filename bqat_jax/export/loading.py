@@ -1,0 +1,129 @@
+"""Opens an exported file as a function, whatever its format."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+
+from bqat_jax.blocks.block_network import BlockNetwork
+from bqat_jax.blocks.exploring import with_inputs
+from bqat_jax.export import checkpoint, stablehlo
+from bqat_jax.export.frozen import Frozen
+from bqat_jax.export.inference import FLOAT32, logits_function
+from bqat_jax.networks import make_network
+
+ONNX_SUFFIX = '.onnx'
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """An exported network; called with a batch of inputs it returns the outputs.
+
+    Attributes:
+        run: from inputs to outputs, trees of arrays.
+        inputs: shapes and dtypes of one example, a tree of `jax.ShapeDtypeStruct`.
+        batch: how many examples it takes; None for any number.
+    """
+
+    run: Callable[[Any], Any]
+    inputs: Any
+    batch: int | None = None
+
+    def __call__(self, inputs: Any) -> Any:
+        """Returns the outputs for a batch.
+
+        Raises:
+            ValueError: for inputs of another shape or dtype.
+        """
+        given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x)[1:], np.asarray(x).dtype), inputs)
+        if given != self.inputs:
+            raise ValueError(f'The network takes a batch of {self.inputs}, and these are {given}.')
+        sizes = {np.shape(x)[0] for x in jax.tree.leaves(inputs)}
+        if self.batch is not None and sizes != {self.batch}:
+            raise ValueError(f'The network takes {self.batch} examples at once, and these are {sorted(sizes)}.')
+        return self.run(inputs)
+
+
+def load(path: str | os.PathLike, network: BlockNetwork | None = None, arithmetic: str = FLOAT32) -> Exported:
+    """Returns an exported network as a function; nothing else is needed, no config and no workdir.
+
+    Args:
+        path: a file in any of the formats, known by its name: `.safetensors`, `.stablehlo` or `.onnx`.
+        network: of a packed file that holds a module of your own, made with `with_inputs`.
+        arithmetic: of a packed file: 'float32' or 'int8', see `logits_function`.
+
+    Raises:
+        ValueError: for a file of another kind, or that is damaged.
+        FileNotFoundError: if there is no such file.
+        ImportError: if a package that the format needs is missing.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f'There is no file {path}.')
+    if path.suffix == checkpoint.SUFFIX:
+        frozen = checkpoint.read_checkpoint(path)
+        network = build_network(frozen) if network is None else network
+        return Exported(logits_function(frozen, network, arithmetic), frozen.inputs)
+    if path.suffix == stablehlo.SUFFIX:
+        return _load_stablehlo(path)
+    if path.suffix == ONNX_SUFFIX:
+        return _load_onnx(path)
+    kinds = ', '.join((checkpoint.SUFFIX, stablehlo.SUFFIX, ONNX_SUFFIX))
+    raise ValueError(f'{path}: exported networks have one of the endings {kinds}.')
+
+
+def build_network(frozen: Frozen) -> BlockNetwork:
+    """Returns the network that a packed file describes.
+
+    Raises:
+        ValueError: if it is a module of a user's, or not a registered one.
+    """
+    facts: Mapping[str, Any] | None = frozen.network
+    if facts is None:
+        raise ValueError('The file holds the arrays of a module of your own: load(path, network=...) takes the module.')
+    network = make_network(facts['name'], facts['num_classes'], facts['cut'], facts['options'])
+    inputs = frozen.inputs
+    if frozen.normalization is not None:
+        inputs = jax.ShapeDtypeStruct(inputs.shape, jnp.float32)
+    return with_inputs(network, inputs)
+
+
+def _load_stablehlo(path: Path) -> Exported:
+    try:
+        exported = jax.export.deserialize(bytearray(path.read_bytes()))
+    except Exception as error:
+        raise ValueError(
+            f'{path} is no program that this version of JAX, {jax.__version__}, can read ({type(error).__name__}): it '
+            'reads those of its own version and of older ones.'
+        ) from error
+    (arguments,), _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
+    batch = jax.tree.leaves(arguments)[0].shape[0]
+    inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), arguments)
+    return Exported(jax.jit(exported.call), inputs, batch if isinstance(batch, int) else None)
+
+
+def _load_onnx(path: Path) -> Exported:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ImportError("ONNX files run in onnxruntime: pip install 'bqat_jax[onnx]'.") from error
+    try:
+        session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    except Exception as error:
+        raise ValueError(f'{path} is no model that onnxruntime runs: {error}') from error
+    found, outputs = session.get_inputs(), [x.name for x in session.get_outputs()]
+    if len(found) != 1 or len(outputs) != 1:
+        raise ValueError(f'{path} has {len(found)} inputs and {len(outputs)} outputs: run it with onnxruntime itself.')
+    dtype = {'tensor(float)': np.float32, 'tensor(uint8)': np.uint8, 'tensor(int32)': np.int32}[found[0].type]
+    batch, *shape = found[0].shape
+
+    def run(inputs):
+        return session.run(outputs, {found[0].name: np.asarray(inputs)})[0]
+
+    return Exported(run, jax.ShapeDtypeStruct(tuple(shape), dtype), batch if isinstance(batch, int) else None)

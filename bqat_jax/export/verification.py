@@ -1,0 +1,134 @@
+"""How far an exported network agrees with the fake-quantized one, counted example by example."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from bqat_jax.blocks.block_network import BlockNetwork
+from bqat_jax.export.inference import observe_codes
+from bqat_jax.replacement.paths import Variables
+from bqat_jax.transform import Quantization
+
+Codes = Mapping[str, Sequence[Any]]
+
+
+class Run(NamedTuple):
+    """What a network gives for a batch.
+
+    Attributes:
+        outputs: a tree of arrays (batch, ..).
+        codes: for every layer the codes of its input at each call, (batch, ..); None where they cannot be seen.
+    """
+
+    outputs: Any
+    codes: Codes | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """How far two networks agree on some examples.
+
+    Attributes:
+        examples: how many were compared.
+        codes_differ: examples with another code at the input of any layer; None if codes were not compared.
+        answers_differ: examples for which the largest output has another place, anywhere; None for other outputs.
+        difference: largest difference of an output.
+        relative_difference: largest difference where all codes agree, in parts of the example's largest output; None
+            if codes were not compared.
+    """
+
+    examples: int = 0
+    codes_differ: int | None = 0
+    answers_differ: int | None = 0
+    difference: float = 0.0
+    relative_difference: float | None = 0.0
+
+    def __add__(self, other: 'Agreement') -> 'Agreement':
+        """Returns the agreement on both one's examples."""
+        pairs = {
+            field.name: (getattr(self, field.name), getattr(other, field.name)) for field in dataclasses.fields(self)
+        }
+        joined = {}
+        for name, (one, two) in pairs.items():
+            if one is None or two is None:
+                joined[name] = None
+            else:
+                joined[name] = one + two if isinstance(one, int) else max(one, two)
+        return Agreement(**joined)
+
+
+def compare(reference: Run, other: Run, mask: np.ndarray) -> Agreement:
+    """Returns how far two networks agree on a batch.
+
+    Args:
+        reference: what the one gives.
+        other: what the other gives.
+        mask: bool (batch,), which examples count.
+
+    Raises:
+        ValueError: if the two look at different layers.
+    """
+    count = int(mask.sum())
+    ours, theirs = (
+        [np.asarray(x, np.float64)[mask].reshape(count, -1) for x in jax.tree.leaves(run.outputs)]
+        for run in (reference, other)
+    )
+    same = [(one == two) | (np.isnan(one) & np.isnan(two)) for one, two in zip(ours, theirs, strict=True)]
+    with np.errstate(invalid='ignore'):
+        gaps = [
+            np.where(equal, 0, np.abs(a - b)).max(1, initial=0) for equal, a, b in zip(same, ours, theirs, strict=True)
+        ]
+    gap = np.max(gaps, axis=0)
+    size = np.max([np.abs(x).max(1, initial=0) for x in ours], axis=0)
+    codes_differ = relative = None
+    if reference.codes is not None and other.codes is not None:
+        flipped = _flipped(reference.codes, other.codes)[mask]
+        codes_differ = int(flipped.sum())
+        relative = float(np.max(np.where(flipped, 0, gap / np.where(size > 0, size, 1)), initial=0))
+    return Agreement(count, codes_differ, _answers_differ(reference, other, mask), float(gap.max(initial=0)), relative)
+
+
+def _answers_differ(reference: Run, other: Run, mask: np.ndarray) -> int | None:
+    outputs = [jax.tree.leaves(run.outputs) for run in (reference, other)]
+    if len(outputs[0]) != 1 or np.ndim(outputs[0][0]) < 2 or np.shape(outputs[0][0])[-1] < 2:
+        return None
+    ours, theirs = (np.argmax(np.asarray(x)[mask], axis=-1).reshape(mask.sum(), -1) for (x,) in outputs)
+    return int(np.any(ours != theirs, axis=-1).sum())
+
+
+def _flipped(ours: Codes, theirs: Codes) -> np.ndarray:
+    """Which examples have another code anywhere, bool (batch,)."""
+    if {path: len(calls) for path, calls in ours.items()} != {path: len(calls) for path, calls in theirs.items()}:
+        raise ValueError('The two networks look at the inputs of different layers.')
+    differ = [
+        np.any((np.asarray(one) != np.asarray(two)).reshape(len(one), -1), axis=1)
+        for path, calls in ours.items()
+        for one, two in zip(calls, theirs[path], strict=True)
+    ]
+    return np.any(differ, axis=0) if differ else np.zeros(0, bool)
+
+
+def fake_quantized(
+    network: BlockNetwork, quantization: Quantization, variables: Variables
+) -> tuple[Callable[[Any], Any], Callable[[Any], Run]]:
+    """Returns the fake-quantized network as two jitted functions: to outputs, and to outputs with codes.
+
+    Args:
+        network: what was trained.
+        quantization: its quantizers.
+        variables: its arrays.
+    """
+
+    def run(variables, inputs, look=None):
+        params = quantization.quantize_params(variables.quantizers, variables.params)
+        with quantization.quantize_inputs(look):
+            return network.apply({**variables.of_network, 'params': params}, inputs, train=False)[0]
+
+    def run_with_codes(variables, inputs):
+        return observe_codes(lambda look: lambda: run(variables, inputs, look))
+
+    plain, watched = jax.jit(run), jax.jit(run_with_codes)
+    return lambda inputs: plain(variables, inputs), lambda inputs: Run(*watched(variables, inputs))
