@@ -240,12 +240,13 @@ def _freeze_inputs(own: LayerQuantizers, parameters: Any) -> Inputs:
         found = find_thresholds(encode, lower, upper)
         thresholds.append(found[0])
         steps.append(_inverse_step(quantizer, of_one, found))
-    by_steps = quantizer.bits > BITS_BY_THRESHOLDS and all(step is not None for step in steps)
+    has_steps = all(step is not None for step in steps)
+    by_steps = has_steps and quantizer.bits > BITS_BY_THRESHOLDS
     return Inputs(
         _stack_decodings(decodings, own.layer.stack, 0),
         quantizer.upper,
         None if by_steps else _stacked(thresholds, own.layer.stack),
-        _stacked(steps, own.layer.stack) if by_steps else None,
+        _stacked(steps, own.layer.stack) if has_steps else None,
     )
 
 

@@ -124,8 +124,10 @@ class Inputs:
     Attributes:
         decoding: how codes stand for values; its arrays have no other axes.
         upper: the largest code.
-        thresholds: float32 (.., upper - lower), ascending; NaN for one that no number reaches. None with a step.
-        inverse_step: float32 (..); None with thresholds.
+        thresholds: float32 (.., upper - lower), ascending; NaN for one that no number reaches. None if they would be
+            many, and the step gives the same codes.
+        inverse_step: float32 (..), if clip(round(x · inverse_step)) is the code; else None. Not read where there are
+            thresholds.
     """
 
     decoding: Decoding

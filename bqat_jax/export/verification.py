@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from bqat_jax.blocks.block_network import BlockNetwork
-from bqat_jax.export.inference import observe_codes
+from bqat_jax.export.watching import run_watched
 from bqat_jax.replacement.paths import Variables
 from bqat_jax.transform import Quantization
 
@@ -122,13 +122,13 @@ def fake_quantized(
         variables: its arrays.
     """
 
-    def run(variables, inputs, look=None):
+    def run(variables, inputs, watch=None):
         params = quantization.quantize_params(variables.quantizers, variables.params)
-        with quantization.quantize_inputs(look):
+        with quantization.quantize_inputs(None if watch is None else watch.see):
             return network.apply({**variables.of_network, 'params': params}, inputs, train=False)[0]
 
     def run_with_codes(variables, inputs):
-        return observe_codes(lambda look: lambda: run(variables, inputs, look))
+        return run_watched(lambda watch: run(variables, inputs, watch))
 
     plain, watched = jax.jit(run), jax.jit(run_with_codes)
     return lambda inputs: plain(variables, inputs), lambda inputs: Run(*watched(variables, inputs))

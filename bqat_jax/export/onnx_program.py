@@ -1,0 +1,218 @@
+"""A JAX function as an ONNX model: its traced program (a jaxpr) is walked through, every operation by a rule.
+
+Operations on constants are computed when the model is built, but for arithmetic with codes, which stay small in the
+file. Inner programs are written out, a loop once for every iteration. What no output depends on is left out.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import onnx
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var, jaxprs_in_params
+
+from bqat_jax.export import onnx_contractions, onnx_indexing, onnx_operations, onnx_shapes
+from bqat_jax.export.onnx_graph import Graph
+from bqat_jax.export.onnx_model import OnnxOptions
+from bqat_jax.export.onnx_operations import Rule, refuse
+from bqat_jax.export.onnx_qcdq import NAMED
+from bqat_jax.export.onnx_values import Constant, Tensor, Value, broadcast_shape, is_codes, is_small, is_static
+
+RULES: dict[str, Rule] = {
+    **onnx_operations.RULES,
+    **onnx_shapes.VIEWS,
+    **onnx_shapes.RULES,
+    **onnx_contractions.RULES,
+    **onnx_indexing.RULES,
+}
+CALLS = (
+    *('jit', 'pjit', 'closed_call', 'core_call', 'remat2', 'checkpoint', 'remat'),
+    *('custom_jvp_call', 'custom_vjp_call', 'custom_vjp_call_jaxpr', 'custom_vmap_call'),
+)
+
+
+def build_model(
+    run: Callable[[Any, Any], Any], arrays: Any, inputs: Any, options: OnnxOptions | None = None
+) -> onnx.ModelProto:
+    """Returns the ONNX model of `run(arrays, inputs)`.
+
+    Its inputs are called 'input' or, of a tree, 'input_<path>', its outputs 'output' or 'output_<path>', and the batch
+    size 'batch' where it is left open.
+
+    Args:
+        run: a JAX function.
+        arrays: a tree of NumPy arrays, constants of the model. Whole numbers of 8 bits are stored in the fewest bits.
+        inputs: a tree of `jax.ShapeDtypeStruct`s whose axes may be of the size `jax.export.symbolic_shape('b')[0]`.
+        options: how the model is written; the defaults if None.
+
+    Raises:
+        ValueError: for an operation that has no rule.
+    """
+    program, shapes = jax.make_jaxpr(run, return_shape=True)(_shapes_of(arrays), inputs)
+    given = [Tensor(name, x.shape, np.dtype(x.dtype)) for name, x in _named_leaves(inputs, 'input')]
+    constants = [Constant(np.asarray(x), is_codes(np.asarray(x))) for x in jax.tree.leaves(arrays)]
+    graph = Graph(options or OnnxOptions(), given)
+    jaxpr = program.jaxpr
+    results = _Walk(graph, ()).run(jaxpr, program.consts, [*constants, *given], [True] * len(jaxpr.outvars))
+    names = [name for name, _ in _named_leaves(shapes, 'output')]
+    full = [graph.expand(x, own.aval.shape) for x, own in zip(results, jaxpr.outvars, strict=True)]
+    return graph.model(list(zip(names, full, strict=True)))
+
+
+def _shapes_of(arrays: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype), arrays)
+
+
+def _named_leaves(tree: Any, name: str) -> list[tuple[str, Any]]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    paths = [jax.tree_util.keystr(path, simple=True, separator='_') for path, _ in leaves]
+    return [(f'{name}_{path}' if path else name, leaf) for path, (_, leaf) in zip(paths, leaves, strict=True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Walk:
+    """Writes programs into a graph.
+
+    Attributes:
+        graph: under construction.
+        stack: names of the programs around this one.
+    """
+
+    graph: Graph
+    stack: tuple[str, ...]
+
+    def run(self, jaxpr: Jaxpr, consts: Sequence[Any], operands: Sequence[Value], needed: Sequence[bool]) -> list[Any]:
+        """Returns a program's results; None for those that are not needed."""
+        values: dict[Var, Value] = dict(zip(jaxpr.constvars, map(_constant, consts), strict=True))
+        values |= dict(zip(jaxpr.invars, operands, strict=True))
+        wanted = [x for x, is_needed in zip(jaxpr.outvars, needed, strict=True) if is_needed]
+
+        def read(x: Any) -> Any:
+            return _constant(x.val, x.aval) if isinstance(x, Literal) else values.get(x)
+
+        for equation, kept in self._alive(jaxpr, wanted):
+            results = self._write(equation, [read(x) for x in equation.invars], kept)
+            values |= {x: value for x, value in zip(equation.outvars, results, strict=True) if value is not None}
+        return [read(x) if is_needed else None for x, is_needed in zip(jaxpr.outvars, needed, strict=True)]
+
+    def _alive(self, jaxpr: Jaxpr, wanted: Sequence[Any]) -> list[tuple[Any, list[bool]]]:
+        """The equations that results depend on, in order, with which of their own are needed."""
+        needed, alive = {x for x in wanted if not isinstance(x, Literal)}, []
+        for equation in reversed(jaxpr.eqns):
+            kept = [x in needed for x in equation.outvars]
+            if any(kept) or self._observes(equation):
+                alive.append((equation, kept))
+                needed |= {x for x in equation.invars if not isinstance(x, Literal)}
+        return alive[::-1]
+
+    def _observes(self, equation: Any) -> bool:
+        if equation.primitive.name == 'name':
+            return self.graph.is_observed(equation.params['name'])
+        return any(self._observes(own) for inner in jaxprs_in_params(equation.params) for own in inner.eqns)
+
+    def _write(self, equation: Any, operands: list[Value], needed: list[bool]) -> Sequence[Any]:
+        name, graph = equation.primitive.name, self.graph
+        path = [part for part in (*self.stack, str(equation.source_info.name_stack)) if part]
+        graph.place = f' (in {"/".join(path)})' if path else ''
+        inner = dataclasses.replace(self, stack=tuple(path))
+        if name in CALLS:
+            rule = NAMED.get(equation.params.get('name', ''))
+            results = rule(graph, equation, operands) if rule else None
+            return inner._call(equation, operands, needed) if results is None else results
+        if name == 'scan':
+            return inner._scan(equation, operands, needed)
+        if name == 'cond':
+            return inner._conditional(equation, operands, needed)
+        if name == 'name':
+            if graph.is_observed(equation.params['name']):
+                graph.observe(equation.params['name'], graph.expand(operands[0], equation.outvars[0].aval.shape))
+            return operands
+        folded = None if name in onnx_shapes.VIEWS else _fold(equation, operands)
+        if folded is not None:
+            return folded
+        if name not in RULES:
+            raise refuse(graph, equation, '')
+        return RULES[name](graph, equation, operands)
+
+    def _call(self, equation: Any, operands: list[Value], needed: list[bool]) -> list[Any]:
+        inner = next(iter(jaxprs_in_params(equation.params)))
+        return self.run(inner, _consts(equation), operands, needed)
+
+    def _conditional(self, equation: Any, operands: list[Value], needed: list[bool]) -> list[Any]:
+        index, *given = operands
+        if not isinstance(index, Constant):
+            raise refuse(self.graph, equation, 'whose branch depends on the inputs')
+        branches = equation.params['branches']
+        branch = branches[min(max(int(index.array), 0), len(branches) - 1)]
+        return self.run(branch.jaxpr, branch.consts, given, needed)
+
+    def _scan(self, equation: Any, operands: list[Value], needed: list[bool]) -> list[Any]:
+        """A loop written out; arrays that are stacked along its iterations are sliced."""
+        (inner,) = jaxprs_in_params(equation.params)
+        groups: list[Any] = [inner.outvars, equation.outvars, inner.invars, equation.invars]
+        ranks = [[x.aval.ndim for x in group] for group in groups]
+        carries = sum(own == outer for own, outer in zip(ranks[0], ranks[1], strict=True))
+        slices = sum(own < outer for own, outer in zip(ranks[2], ranks[3], strict=True))
+        fixed = len(operands) - carries - slices
+        constant, carry, stacked = operands[:fixed], operands[fixed : fixed + carries], operands[fixed + carries :]
+        length, gathered = equation.params['length'], {}
+        kept = [True] * carries + needed[carries:]
+        for step in reversed(range(length)) if equation.params['reverse'] else range(length):
+            own = [self._slice(x, step) for x in stacked]
+            walk = dataclasses.replace(self, stack=(*self.stack, str(step)))
+            results = walk.run(inner, _consts(equation), [*constant, *carry, *own], kept)
+            carry, gathered[step] = results[:carries], results[carries:]
+        shapes = [x.aval.shape for x in groups[0][carries:]]
+        stacks = [
+            self._stack([gathered[step][n] for step in range(length)], shape) if kept[carries + n] else None
+            for n, shape in enumerate(shapes)
+        ]
+        return [*carry, *stacks]
+
+    def _slice(self, value: Value, step: int) -> Value:
+        if value is None:
+            return value
+        starts, stops = [0] * len(value.shape), list(value.shape)
+        if value.shape[0] != 1:
+            starts[0], stops[0] = step, step + 1
+        part = self.graph.slice(value, starts, stops, [1] * len(stops))
+        return self.graph.reshape(part, value.shape[1:])
+
+    def _stack(self, values: list[Value], shape: tuple[Any, ...]) -> Value:
+        """Results of all iterations along a new first axis."""
+        if all(isinstance(x, Constant) for x in values) and is_static(shape):
+            arrays = [np.broadcast_to(x.array, shape) for x in values]  # pyright: ignore[reportAttributeAccessIssue]
+            return Constant(np.stack(arrays), all(x.codes for x in values))  # pyright: ignore[reportAttributeAccessIssue]
+        rows = [self.graph.reshape(self.graph.expand(x, shape), (1, *shape)) for x in values]
+        return self.graph.add('Concat', rows, (len(rows), *shape), rows[0].dtype, axis=0)
+
+
+def _constant(array: Any, aval: Any = None) -> Constant:
+    return Constant(np.asarray(array) if aval is None else np.asarray(array, aval.dtype))
+
+
+def _consts(equation: Any) -> Sequence[Any]:
+    return next((x.consts for x in equation.params.values() if isinstance(x, ClosedJaxpr)), ())
+
+
+def _fold(equation: Any, operands: list[Value]) -> list[Value] | None:
+    """An operation's results if its operands are constants and no codes; None if it is to be written into the graph."""
+    arrays = [x.array for x in operands if isinstance(x, Constant) and not x.codes]
+    if len(arrays) < len(operands) or equation.effects or not arrays:
+        return None
+    if equation.primitive.name in onnx_operations.RULES:
+        # In the shape that they have, which may be smaller.
+        made = [broadcast_shape(*(x.shape for x in arrays))]
+        given = [np.broadcast_to(x, made[0]) for x in arrays]
+    else:
+        made, shapes = ([x.aval.shape for x in group] for group in (equation.outvars, equation.invars))
+        if not all(map(is_static, shapes)):
+            return None
+        given = [np.broadcast_to(x, shape) for x, shape in zip(arrays, shapes, strict=True)]
+    largest = max(x.size for x in arrays)
+    if not all(is_small(shape, largest) for shape in made):
+        return None
+    results = equation.primitive.bind(*map(jax.numpy.asarray, given), **equation.params)
+    return [Constant(np.asarray(x)) for x in (results if equation.primitive.multiple_results else [results])]

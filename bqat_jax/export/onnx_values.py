@@ -1,0 +1,178 @@
+"""The values of an ONNX graph under construction, how codes are stored and how shapes with an unknown batch are named.
+
+The shape of a value may have ones where the JAX value has a larger axis: ONNX operations broadcast, so an axis is
+repeated only where an operation needs all of it. The rank is that of the JAX value, or 0 for a scalar.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+MIN_CODES = 64
+# A constant is computed if it has no more elements than this, or not more than four times those of what it is made of.
+MANY_ELEMENTS = 65536
+_LINEAR = re.compile(r'(?:(\d+)\*)?([A-Za-z_]\w*)(?: ([+-]) (\d+))?')
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor of the graph: an input or a node's output.
+
+    Attributes:
+        name: in the graph.
+        shape: ints and symbolic dimensions.
+        dtype: of NumPy.
+    """
+
+    name: str
+    shape: tuple[Any, ...]
+    dtype: np.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant:
+    """An array known when the model is built; it becomes an initializer where a node reads it.
+
+    Attributes:
+        array: its values.
+        codes: whether they are stored in the fewest bits and arithmetic with them is left to the model.
+    """
+
+    array: np.ndarray
+    codes: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the array."""
+        return self.array.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the array."""
+        return self.array.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Dequantized:
+    """Weights codes·scale that become nodes where another node reads them; until then codes and scale are reshaped.
+
+    Attributes:
+        codes: int8 or uint8.
+        scale: float32 of the same rank; an axis has the length of the codes' or 1.
+        lower: the smallest code there may be.
+        upper: the largest.
+    """
+
+    codes: np.ndarray
+    scale: np.ndarray
+    lower: int
+    upper: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the codes."""
+        return self.codes.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """float32."""
+        return self.scale.dtype
+
+
+Value = Tensor | Constant | Dequantized
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """How whole numbers are stored.
+
+    Attributes:
+        array: of a dtype of 2, 4 or 8 bits.
+        doubled: whether the numbers are 2·array + 1.
+    """
+
+    array: np.ndarray
+    doubled: bool
+
+
+def is_codes(array: np.ndarray) -> bool:
+    """Returns whether an array has at least 64 elements, all whole numbers of 8 bits and not all equal."""
+    if array.size < MIN_CODES or array.dtype.kind not in 'iuf':
+        return False
+    lower, upper = array.min(), array.max()
+    fits = (lower >= -128 and upper <= 127) or (lower >= 0 and upper <= 255)  # false for NaN
+    return bool(fits and lower < upper and (array.dtype.kind != 'f' or np.all(array == np.rint(array))))
+
+
+def store_codes(array: np.ndarray, opset: int) -> Stored:
+    """Returns whole numbers in the fewest bits: 2 from opset 25 on, 4 or 8.
+
+    Args:
+        array: whole numbers that fit 8 bits.
+        opset: of the model.
+    """
+    numbers = array.astype(np.int16)
+    smallest = _smallest(numbers, opset)
+    if array.dtype in (np.float32, np.int32) and np.all(numbers % 2 == 1):
+        halves = (numbers - 1) // 2
+        smaller = _smallest(halves, opset)
+        if _bits(smaller) < _bits(smallest):
+            return Stored(halves.astype(smaller), True)
+    return Stored(numbers.astype(smallest), False)
+
+
+def _smallest(numbers: np.ndarray, opset: int) -> np.dtype:
+    kinds = ('uint2', 'int2', 'uint4', 'int4', 'uint8', 'int8')
+    lower, upper = (int(numbers.min()), int(numbers.max())) if numbers.size else (0, 0)
+    for kind in kinds[0 if opset >= 25 else 2 :]:
+        dtype = np.dtype(kind) if kind.endswith('8') else np.dtype(getattr(ml_dtypes, kind))
+        info = ml_dtypes.iinfo(dtype)
+        if info.min <= lower and upper <= info.max:
+            return dtype
+    raise ValueError(f'codes from {lower} to {upper} do not fit 8 bits.')
+
+
+def _bits(dtype: np.dtype) -> int:
+    return ml_dtypes.iinfo(dtype).bits
+
+
+def is_static(shape: Sequence[Any]) -> bool:
+    """Returns whether a shape has no symbolic dimension."""
+    return all(isinstance(size, int) for size in shape)
+
+
+def is_small(shape: Sequence[Any], elements: int) -> bool:
+    """Returns whether a constant of this shape is to be kept, computed from arrays of up to `elements` elements."""
+    return is_static(shape) and math.prod(shape) <= max(4 * elements, MANY_ELEMENTS)
+
+
+def broadcast_shape(*shapes: Sequence[Any]) -> tuple[Any, ...]:
+    """Returns the shape that shapes broadcast to."""
+    rank = max(len(shape) for shape in shapes)
+    padded = [(1,) * (rank - len(shape)) + tuple(shape) for shape in shapes]
+    return tuple(next((size for size in sizes if size != 1), 1) for sizes in zip(*padded, strict=True))
+
+
+def parse_dimension(size: Any) -> tuple[int, str, int]:
+    """Returns (k, name, c) of a symbolic dimension k·name + c.
+
+    Raises:
+        ValueError: if it is of another form.
+    """
+    match = _LINEAR.fullmatch(str(size))
+    if not match:
+        raise ValueError(
+            f'ONNX export cannot compute the size {size}: sizes are whole multiples of the batch size plus a constant.'
+        )
+    offset = int(match[4] or 0)
+    return int(match[1] or 1), match[2], -offset if match[3] == '-' else offset
+
+
+def dimension_name(size: Any) -> str:
+    """Returns how a symbolic dimension is called in the model: 'batch', '2*batch', '2*batch + 1'."""
+    return re.sub(r'\b(?!floordiv\b|mod\b|max\b|min\b)[A-Za-z_]\w*', 'batch', str(size))
