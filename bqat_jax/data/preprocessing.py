@@ -1,6 +1,7 @@
 """From a batch as it was read to what a network is given: inside the jitted step, on the device."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -73,6 +74,6 @@ class TokenPreprocessing:
         return Batch(tokens[:, :-1], tokens[:, 1:])
 
 
-def get_array(batch: dict[str, jax.Array], arrays: dict[str, jax.Array] | None, name: str) -> jax.Array:
+def get_array(batch: Mapping[str, Any], arrays: Mapping[str, Any] | None, name: str) -> jax.Array:
     """Returns an array of a batch, gathered from `arrays` if the split lives on the device."""
     return batch[name] if arrays is None else jnp.take(arrays[name], batch['index'], axis=0)

@@ -83,7 +83,10 @@ def collections_to_evaluate(experiment: Experiment, finished: Finished, train: S
     experiment.console.print(f'Estimating batch-norm statistics on {count} batches.')
     phase, state = finished.phase, finished.restored.state
     batches = training_batches(experiment, train, Stream.REESTIMATION, phase.replicas, 0, count)
-    return {**collections, BATCH_STATS: reestimate_batch_stats(phase.spec, state, train.arrays, batches, phase.replicas)}
+    return {
+        **collections,
+        BATCH_STATS: reestimate_batch_stats(phase.spec, state, train.arrays, batches, phase.replicas),
+    }
 
 
 def find_start(experiment: Experiment, partner: Partner) -> Start:

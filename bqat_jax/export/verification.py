@@ -112,7 +112,10 @@ def _flipped(ours: Codes, theirs: Codes) -> np.ndarray:
 
 
 def fake_quantized(
-    network: BlockNetwork, quantization: Quantization, variables: Variables
+    network: BlockNetwork,
+    quantization: Quantization,
+    variables: Variables,
+    prepare: Callable[[Any], Any] = lambda inputs: inputs,
 ) -> tuple[Callable[[Any], Any], Callable[[Any], Run]]:
     """Returns the fake-quantized network as two jitted functions: to outputs, and to outputs with codes.
 
@@ -120,12 +123,13 @@ def fake_quantized(
         network: what was trained.
         quantization: its quantizers.
         variables: its arrays.
+        prepare: from inputs as of `Frozen.inputs` to the network's.
     """
 
     def run(variables, inputs, watch=None):
         params = quantization.quantize_params(variables.quantizers, variables.params)
         with quantization.quantize_inputs(None if watch is None else watch.see):
-            return network.apply({**variables.of_network, 'params': params}, inputs, train=False)[0]
+            return network.apply({**variables.of_network, 'params': params}, prepare(inputs), train=False)[0]
 
     def run_with_codes(variables, inputs):
         return run_watched(lambda watch: run(variables, inputs, watch))
