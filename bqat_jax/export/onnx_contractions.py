@@ -154,7 +154,9 @@ def _pool(graph: Graph, kind: str, x: Value, shape: Sequence[Any], attributes: d
         ones = Constant(np.ones((1, 1, *attributes['kernel_shape']), np.float32))
         return graph.add('Conv', [x, ones], shape, x.dtype, **attributes)
     if kind == 'max':
-        return graph.add('MaxPool', [x], shape, x.dtype, **attributes)
+        return graph.before_quantizer(
+            graph.tensor(x), lambda x: graph.add('MaxPool', [x], shape, x.dtype, **attributes)
+        )
     return emit(graph, 'Neg', [graph.add('MaxPool', [emit(graph, 'Neg', [x])], shape, x.dtype, **attributes)])
 
 

@@ -1,12 +1,13 @@
 """Builds an ONNX graph: nodes, initializers and shapes.
 
 Equal nodes and equal initializers are made once. Reshapes, transposes and slices of constants are done at once, and so
-are those of weights in codes: onnxruntime does not run DequantizeLinear (int8), Transpose, Conv in every opset.
+are those of weights in codes. Those of a quantized value are done before its quantizer: from opset 21 on onnxruntime
+fails on what only moves elements (Transpose, Reshape, Slice, MaxPool) right after a DequantizeLinear of int8.
 """
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,11 @@ from bqat_jax.export.onnx_values import (
     Value,
     is_small,
     is_static,
+    map_arrays,
     parse_dimension,
+    reshape_scale,
     store_codes,
+    where_longer,
 )
 
 LAST, FIRST = np.iinfo(np.int64).max, np.iinfo(np.int64).min
@@ -57,7 +61,9 @@ class Graph:
         self._made: dict[Any, Tensor] = {}
         self._transposed: dict[str, tuple[Tensor, tuple[int, ...]]] = {}
         self._reshaped: dict[str, Tensor] = {}
+        self._quantizers: dict[str, tuple[Tensor, Any]] = {}
         self._quantized: set[str] = set()
+        self._pairs: dict[Any, tuple[Tensor, Tensor]] = {}
         self._observed: list[tuple[str, Tensor]] = []
         symbols = {parse_dimension(size)[1] for x in inputs for size in x.shape if not isinstance(size, int)}
         if len(symbols) > 1:
@@ -77,7 +83,7 @@ class Graph:
             dtype: of the output.
             **attributes: of the node.
         """
-        dtype = self.check_dtype(dtype)
+        dtype = self.check_dtype(dtype, operation == 'Cast')
         names = ['' if value is None else self.name_of(value) for value in operands]
         key = (operation, tuple(names), repr(sorted(attributes.items())))
         if key not in self._made:
@@ -86,17 +92,19 @@ class Graph:
             self._made[key] = result
         return self._made[key]
 
-    def check_dtype(self, dtype: Any) -> np.dtype:
+    def check_dtype(self, dtype: Any, in_passing: bool = True) -> np.dtype:
         """Returns a dtype of NumPy.
+
+        Args:
+            dtype: of a value.
+            in_passing: whether the value is only cast to it and back.
 
         Raises:
             ValueError: if it has no place in a model.
         """
         dtype = np.dtype(dtype)
-        if dtype.name not in _KINDS + _PASSING:
-            raise ValueError(
-                f'ONNX export writes no values of dtype {dtype.name}{self.place}. Run the network in float32.'
-            )
+        if dtype.name not in (_KINDS + _PASSING if in_passing else _KINDS):
+            raise ValueError(f'ONNX export writes no values of dtype {dtype.name}{self.place}. Use float32.')
         return dtype
 
     def name_of(self, value: Value) -> str:
@@ -119,7 +127,9 @@ class Graph:
         if permutation == tuple(range(len(permutation))):
             return value
         if not isinstance(value, Tensor):
-            return _map_arrays(value, lambda array: np.transpose(array, permutation))
+            return map_arrays(value, lambda array: np.transpose(array, permutation))
+        if value.name in self._quantizers:
+            return self.before_quantizer(value, lambda x: self.transpose(x, permutation))
         source, before = self._transposed.get(value.name, (value, tuple(range(len(permutation)))))
         composed = tuple(before[axis] for axis in permutation)
         if composed == tuple(range(len(composed))):
@@ -137,10 +147,12 @@ class Graph:
         if isinstance(value, Constant):
             return dataclasses.replace(value, array=value.array.reshape(shape))
         if isinstance(value, Dequantized):
-            scale = _reshape_scale(value, shape)
+            scale = reshape_scale(value, shape)
             if scale is not None:
                 return dataclasses.replace(value, codes=value.codes.reshape(shape), scale=scale)
         source = self.tensor(value)
+        if source.name in self._quantizers:
+            return self.before_quantizer(source, lambda x: self.reshape(x, shape))
         source = self._reshaped.get(source.name, source)
         if shape == tuple(source.shape):
             return source
@@ -160,6 +172,8 @@ class Graph:
             return value
         if isinstance(value, Constant) and not value.codes and is_small(shape, value.array.size):
             return Constant(np.broadcast_to(value.array, shape))
+        if isinstance(value, Tensor) and value.name in self._quantizers:
+            return self.before_quantizer(value, lambda x: self.expand(x, shape))
         own = (1,) * (len(shape) - len(value.shape)) + tuple(value.shape)
         sizes = [1 if size == before else size for size, before in zip(shape, own, strict=True)]
         return self.add('Expand', [value, self.shape_tensor(sizes)], shape, value.dtype)
@@ -188,7 +202,9 @@ class Graph:
             return value
         if not isinstance(value, Tensor):
             slices = tuple(slice(*cut) for cut in cuts)
-            return _map_arrays(value, lambda array: array[_where_longer(array, slices)])
+            return map_arrays(value, lambda array: array[where_longer(array, slices)])
+        if value.name in self._quantizers:
+            return self.before_quantizer(value, lambda x: self.slice(x, starts, stops, steps))
         shape = tuple(_sliced(*cut) if n in axes else value.shape[n] for n, cut in enumerate(cuts))
         ends = [_relative(stops[n], value.shape[n]) for n in axes]
         rest = [[starts[n] for n in axes], axes, [steps[n] for n in axes]]
@@ -199,7 +215,9 @@ class Graph:
         """Returns a value in reverse order along axes."""
         if not isinstance(value, Tensor):
             slices = tuple(slice(None, None, -1 if n in axes else None) for n in range(len(value.shape)))
-            return _map_arrays(value, lambda array: array[slices])
+            return map_arrays(value, lambda array: array[slices])
+        if value.name in self._quantizers:
+            return self.before_quantizer(value, lambda x: self.flip(x, axes))
         numbers = [[-1] * len(axes), [FIRST] * len(axes), list(axes), [-1] * len(axes)]
         return self.add('Slice', [value, *(Constant(np.array(x, np.int64)) for x in numbers)], value.shape, value.dtype)
 
@@ -239,19 +257,26 @@ class Graph:
             lower: the smallest code.
             upper: the largest.
         """
-        # Nodes of their own for all, and not twice for one tensor: qonnx overwrites scales and names after the input.
         source = self.tensor(value)
-        if source.name in self._quantized:
-            source = self._append('Identity', [source.name], source.shape, source.dtype)
-        self._quantized.add(source.name)
-        dtype = np.dtype(np.int8 if lower < 0 else np.uint8)
-        parameters, attributes = self._scale_and_zero(scale, dtype)
-        codes = self._append('QuantizeLinear', [source.name, *parameters], source.shape, dtype, **attributes)
-        if (lower, upper) != (np.iinfo(dtype).min, np.iinfo(dtype).max):
-            bounds = [self._of_constant(Constant(np.array(bound, dtype))) for bound in (lower, upper)]
-            codes = self._append('Clip', [codes.name, *bounds], source.shape, dtype)
-        values = self._append('DequantizeLinear', [codes.name, *parameters], source.shape, np.float32, **attributes)
+        key = ('quantizer', source.name, scale.shape, scale.tobytes(), lower, upper)
+        if key not in self._pairs:
+            self._pairs[key] = self._write_quantizer(source, scale, lower, upper)
+        codes, values = self._pairs[key]
+        if scale.ndim == 0:
+            self._quantizers[values.name] = (source, (scale, lower, upper))
         return codes, values
+
+    def before_quantizer(self, value: Tensor, change: Callable[[Tensor], Value]) -> Value:
+        """Returns a value with elements moved or left out, done before its quantizer if it comes from one.
+
+        Args:
+            value: a tensor.
+            change: what is done; it must not change an element.
+        """
+        if value.name not in self._quantizers:
+            return change(value)
+        source, parameters = self._quantizers[value.name]
+        return self.quantizer(change(source), *parameters)[1]
 
     def model(self, outputs: Sequence[tuple[str, Value]]) -> onnx.ModelProto:
         """Returns the finished model.
@@ -312,20 +337,37 @@ class Graph:
         return self._made[key]
 
     def _dequantize(self, value: Dequantized) -> Tensor:
-        """Codes of 8 bits are dequantized; fewer bits are told by QuantizeLinear and Clip, as qonnx reads them."""
+        """Nodes that qonnx reads: fewer bits than 8, or a scale along an axis, it takes from QuantizeLinear alone."""
         longer = [axis for axis, size in enumerate(value.scale.shape) if size > 1]
         if len(longer) > 1:  # a scale of its own for groups of channels: nothing that DequantizeLinear has
             ones = np.ones((1,) * value.codes.ndim, np.float32)
             codes = self._dequantize(dataclasses.replace(value, scale=ones))
             return self.add('Mul', [codes, Constant(value.scale)], value.shape, np.float32)
         info = np.iinfo(value.codes.dtype)
-        if (value.lower, value.upper) == (info.min, info.max):
+        if not longer and (value.lower, value.upper) == (info.min, info.max):
             parameters, attributes = self._scale_and_zero(value.scale, value.codes.dtype)
             name = self._initialize(value.codes)
             return self._append('DequantizeLinear', [name, *parameters], value.shape, np.float32, **attributes)
-        codes = Constant(value.codes.astype(np.float32), True)
+        # qonnx cannot run nodes that read 4 bits.
+        codes = self._append(
+            'Cast', [self._initialize(value.codes)], value.shape, np.float32, to=onnx.TensorProto.FLOAT
+        )
         weights = self.add('Mul', [codes, Constant(value.scale)], value.shape, np.float32)
-        return self.quantizer(weights, value.scale, value.lower, value.upper)[1]
+        return self.quantizer(weights, value.scale if longer else value.scale.reshape(()), value.lower, value.upper)[1]
+
+    def _write_quantizer(self, source: Tensor, scale: np.ndarray, lower: int, upper: int) -> tuple[Tensor, Tensor]:
+        """Nodes that share no scale and no input with others: qonnx overwrites scales and names after inputs."""
+        if source.name in self._quantized:
+            source = self._append('Identity', [source.name], source.shape, source.dtype)
+        self._quantized.add(source.name)
+        dtype = np.dtype(np.int8 if lower < 0 else np.uint8)
+        parameters, attributes = self._scale_and_zero(scale, dtype)
+        codes = self._append('QuantizeLinear', [source.name, *parameters], source.shape, dtype, **attributes)
+        if (lower, upper) != (np.iinfo(dtype).min, np.iinfo(dtype).max):
+            bounds = [self._of_constant(Constant(np.array(bound, dtype))) for bound in (lower, upper)]
+            codes = self._append('Clip', [codes.name, *bounds], source.shape, dtype)
+        values = self._append('DequantizeLinear', [codes.name, *parameters], source.shape, np.float32, **attributes)
+        return codes, values
 
     def _scale_and_zero(self, scale: np.ndarray, dtype: np.dtype) -> tuple[list[str], dict[str, int]]:
         """Initializers of scale and zero point, and the axis along which they stand."""
@@ -333,29 +375,6 @@ class Graph:
         flat = scale.ravel() if longer else scale.reshape(())
         names = [self._initialize(flat), self._initialize(np.zeros(flat.shape, dtype))]
         return names, {'axis': longer[0]} if longer else {}
-
-
-def _map_arrays(value: Constant | Dequantized, change: Any) -> Value:
-    if isinstance(value, Constant):
-        return dataclasses.replace(value, array=change(value.array))
-    return dataclasses.replace(value, codes=change(value.codes), scale=change(value.scale))
-
-
-def _where_longer(array: np.ndarray, slices: Sequence[slice]) -> tuple[slice, ...]:
-    """Slices of the axes that are longer than 1; a scale has one entry for all codes along the others."""
-    return tuple(
-        own if size > 1 or own.stop == own.start else slice(None) for own, size in zip(slices, array.shape, strict=True)
-    )
-
-
-def _reshape_scale(value: Dequantized, shape: tuple[int, ...]) -> np.ndarray | None:
-    """The scale of codes in another shape; None if axes are merged or divided along which it varies."""
-    if value.scale.size == 1:
-        return value.scale.reshape((1,) * len(shape))
-    if [size for size in shape if size > 1] != [size for size in value.shape if size > 1]:
-        return None
-    sizes = iter(own for own, size in zip(value.scale.shape, value.shape, strict=True) if size > 1)
-    return value.scale.reshape([next(sizes) if size > 1 else 1 for size in shape])
 
 
 def _sliced(start: int, stop: Any, step: int) -> Any:

@@ -57,12 +57,9 @@ def _gather(graph, equation, operands):
         elif mode != jax.lax.GatherScatterMode.CLIP:
             raise refuse(graph, equation, f'in mode {mode}')
         indices = _clip(graph, indices, lasts)
-    grid = _grid(numbers, sizes, indices) if _is_within(indices, lasts) else None
+    grid = _find_grid(equation, indices) if _is_within(indices, lasts) else None
     if grid is not None:
-        cuts = [grid.get(n, (0, size, 1)) for n, size in enumerate(x.shape)]
-        x = graph.slice(x, *(list(part) for part in zip(*cuts, strict=True)))
-        others = [n for n in range(len(sizes)) if n not in grid]
-        result = _into_places(graph, x, list(grid), others, list(numbers.offset_dims))
+        result = _slice_grid(graph, equation, x, *grid)
     elif len(indices.shape) == 1 and not grouped:
         starts = {axis: _index(graph, indices, place) for place, axis in enumerate(indexed)}
         x = _slice_from(graph, x, starts, [sizes[n] if n in indexed else x.shape[n] for n in range(len(sizes))])
@@ -78,22 +75,46 @@ def _is_within(indices: Value, lasts: Sequence[Any]) -> bool:
     return bool(np.all(indices.array >= 0) and np.all(indices.array <= np.array(lasts)))
 
 
-def _grid(numbers: Any, sizes: Sequence[Any], indices: Value) -> dict[int, tuple[int, int, int]] | None:
-    """(start, stop, step) by axis if constant indices are evenly spaced along every indexed axis, as for x[:, ::2]."""
-    indexed = numbers.start_index_map
-    if not isinstance(indices, Constant) or len(indices.shape) != len(indexed) + 1 or numbers.operand_batching_dims:
+def _find_grid(equation: Any, indices: Value) -> tuple[dict[int, tuple[Any, Any, int]], dict[int, int]] | None:
+    """Constant indices as slices, as for x[:, ::2, 3]: every axis of the indices walks evenly along one of the operand.
+
+    Returns:
+        (start, stop, step) by axis of the operand, and the axis of the operand by that of the indices.
+    """
+    numbers, sizes = equation.params['dimension_numbers'], equation.params['slice_sizes']
+    if not isinstance(indices, Constant) or not indices.array.size or numbers.operand_batching_dims:
         return None
-    if set(numbers.collapsed_slice_dims) != set(indexed) or any(sizes[n] != 1 for n in indexed):
-        return None
-    array, cuts = indices.array, {}
-    for place, axis in enumerate(indexed):
-        along = np.moveaxis(array[..., place], place, -1)
-        line = along.reshape(-1, along.shape[-1])[0]
-        steps = np.unique(np.diff(line))
-        if np.any(along != line) or len(steps) > 1 or np.any(steps <= 0):
-            return None
-        cuts[axis] = (int(line[0]), int(line[-1]) + 1, int(steps[0]) if len(steps) else 1)
-    return cuts
+    cuts, walked = {}, {}
+    for place, axis in enumerate(numbers.start_index_map):
+        own = indices.array[..., place]
+        along = [n for n in range(own.ndim) if np.any(own != np.take(own, [0], n))]
+        first = int(own.ravel()[0])
+        cuts[axis] = (first, first + sizes[axis], 1)
+        if along:
+            line = np.moveaxis(own, along[0], 0).reshape(own.shape[along[0]], -1)[:, 0]
+            steps = np.unique(np.diff(line))
+            is_even = len(along) == 1 and len(steps) == 1 and steps[0] > 0
+            if not is_even or axis not in numbers.collapsed_slice_dims or along[0] in walked:
+                return None
+            cuts[axis], walked[along[0]] = (first, int(line[-1]) + 1, int(steps[0])), axis
+    free = [axis for axis in numbers.collapsed_slice_dims if axis not in walked.values()]
+    for n, size in enumerate(indices.array.shape[:-1]):
+        if n not in walked:
+            if size != 1 or not free:
+                return None
+            walked[n] = free.pop()
+    return cuts, walked
+
+
+def _slice_grid(graph: Graph, equation: Any, x: Value, cuts: dict[int, Any], walked: dict[int, int]) -> Value:
+    numbers = equation.params['dimension_numbers']
+    whole = [cuts.get(n, (0, size, 1)) for n, size in enumerate(x.shape)]
+    x = graph.slice(x, *(list(part) for part in zip(*whole, strict=True)))
+    left = [n for n in range(len(x.shape)) if n in walked.values() or n not in numbers.collapsed_slice_dims]
+    x = graph.reshape(x, [x.shape[n] for n in left])
+    batch = [left.index(walked[n]) for n in sorted(walked)]
+    others = [n for n in range(len(left)) if n not in batch]
+    return _into_places(graph, x, batch, others, list(numbers.offset_dims))
 
 
 def _index(graph: Graph, indices: Value, place: int) -> Value:

@@ -50,6 +50,31 @@ def _concatenate(graph, equation, operands):
     return [graph.add('Concat', operands, out.aval.shape, out.aval.dtype, axis=axis)]
 
 
+def _stack(graph, equation, operands):
+    (out,), axis = equation.outvars, equation.params['axis']
+    rows = [[*x.shape[:axis], 1, *x.shape[axis:]] for x in (value.aval for value in equation.invars)]
+    operands = [graph.reshape(x, row) for x, row in zip(full(graph, equation, operands), rows, strict=True)]
+    return [graph.add('Concat', operands, out.aval.shape, out.aval.dtype, axis=axis)]
+
+
+def _tile(graph, equation, operands):
+    (x,), (out,) = full(graph, equation, operands), equation.outvars
+    repeats = Constant(np.array(equation.params['reps'], np.int64))
+    return [graph.add('Tile', [x, repeats], out.aval.shape, out.aval.dtype)]
+
+
+def _unstack(graph, equation, operands):
+    (x,), axis = full(graph, equation, operands), equation.params['axis']
+    sizes = list(x.shape)
+    rest = [size for n, size in enumerate(sizes) if n != axis]
+    starts, stops = [0] * len(sizes), list(sizes)
+    results = []
+    for place in range(len(equation.outvars)):
+        starts[axis], stops[axis] = place, place + 1
+        results.append(graph.reshape(graph.slice(x, starts, stops, [1] * len(sizes)), rest))
+    return results
+
+
 def _slice(graph, equation, operands):
     (x,), params = operands, equation.params
     steps = params['strides'] or (1,) * len(x.shape)
@@ -153,6 +178,9 @@ VIEWS: dict[str, Rule] = {
 }
 RULES: dict[str, Rule] = {
     'concatenate': _concatenate,
+    'stack': _stack,
+    'tile': _tile,
+    'unstack': _unstack,
     'dim_as_value': _dim_as_value,
     'reduce_sum': _reduction('ReduceSum', True),
     'reduce_prod': _reduction('ReduceProd', True),

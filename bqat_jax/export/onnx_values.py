@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 MIN_CODES = 64
@@ -130,15 +130,15 @@ def _smallest(numbers: np.ndarray, opset: int) -> np.dtype:
     kinds = ('uint2', 'int2', 'uint4', 'int4', 'uint8', 'int8')
     lower, upper = (int(numbers.min()), int(numbers.max())) if numbers.size else (0, 0)
     for kind in kinds[0 if opset >= 25 else 2 :]:
-        dtype = np.dtype(kind) if kind.endswith('8') else np.dtype(getattr(ml_dtypes, kind))
-        info = ml_dtypes.iinfo(dtype)
+        dtype = np.dtype(kind) if kind.endswith('8') else np.dtype(getattr(jnp, kind))
+        info = jnp.iinfo(dtype)
         if info.min <= lower and upper <= info.max:
             return dtype
     raise ValueError(f'codes from {lower} to {upper} do not fit 8 bits.')
 
 
 def _bits(dtype: np.dtype) -> int:
-    return ml_dtypes.iinfo(dtype).bits
+    return jnp.iinfo(dtype).bits
 
 
 def is_static(shape: Sequence[Any]) -> bool:
@@ -176,3 +176,27 @@ def parse_dimension(size: Any) -> tuple[int, str, int]:
 def dimension_name(size: Any) -> str:
     """Returns how a symbolic dimension is called in the model: 'batch', '2*batch', '2*batch + 1'."""
     return re.sub(r'\b(?!floordiv\b|mod\b|max\b|min\b)[A-Za-z_]\w*', 'batch', str(size))
+
+
+def map_arrays(value: Constant | Dequantized, change: Any) -> Value:
+    """Returns a constant whose arrays `change` has moved; codes and scale alike."""
+    if isinstance(value, Constant):
+        return dataclasses.replace(value, array=change(value.array))
+    return dataclasses.replace(value, codes=change(value.codes), scale=change(value.scale))
+
+
+def where_longer(array: np.ndarray, slices: Sequence[slice]) -> tuple[slice, ...]:
+    """Returns slices of the axes that are longer than 1; a scale has one entry for all codes along the others."""
+    return tuple(
+        own if size > 1 or own.stop == own.start else slice(None) for own, size in zip(slices, array.shape, strict=True)
+    )
+
+
+def reshape_scale(value: Dequantized, shape: tuple[int, ...]) -> np.ndarray | None:
+    """Returns the scale of codes in another shape; None if axes are merged or divided along which it varies."""
+    if value.scale.size == 1:
+        return value.scale.reshape((1,) * len(shape))
+    if [size for size in shape if size > 1] != [size for size in value.shape if size > 1]:
+        return None
+    sizes = iter(own for own, size in zip(value.scale.shape, value.shape, strict=True) if size > 1)
+    return value.scale.reshape([next(sizes) if size > 1 else 1 for size in shape])
