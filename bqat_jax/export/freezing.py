@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from flax.linen.recurrent import DenseParams
 
 from bqat_jax.blocks.block_network import BATCH_STATS, PASSING, BlockNetwork
 from bqat_jax.export.frozen import (
@@ -111,9 +110,8 @@ def _look_at_layers(network: BlockNetwork, variables: Variables) -> tuple[set[st
 
     def look(call, module, path, x, args, kwargs):
         y = call(x)
-        is_float32 = x.dtype == jnp.float32 and y.dtype == jnp.float32
-        is_linear = layer_class(module) in LINEAR and not isinstance(module, DenseParams) and is_float32
-        linear[path] = is_linear and linear.get(path, True)
+        is_known = layer_class(module) in LINEAR and x.dtype == jnp.float32
+        linear[path] = is_known and y.dtype == jnp.float32 and linear.get(path, True)
         return y
 
     def look_at_norm(call, args, kwargs, context):
@@ -154,9 +152,9 @@ def _freeze_layer(
 ) -> FrozenLayer:
     weights = inputs = None
     if own.weights is not None:
-        weights = _freeze_weights(own, parameters['weights'], params[weight])
+        weights = freeze_weights(own, parameters['weights'], params[weight])
     if own.activations is not None:
-        inputs = _freeze_inputs(own, parameters['activations'])
+        inputs = freeze_inputs(own, parameters['activations'])
     layer = FrozenLayer(own.layer.kind, weight, LOOKUP, weights, inputs)
     if not is_linear or weights is None or inputs is None:
         return layer
@@ -196,11 +194,18 @@ def _as_integer(path: str, layer: FrozenLayer, own: LayerQuantizers, weights: We
     )
 
 
-def _freeze_weights(own: LayerQuantizers, parameters: Any, kernel: Any) -> Weights:
-    """The codes of a kernel; every layer of a stack by itself and eagerly, as a compiled program may round otherwise.
+def freeze_weights(own: LayerQuantizers, parameters: Any, kernel: Any) -> Weights:
+    """Returns the codes of a kernel.
+
+    Every layer of a stack is quantized by itself and eagerly, as a compiled program may round otherwise.
+
+    Args:
+        own: the layer's quantizers.
+        parameters: of the weights' quantizer.
+        kernel: in full precision, as the layer has it.
 
     Raises:
-        ValueError: if the codes do not decode to the fake-quantized kernel.
+        ValueError: if the codes do not decode to the fake-quantized kernel, bit for bit.
     """
     quantizer: Any = own.weights
     layout, single = own.layer.layout, _single(own)
@@ -225,8 +230,8 @@ def _freeze_weights(own: LayerQuantizers, parameters: Any, kernel: Any) -> Weigh
     )
 
 
-def _freeze_inputs(own: LayerQuantizers, parameters: Any) -> Inputs:
-    """How a layer's input becomes codes; as `_freeze_weights`."""
+def freeze_inputs(own: LayerQuantizers, parameters: Any) -> Inputs:
+    """Returns how a layer's input becomes codes; arguments as `freeze_weights`."""
     quantizer: Any = own.activations
     layout = KernelLayout((0,))  # of one axis: there is one scale for all
     thresholds, steps, decodings = [], [], []

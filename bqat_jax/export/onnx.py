@@ -52,7 +52,7 @@ def export_onnx(
     def run(arrays, inputs):
         return program.run(arrays, inputs, watch)
 
-    options = OnnxOptions(opset, '' if watch is None else TAG)
+    options = OnnxOptions(opset, '' if watch is None else TAG, describes_all=qcdq)
     model = build_model(run, arrays_of(frozen), batch_of(frozen, batch), options)
     onnx.checker.check_model(model)
     return model

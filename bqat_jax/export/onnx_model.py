@@ -22,11 +22,13 @@ class OnnxOptions:
         opset: version of the ONNX operations, 21 to 25.
         observed: values named by `checkpoint_name` with a name that begins so are outputs too; '' for none.
         metadata: of the model.
+        describes_all: whether shapes and dtypes of all intermediate values are written too, which some tools need.
     """
 
     opset: int = 21
     observed: str = ''
     metadata: Mapping[str, str] = dataclasses.field(default_factory=lambda: types.MappingProxyType({}))
+    describes_all: bool = True
 
     def __post_init__(self):
         if self.opset not in FORMATS:
@@ -73,7 +75,7 @@ def finish_model(options: OnnxOptions, parts: Parts, results: Sequence[tuple[str
         [_describe(x.name, x) for x in parts.inputs],
         [_describe(name, x) for name, x in results],
         [x for name, x in parts.initializers.items() if name in needed],
-        value_info=[_describe(name, x) for name, x in parts.tensors.items() if name in inner],
+        value_info=[_describe(name, x) for name, x in parts.tensors.items() if name in inner and options.describes_all],
     )
     opsets = [helper.make_opsetid('', options.opset)]
     model = helper.make_model(graph, producer_name='bqat_jax', opset_imports=opsets, ir_version=FORMATS[options.opset])

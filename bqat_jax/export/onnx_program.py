@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import onnx
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var, jaxprs_in_params
+from jax.extend.core import Jaxpr, Literal, Var, jaxprs_in_params
 
 from bqat_jax.export import onnx_contractions, onnx_indexing, onnx_operations, onnx_shapes
 from bqat_jax.export.onnx_graph import Graph
@@ -19,6 +19,7 @@ from bqat_jax.export.onnx_model import OnnxOptions
 from bqat_jax.export.onnx_operations import Rule, refuse
 from bqat_jax.export.onnx_qcdq import NAMED
 from bqat_jax.export.onnx_values import Constant, Tensor, Value, broadcast_shape, is_codes, is_small, is_static
+from bqat_jax.jaxprs import consts_of, scan_arguments
 
 RULES: dict[str, Rule] = {
     **onnx_operations.RULES,
@@ -104,8 +105,22 @@ class _Walk:
             kept = [x in needed for x in equation.outvars]
             if any(kept) or self._observes(equation):
                 alive.append((equation, kept))
-                needed |= {x for x in equation.invars if not isinstance(x, Literal)}
+                read = [x for x, is_read in zip(equation.invars, self._reads(equation, kept), strict=True) if is_read]
+                needed |= {x for x in read if not isinstance(x, Literal)}
         return alive[::-1]
+
+    def _reads(self, equation: Any, kept: list[bool]) -> list[bool]:
+        """Which operands an equation reads for those of its results that are kept; of a loop what its body reads."""
+        if equation.primitive.name != 'scan':
+            return [True] * len(equation.invars)
+        (inner,) = jaxprs_in_params(equation.params)
+        constant, carry, _ = scan_arguments(equation, equation.invars)
+        carries = range(len(constant), len(constant) + len(carry))
+        wanted = [x for number, x in enumerate(inner.outvars) if number < len(carry) or kept[number]]
+        read = {x for x in wanted if not isinstance(x, Literal)}
+        for own, _ in self._alive(inner, wanted):
+            read |= {x for x in own.invars if not isinstance(x, Literal)}
+        return [number in carries or x in read for number, x in enumerate(inner.invars)]
 
     def _observes(self, equation: Any) -> bool:
         if equation.primitive.name == 'name':
@@ -125,6 +140,8 @@ class _Walk:
             return inner._scan(equation, operands, needed)
         if name == 'cond':
             return inner._conditional(equation, operands, needed)
+        if name == 'optimization_barrier':
+            return operands
         if name == 'name':
             if graph.is_observed(equation.params['name']):
                 graph.observe(equation.params['name'], graph.expand(operands[0], equation.outvars[0].aval.shape))
@@ -138,7 +155,7 @@ class _Walk:
 
     def _call(self, equation: Any, operands: list[Value], needed: list[bool]) -> list[Any]:
         inner = next(iter(jaxprs_in_params(equation.params)))
-        return self.run(inner, _consts(equation), operands, needed)
+        return self.run(inner, consts_of(equation), operands, needed)
 
     def _conditional(self, equation: Any, operands: list[Value], needed: list[bool]) -> list[Any]:
         index, *given = operands
@@ -151,20 +168,16 @@ class _Walk:
     def _scan(self, equation: Any, operands: list[Value], needed: list[bool]) -> list[Any]:
         """A loop written out; arrays that are stacked along its iterations are sliced."""
         (inner,) = jaxprs_in_params(equation.params)
-        groups: list[Any] = [inner.outvars, equation.outvars, inner.invars, equation.invars]
-        ranks = [[x.aval.ndim for x in group] for group in groups]
-        carries = sum(own == outer for own, outer in zip(ranks[0], ranks[1], strict=True))
-        slices = sum(own < outer for own, outer in zip(ranks[2], ranks[3], strict=True))
-        fixed = len(operands) - carries - slices
-        constant, carry, stacked = operands[:fixed], operands[fixed : fixed + carries], operands[fixed + carries :]
+        constant, carry, stacked = scan_arguments(equation, operands)
+        carries = len(carry)
         length, gathered = equation.params['length'], {}
         kept = [True] * carries + needed[carries:]
         for step in reversed(range(length)) if equation.params['reverse'] else range(length):
             own = [self._slice(x, step) for x in stacked]
             walk = dataclasses.replace(self, stack=(*self.stack, str(step)))
-            results = walk.run(inner, _consts(equation), [*constant, *carry, *own], kept)
+            results = walk.run(inner, consts_of(equation), [*constant, *carry, *own], kept)
             carry, gathered[step] = results[:carries], results[carries:]
-        shapes = [x.aval.shape for x in groups[0][carries:]]
+        shapes = [x.aval.shape for x in inner.outvars[carries:]]
         stacks = [
             self._stack([gathered[step][n] for step in range(length)], shape) if kept[carries + n] else None
             for n, shape in enumerate(shapes)
@@ -191,10 +204,6 @@ class _Walk:
 
 def _constant(array: Any, aval: Any = None) -> Constant:
     return Constant(np.asarray(array) if aval is None else np.asarray(array, aval.dtype))
-
-
-def _consts(equation: Any) -> Sequence[Any]:
-    return next((x.consts for x in equation.params.values() if isinstance(x, ClosedJaxpr)), ())
 
 
 def _fold(equation: Any, operands: list[Value]) -> list[Value] | None:
