@@ -78,7 +78,7 @@ def freeze(
     layers = {}
     for path, own in quantization.layers.items():
         weight = quantization.weight_path(path)
-        layers[path] = _freeze_layer(path, own, weight, flat, variables.quantizers.get(path, {}), path in linear)
+        layers[path] = freeze_layer(path, own, weight, flat, variables.quantizers.get(path, {}), path in linear)
     stats: Any = traverse_util.flatten_dict(variables.collections.get(BATCH_STATS, {}), sep='/')
     affine = {path: _freeze_norm(path, norm, flat, stats) for path, norm in norms.items()}
     taken = {layer.weight for layer in layers.values() if layer.weights is not None}
@@ -147,9 +147,22 @@ def _freeze_norm(
     return scale.astype(np.float32), bias.astype(np.float32)
 
 
-def _freeze_layer(
+def freeze_layer(
     path: str, own: LayerQuantizers, weight: str, params: Mapping[str, Any], parameters: Any, is_linear: bool
 ) -> FrozenLayer:
+    """Returns a quantized layer, frozen.
+
+    Args:
+        path: of the layer, for messages.
+        own: its quantizers.
+        weight: path of its kernel.
+        params: path to parameter of the network.
+        parameters: of its quantizers, by role.
+        is_linear: whether its output is linear in its input and its kernel, up to a bias.
+
+    Raises:
+        ValueError: if sums of its codes do not fit 32 bits, or as `freeze_weights`.
+    """
     weights = inputs = None
     if own.weights is not None:
         weights = freeze_weights(own, parameters['weights'], params[weight])
