@@ -23,16 +23,16 @@ from tests.foreign.cases import CASES
 SLOW = ('mobilenet_v2', 'resnet18', 'vit', 'vgg_small')
 
 
-def run_eagerly(quantized, arithmetic):
-    """Outputs and codes; eagerly, since compiled programs may round a product and a sum at once."""
-    program, arrays = Program(quantized.frozen, quantized.network, arithmetic), arrays_of(quantized.frozen)
-    return Run(*program.run_with_codes(jax.tree.map(jnp.asarray, arrays), quantized.inputs))
+def run_frozen(quantized, arithmetic):
+    """Outputs and codes; programs are not optimised (see conftest.py), so that no product and sum are made one."""
+    program = Program(quantized.frozen, quantized.network, arithmetic)
+    return Run(*jax.jit(program.run_with_codes)(arrays_of(quantized.frozen), quantized.inputs))
 
 
 def check(quantized):
     """The float32 carrier equals integers; where codes agree with the fake-quantized network's, so do outputs."""
     _, reference = fake_quantized(quantized.network, quantized.quantization, quantized.variables)
-    carried, whole = (run_eagerly(quantized, arithmetic) for arithmetic in ('float32', 'int8'))
+    carried, whole = (run_frozen(quantized, arithmetic) for arithmetic in ('float32', 'int8'))
     mask = np.ones(len(jax.tree.leaves(quantized.inputs)[0]), bool)
     assert compare(carried, whole, mask).difference == 0
     assert compare(carried, whole, mask).codes_differ == 0
@@ -54,12 +54,12 @@ def test_every_family_gives_the_answers_of_its_fake_quantized_network(name):
 @pytest.mark.parametrize(
     ('weights', 'activations', 'bits', 'weight_bits'),
     [
-        ('lsq', 'lsq', 4, 3),
+        pytest.param('lsq', 'lsq', 4, 3, marks=pytest.mark.slow),
         ('lsq', 'lsq_plus', 3, 2),  # offsets, with borders of true zeros
         ('statsq', 'ewgs_range', 2, 2),  # half shifts on both sides, by channel
-        ('binary', 'binary', 1, 1),
-        ('apot', 'nulsq', 4, 4),  # look-ups
-        ('lcq', 'lsq', 8, 3),
+        pytest.param('binary', 'binary', 1, 1, marks=pytest.mark.slow),
+        pytest.param('apot', 'nulsq', 4, 4, marks=pytest.mark.slow),  # look-ups
+        pytest.param('lcq', 'lsq', 8, 3, marks=pytest.mark.slow),
         ('lsq', 'minmax', 8, 8),
     ],
 )
@@ -93,15 +93,30 @@ def test_sums_beyond_float32_are_put_together_from_digits():
         np.testing.assert_array_equal(got, (sign * x @ kernel).astype(np.float32))
 
 
-class Wide(nn.Module):
+class Two(nn.Module):
+    width: int
+
     @nn.compact
     def __call__(self, x):
-        return nn.Dense(2, name='last')(nn.relu(nn.Dense(3000, name='first')(x)))
+        return nn.Dense(2, name='last')(nn.relu(nn.Dense(self.width, name='first')(x)))
+
+
+@pytest.mark.parametrize(
+    ('weights', 'activations', 'bits'),
+    [('apot', 'nulsq', 4), ('lcq', 'apot', 3), ('binary', 'binary', 1), ('statsq', 'n2uq', 2)],
+)
+def test_every_way_of_multiplying_gives_the_answers_of_the_fake_quantized_network(weights, activations, bits):
+    network = bq.split_after(Two(16), ('first', 'last'), jax.ShapeDtypeStruct((4,), jnp.float32))
+    inputs = jnp.abs(images((4,)))
+    quantized = quantize(network, inputs, {'name': weights, 'bits': bits}, {'name': activations, 'bits': bits})
+    check(quantized)
+    is_integer = weights in ('binary', 'statsq')
+    assert {layer.mode for layer in quantized.frozen.layers.values()} == {INTEGER if is_integer else LOOKUP}
 
 
 def test_eight_bits_by_eight_are_exact_where_float32_is_not():
     """A wide layer: its sums pass 2^24, and integers and digits agree bit for bit."""
-    network = bq.split_after(Wide(), ('first', 'last'), jax.ShapeDtypeStruct((4,), jnp.float32))
+    network = bq.split_after(Two(3000), ('first', 'last'), jax.ShapeDtypeStruct((4,), jnp.float32))
     quantized = quantize(network, jnp.abs(images((4,))), {'name': 'minmax', 'bits': 8}, {'name': 'minmax', 'bits': 8})
     layer = quantized.frozen.layers['last']
     assert layer.largest_sum >= EXACT_IN_FLOAT32
