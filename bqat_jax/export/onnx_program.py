@@ -177,7 +177,8 @@ class _Walk:
             walk = dataclasses.replace(self, stack=(*self.stack, str(step)))
             results = walk.run(inner, consts_of(equation), [*constant, *carry, *own], kept)
             carry, gathered[step] = results[:carries], results[carries:]
-        shapes = [x.aval.shape for x in inner.outvars[carries:]]
+        own_results: Any = inner.outvars[carries:]
+        shapes = [x.aval.shape for x in own_results]
         stacks = [
             self._stack([gathered[step][n] for step in range(length)], shape) if kept[carries + n] else None
             for n, shape in enumerate(shapes)

@@ -35,8 +35,8 @@ def evaluate(step: Callable[[Any], dict[str, jax.Array]], batches: Iterable[Any]
     waiting: Any = None  # a batch's counts are fetched while the next batch runs
     for batch in batches:
         counts, waiting = waiting, step(batch)
-        totals = _add(totals, counts)
-    totals = _add(totals, waiting)
+        totals = add_counts(totals, counts)
+    totals = add_counts(totals, waiting)
     if totals['examples'].ndim == 0:  # a single run, whose arrays have no axis for replicas
         of_each = [totals]
     else:
@@ -47,8 +47,13 @@ def evaluate(step: Callable[[Any], dict[str, jax.Array]], batches: Iterable[Any]
     )
 
 
-def _add(totals: Any, counts: Any) -> Any:
-    """Sums in int64 and float64, on the host: those of a large split do not fit the types of a batch's."""
+def add_counts(totals: Any, counts: Any) -> Any:
+    """Returns the sums of a task's counts in int64 and float64, on the host: those of a split fit no smaller types.
+
+    Args:
+        totals: of the batches before; None for none.
+        counts: of a batch; None for none.
+    """
     if counts is None:
         return totals
     wide = {
