@@ -35,7 +35,13 @@ FACE = {'__init__': BELOW - {'training', 'distributed', 'registry', 'export', 'j
 ARROWS = {**LIBRARY, **PROGRAM, **FACE}
 # What the library needs to be installed, and what it reads files with if that is there.
 LIBRARY_PACKAGES = {'jax', 'flax', 'optax', 'numpy'}
-OPTIONAL = {'networks/torch_files.py': {'torch', 'safetensors'}}
+OPTIONAL = {
+    'networks/torch_files.py': {'torch', 'safetensors'},
+    'export/checkpoint.py': {'safetensors'},
+    'export/loading.py': {'onnxruntime'},
+    'export/__main__.py': {'PIL'},
+    **dict.fromkeys((f'export/onnx{part}.py' for part in ('', '_graph', '_model', '_program')), {'onnx'}),
+}
 
 
 def modules():

@@ -96,9 +96,10 @@ def test_commands_run(line, tmp_path, request, digits_dir):
         '--mode=import': 'import.json',
         '--mode=sweep': 'sweep.json',
         '--mode=evaluate': 'evaluation.json',
+        '--mode=export': 'export/report.json',
     }
-    if '--mode=evaluate' in flags:  # what it evaluates must be there
-        run_main([flag for flag in flags if flag != '--mode=evaluate'], environment)
+    if {'--mode=evaluate', '--mode=export'} & set(flags):  # what it evaluates must be there
+        run_main([flag for flag in flags if not flag.startswith('--mode')], environment)
     run_main(flags, environment)
     (expected,) = {left[flag] for flag in flags if flag in left} or {'result.json'}
     assert (tmp_path / expected).is_file()
