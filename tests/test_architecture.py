@@ -40,7 +40,7 @@ OPTIONAL = {
     'export/checkpoint.py': {'safetensors'},
     'export/loading.py': {'onnxruntime'},
     'export/__main__.py': {'PIL'},
-    **dict.fromkeys((f'export/onnx{part}.py' for part in ('', '_graph', '_model', '_program')), {'onnx'}),
+    **{f'export/onnx{part}.py': {'onnx'} for part in ('', '_graph', '_model', '_program')},
 }
 
 

@@ -64,7 +64,7 @@ def export_run(config: Config, workdir: Path) -> dict[str, Any]:
             'command with --mode=train.'
         )
     try:
-        exported = _freeze(experiment, finished)
+        exported = freeze_run(experiment, finished)
         console.print(f'Writing {", ".join(spec.formats)}.')
         contents = write_files(exported, spec, workdir / DIRECTORY)
     except (ValueError, ImportError) as error:
@@ -119,7 +119,12 @@ def _content(exported: Network, name: str, spec: ExportSpec) -> bytes:
     return model.SerializeToString()
 
 
-def _freeze(experiment: Experiment, finished: Finished) -> Network:
+def freeze_run(experiment: Experiment, finished: Finished) -> Network:
+    """Returns what is exported of a run: its selected checkpoint, with the batch statistics that are evaluated.
+
+    Raises:
+        ValueError: for a network that cannot be frozen.
+    """
     partner, phase, restored = finished
     data, task_spec = experiment.data, phase.spec
     train = load_split(experiment, data.images.train) if experiment.reestimation_batches else None
