@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from jax.interpreters.partial_eval import dce_jaxpr
 
-from bqat_jax.blocks.block_network import BATCH_STATS, PASSING, BlockNetwork
+from bqat_jax.blocks.block_network import BATCH_STATS, PARAMS, PASSING, BlockNetwork
 from bqat_jax.export.frozen import (
     EXACT_IN_FLOAT32,
     EXACT_IN_INT32,
@@ -32,7 +33,7 @@ from bqat_jax.quantizers import Quantizer, UniformQuantizer
 from bqat_jax.quantizers.grids import code_dtype
 from bqat_jax.replacement.paths import Variables
 from bqat_jax.transform import Quantization
-from bqat_jax.transform.layers import KernelLayout, intercept_layers, layer_class
+from bqat_jax.transform.layers import WEIGHT_NAME, KernelLayout, intercept_layers, layer_class
 from bqat_jax.transform.quantization import LayerQuantizers, rescale_factor
 
 # Layers whose output is linear in their input and in their kernel, up to a bias called 'bias'.
@@ -130,7 +131,31 @@ def _look_at_layers(network: BlockNetwork, variables: Variables) -> tuple[set[st
 
     with intercept_methods(look_at_norm), intercept_layers(look):
         jax.eval_shape(run, variables.of_network, network.batch_of(1))
-    return {path for path, holds in linear.items() if holds}, {k: norm for k, norm in norms.items() if norm is not None}
+    found = {path for path, holds in linear.items() if holds}
+    return found - _read_elsewhere(network, variables, found), {k: x for k, x in norms.items() if x is not None}
+
+
+def _read_elsewhere(network: BlockNetwork, variables: Variables, layers: set[str]) -> set[str]:
+    """Those layers whose kernel the network reads by itself too, as a layer that shares its weights does.
+
+    In a run in which the layers give zeros the outputs depend on such kernels alone.
+    """
+
+    def blank(call, module, path, x, args, kwargs):
+        y = call(x)
+        return jnp.zeros(y.shape, y.dtype) if path in layers else y
+
+    def run(kernels, variables, inputs):
+        flat: Any = traverse_util.flatten_dict(variables[PARAMS], sep='/')
+        params = traverse_util.unflatten_dict({**flat, **kernels}, sep='/')
+        return jax.tree.leaves(network.apply({**variables, PARAMS: params}, inputs, train=False)[0])
+
+    flat: Any = traverse_util.flatten_dict(variables.params, sep='/')
+    kernels = {f'{path}/{WEIGHT_NAME}': flat[f'{path}/{WEIGHT_NAME}'] for path in sorted(layers)}
+    with intercept_layers(blank):
+        program = jax.make_jaxpr(run)(kernels, variables.of_network, network.batch_of(1)).jaxpr
+    _, is_read = dce_jaxpr(program, [True] * len(program.outvars))
+    return {path for path, read in zip(sorted(layers), is_read, strict=False) if read}
 
 
 def _freeze_norm(
@@ -310,7 +335,8 @@ def _decoding(quantizer: Any, prepared: Any, factor: Any, layout: KernelLayout, 
         step, shift = quantizer.grid(prepared)
         scales = [place(scale) for scale in (step, quantizer.output(prepared), factor) if scale is not None]
         uniform = Decoding(quantizer.bits, quantizer.lower, place(shift), tuple(scales))
-        tries = [uniform.values(np.full(shape if per_channel else (), code)) for code in codes]
+        whole = place(np.zeros(math.prod(channels) if per_channel else 1)).shape
+        tries = [uniform.values(np.full(whole, code)) for code in codes]
         expected = [np.broadcast_to(place(row), one.shape) for row, one in zip(table, tries, strict=True)]
         if np.array_equal(np.stack(tries), np.stack(expected)):
             return uniform

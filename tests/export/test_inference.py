@@ -79,6 +79,27 @@ def test_networks_of_strangers_give_the_answers_of_their_fake_quantized_ones(nam
         check(quantize(case.split(), case.batch(), lsq(4), lsq(4)))
 
 
+class Tied(nn.Module):
+    """Reads the kernel of a layer once more by itself."""
+
+    @nn.compact
+    def __call__(self, x):
+        first = nn.Dense(6, name='first')
+        y = nn.relu(first(x))
+        y = nn.relu(nn.Dense(6, name='second')(y))
+        return y @ first.variables['params']['kernel'].T
+
+
+def test_a_layer_whose_kernel_is_read_elsewhere_keeps_its_values():
+    network = bq.split_after(Tied(), ('first', 'second'), jax.ShapeDtypeStruct((4,), jnp.float32))
+    quantized = quantize(network, images((4,)), lsq(3), lsq(4))
+    check(quantized)
+    assert {path: layer.mode for path, layer in quantized.frozen.layers.items()} == {
+        'first': LOOKUP,
+        'second': INTEGER,
+    }
+
+
 def test_sums_beyond_float32_are_put_together_from_digits():
     x = np.random.default_rng(0).integers(0, 256, (2, 5))
     kernel = np.full((5, 3), 2**17 + 1)
