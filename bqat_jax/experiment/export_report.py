@@ -138,8 +138,13 @@ def make_report(
         'bytes_float32': frozen.float32_size,
         'bytes_ideal': frozen.ideal_size,
         'layers': {mode: modes.count(mode) for mode in dict.fromkeys(modes)},
-        'batch': size,
+        'measured_batch': size,
         'trained_in': experiment.config['network'].get('dtype', 'float32'),
+        'files_of_earlier_exports': [
+            FILES[name]
+            for name in FILES
+            if name not in spec.formats and (experiment.workdir / DIRECTORY / FILES[name]).exists()
+        ],
         REFERENCE: _results(experiment.task, tallies[REFERENCE]),
         'formats': formats,
         'environment': describe_environment(experiment),
@@ -273,7 +278,10 @@ def print_report(console: rich.console.Console, task: Task, report: Mapping[str,
     console.print(table)
     examples = next(iter(report['formats'].values()))['examples']
     console.print(
-        f'Of {examples} test examples. The ideal is {report["bytes_ideal"]:,} bytes: packed codes, and in float32 what '
-        'stays in full precision.',
+        f'Differences from the fake-quantized network are counted in {examples} test examples, which run in batches of '
+        f'{report["measured_batch"]}. The least that there can be are {report["bytes_ideal"]:,} bytes: packed codes, '
+        'and in float32 what stays in full precision.',
         soft_wrap=True,
     )
+    if report['files_of_earlier_exports']:
+        console.print(f'Left from an earlier export: {", ".join(report["files_of_earlier_exports"])}.', soft_wrap=True)

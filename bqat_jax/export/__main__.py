@@ -1,4 +1,4 @@
-"""Classifies images from files with an exported network: python -m bqat_jax.export FILE --images=a.png,b.jpg."""
+"""Classifies images from files with an exported network: python -m bqat_jax.export FILE --images a.png b.jpg folder."""
 
 import argparse
 import sys
@@ -18,11 +18,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the class of every image, and how sure the network is of it."""
     parser = argparse.ArgumentParser(prog='python -m bqat_jax.export', description=__doc__)
     parser.add_argument('file', help='an exported network: .safetensors, .stablehlo or .onnx')
-    parser.add_argument('--images', required=True, help='PNG or JPEG files or folders of them, separated by commas')
+    parser.add_argument('--images', required=True, nargs='+', help='PNG or JPEG files, or folders that hold them')
     given = parser.parse_args(arguments)
+    names = [name for text in given.images for name in text.split(',') if name]
     try:
         network = load(given.file)
-        for path in find_images(given.images.split(',')):
+        for path in find_images(names):
             number, share = classify(network, path)
             print(f'{path}: class {number} ({share:.1%})')
     except (ValueError, OSError, ImportError) as error:
@@ -67,8 +68,13 @@ def read_image(network: Exported, path: Path) -> np.ndarray:
     if len(shape) != 3 or shape[-1] not in (1, 3) or dtype != np.uint8:
         raise ValueError(f'The network takes {network.inputs} and no images of 8 bits.')
     height, width, channels = shape
-    with Image.open(path) as opened:
-        image = opened.convert('RGB' if channels == 3 else 'L')
+    try:
+        with Image.open(path) as opened:
+            if opened.mode.startswith(('I', 'F')):  # Pillow would cut off what is above 255
+                raise ValueError(f'{path} has more than 8 bits a pixel. Convert it to 8 bits.')
+            image = opened.convert('RGB' if channels == 3 else 'L')
+    except (OSError, Image.DecompressionBombError) as error:
+        raise ValueError(f'{path} is no image that Pillow can read, or is damaged: {error}.') from error
     if image.size != (width, height):
         scale = min(image.size[0] / width, image.size[1] / height) / MARGIN
         box = [(side - scale * cut) / 2 for side, cut in zip(image.size, (width, height), strict=True)]

@@ -56,10 +56,17 @@ def to_bytes(frozen: Frozen) -> bytes:
 def write_checkpoint(path: str | os.PathLike, frozen: Frozen) -> None:
     """Writes a frozen network to a file, atomically: a reader finds the old content or the new, never half of it.
 
+    Args:
+        path: of the file, which ends with `.safetensors`.
+        frozen: what is written.
+
     Raises:
+        ValueError: for another ending.
         ImportError: without the package safetensors.
     """
     path = Path(path)
+    if path.suffix != SUFFIX:
+        raise ValueError(f'{path}: a packed file ends with {SUFFIX}, by which it is known again.')
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
         with temporary.open('wb') as file:

@@ -1,7 +1,6 @@
 """Freezes a trained network: quantizers become codes, thresholds and scales; batch norms become a product and a sum."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,13 +11,13 @@ import numpy as np
 from flax import traverse_util
 from jax.interpreters.partial_eval import dce_jaxpr
 
-from bqat_jax.blocks.block_network import BATCH_STATS, PARAMS, PASSING, BlockNetwork
+from bqat_jax.blocks.block_network import BATCH_STATS, PARAMS, PASSING, BlockNetwork, describe_inputs
+from bqat_jax.export.fitting import check_network
 from bqat_jax.export.frozen import (
     EXACT_IN_FLOAT32,
     EXACT_IN_INT32,
     INTEGER,
     LOOKUP,
-    Decoding,
     Frozen,
     FrozenLayer,
     Inputs,
@@ -27,19 +26,15 @@ from bqat_jax.export.frozen import (
     carried,
     carried_step,
 )
-from bqat_jax.export.thresholds import find_thresholds
+from bqat_jax.export.tensors import freeze_inputs, freeze_weights
 from bqat_jax.interception import intercept_methods
-from bqat_jax.quantizers import Quantizer, UniformQuantizer
-from bqat_jax.quantizers.grids import code_dtype
 from bqat_jax.replacement.paths import Variables
 from bqat_jax.transform import Quantization
-from bqat_jax.transform.layers import WEIGHT_NAME, KernelLayout, intercept_layers, layer_class
-from bqat_jax.transform.quantization import LayerQuantizers, rescale_factor
+from bqat_jax.transform.layers import WEIGHT_NAME, intercept_layers, layer_class
+from bqat_jax.transform.quantization import LayerQuantizers
 
 # Layers whose output is linear in their input and in their kernel, up to a bias called 'bias'.
 LINEAR = (nn.Conv, nn.ConvTranspose, nn.ConvLocal, nn.Dense, nn.DenseGeneral, nn.Einsum)
-# Inputs of so many bits have thresholds, so that no program can round them otherwise.
-BITS_BY_THRESHOLDS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,16 +58,20 @@ def freeze(
     """Returns a trained network as plain arrays.
 
     Args:
-        network: what was trained.
-        quantization: its quantizers.
-        variables: its arrays, of one network.
-        normalization: what happens to images before the network gets them; None for nothing.
-        inputs: shapes and dtypes of one example before that; the network's own if None.
-        description: what the network is, as JSON.
+        network: what was trained, such as `BlockReplacement.network`.
+        quantization: its quantizers, `BlockReplacement.quantization`.
+        variables: the trained arrays, of one network: `Variables(params, quantizers, collections)`.
+        normalization: if given, exported programs take images as they are stored and normalize them.
+        inputs: shape and dtype of one such image, `jax.ShapeDtypeStruct((height, width, channels), jnp.uint8)`, or a
+            shape alone for float32 from 0 to 1. Without a normalization the network's own inputs.
+        description: {'name', 'options', 'num_classes', 'cut'} of a registered network, by which `load` builds it again;
+            None for a module of your own.
 
     Raises:
-        ValueError: for a layer whose sums do not fit 32 bits, or arrays that are not finite.
+        TypeError: for what is no `BlockNetwork`.
+        ValueError: for a layer whose sums do not fit 32 bits, arrays that are not finite, or inputs that are no images.
     """
+    check_network(network)
     variables = jax.device_get(variables)
     flat: Any = traverse_util.flatten_dict(variables.params, sep='/')
     linear, norms = _look_at_layers(network, variables)
@@ -85,21 +84,22 @@ def freeze(
     taken = {layer.weight for layer in layers.values() if layer.weights is not None}
     taken |= {f'{path}/{name}' for path in norms for name in ('scale', 'bias')}
     read = {f'{path}/{name}' for path in norms for name in ('mean', 'var')}
-    collections = {name: tree for name, tree in variables.collections.items() if name not in PASSING}
+    flats: Any = {name: traverse_util.flatten_dict(x, sep='/') for name, x in variables.collections.items()}
+    collections = {
+        name: {path: np.asarray(x) for path, x in own.items() if name != BATCH_STATS or path not in read}
+        for name, own in flats.items()
+        if name not in PASSING
+    }
     frozen = Frozen(
         layers=layers,
         norms=affine,
         floats={path: np.asarray(x) for path, x in flat.items() if path not in taken},
-        collections={
-            name: {
-                path: np.asarray(x) for path, x in traverse_util.flatten_dict(tree, sep='/').items() if path not in read
-            }
-            for name, tree in collections.items()
-        },
-        inputs=network.inputs if inputs is None else inputs,
+        collections={name: own for name, own in collections.items() if own},
+        inputs=network.inputs if inputs is None else describe_inputs(inputs),
         normalization=normalization,
         network=description,
     )
+    _check_normalization(frozen)
     _check_finite(frozen)
     return frozen
 
@@ -232,154 +232,18 @@ def _as_integer(path: str, layer: FrozenLayer, own: LayerQuantizers, weights: We
     )
 
 
-def freeze_weights(own: LayerQuantizers, parameters: Any, kernel: Any) -> Weights:
-    """Returns the codes of a kernel.
-
-    Every layer of a stack is quantized by itself and eagerly, as a compiled program may round otherwise.
-
-    Args:
-        own: the layer's quantizers.
-        parameters: of the weights' quantizer.
-        kernel: in full precision, as the layer has it.
-
-    Raises:
-        ValueError: if the codes do not decode to the fake-quantized kernel, bit for bit.
-    """
-    quantizer: Any = own.weights
-    layout, single = own.layer.layout, _single(own)
-    codes, decodings = [], []
-    for parameters_of_one, kernel_of_one in _unstack(own.layer.stack, (parameters, jnp.asarray(kernel))):
-        seen = layout.to_channels_last(kernel_of_one)
-        prepared = quantizer.prepare(parameters_of_one, seen)
-        factor = None
-        if own.rescale != 'none':
-            factor = rescale_factor(own.rescale, seen, quantizer.fake_quantize(parameters_of_one, seen))
-        shape = kernel_of_one.shape
-        codes.append(np.asarray(layout.from_channels_last(quantizer.encode(parameters_of_one, seen), shape)))
-        decodings.append(_decoding(quantizer, prepared, factor, layout, shape))
-        expected = np.asarray(single.quantize_weights(parameters_of_one, kernel_of_one))
-        if not np.array_equal(decodings[-1].values(codes[-1]), expected):
-            raise ValueError(
-                f'The quantizer {quantizer.name!r}: what its codes decode to is not what it quantizes to, so that they '
-                'cannot stand for its weights.'
-            )
-    return Weights(
-        _stacked(codes, own.layer.stack), _stack_decodings(decodings, own.layer.stack, len(own.layer.kernel))
-    )
-
-
-def freeze_inputs(own: LayerQuantizers, parameters: Any) -> Inputs:
-    """Returns how a layer's input becomes codes; arguments as `freeze_weights`."""
-    quantizer: Any = own.activations
-    layout = KernelLayout((0,))  # of one axis: there is one scale for all
-    thresholds, steps, decodings = [], [], []
-    for (of_one,) in _unstack(own.layer.stack, (parameters,)):
-        decodings.append(_decoding(quantizer, of_one, None, layout, (1,)))
-        lower, upper = quantizer.lower, quantizer.upper
-
-        def encode(x, of_one=of_one):
-            return np.asarray(quantizer.encode(of_one, jnp.asarray(x)))
-
-        found = find_thresholds(encode, lower, upper)
-        thresholds.append(found[0])
-        steps.append(_inverse_step(quantizer, of_one, found))
-    has_steps = all(step is not None for step in steps)
-    by_steps = has_steps and quantizer.bits > BITS_BY_THRESHOLDS
-    return Inputs(
-        _stack_decodings(decodings, own.layer.stack, 0),
-        quantizer.upper,
-        None if by_steps else _stacked(thresholds, own.layer.stack),
-        _stacked(steps, own.layer.stack) if has_steps else None,
-    )
-
-
-def _inverse_step(quantizer: Quantizer, parameters: Any, thresholds: np.ndarray) -> np.ndarray | None:
-    """1 / step, if clip(round(x / step)) has the same thresholds as the quantizer; else None."""
-    if not isinstance(quantizer, UniformQuantizer):
-        return None
-    inverse = np.float32(1) / np.asarray(quantizer.grid(parameters)[0], np.float32)
-
-    def encode(x):
-        with np.errstate(invalid='ignore', over='ignore'):
-            return np.clip(np.round(x * inverse), quantizer.lower, quantizer.upper)
-
-    same = np.array_equal(find_thresholds(encode, quantizer.lower, quantizer.upper), thresholds, equal_nan=True)
-    return inverse if same else None
-
-
-def _decoding(quantizer: Any, prepared: Any, factor: Any, layout: KernelLayout, shape: tuple[int, ...]) -> Decoding:
-    """How codes of one tensor stand for values; by a table of levels where (code + shift) · scale is not the same."""
-    codes = np.arange(quantizer.lower, quantizer.upper + 1)
-    channels = [shape[axis] for axis in layout.permutation[len(shape) - layout.outputs :]]
-    per_channel = quantizer.channel_axis is not None
-    # All codes, one after another, in a tensor with all output channels, as the quantizer sees it.
-    ndim = 2 if layout.is_matrix else len(shape)
-    given = codes.reshape(-1, *(1,) * (ndim - 1))
-    if per_channel:
-        given = np.repeat(given, math.prod(channels), axis=-1)
-    table = np.asarray(quantizer.decode(prepared, jnp.asarray(given, code_dtype(quantizer.lower))))
-    if factor is not None:
-        table = table * np.asarray(factor, np.float32)
-    table = table.reshape(len(codes), -1)  # (codes, channels)
-
-    def place(values):
-        """Values, () or one for each channel, to broadcast against the kernel."""
-        values = np.asarray(values, np.float32)
-        if values.size == 1:
-            return values.reshape(())
-        outputs = len(shape) - layout.outputs
-        whole = values.reshape([1] * outputs + channels)
-        return np.transpose(whole, [layout.permutation.index(axis) for axis in range(len(shape))])
-
-    if isinstance(quantizer, UniformQuantizer):
-        step, shift = quantizer.grid(prepared)
-        scales = [place(scale) for scale in (step, quantizer.output(prepared), factor) if scale is not None]
-        uniform = Decoding(quantizer.bits, quantizer.lower, place(shift), tuple(scales))
-        whole = place(np.zeros(math.prod(channels) if per_channel else 1)).shape
-        tries = [uniform.values(np.full(whole, code)) for code in codes]
-        expected = [np.broadcast_to(place(row), one.shape) for row, one in zip(table, tries, strict=True)]
-        if np.array_equal(np.stack(tries), np.stack(expected)):
-            return uniform
-    rows = [place(row) for row in table]
-    return Decoding(quantizer.bits, quantizer.lower, np.zeros((), np.float32), (), np.stack(rows, axis=-1))
-
-
-def _single(own: LayerQuantizers) -> LayerQuantizers:
-    """The quantizers of one layer of a stack."""
-    return dataclasses.replace(own, layer=dataclasses.replace(own.layer, stack=()))
-
-
-def _unstack(stack: tuple[int, ...], trees: Any) -> list[Any]:
-    """The trees of every layer of a stack, whose axes come first."""
-    depth, count = len(stack), math.prod(stack)
-    flat = jax.tree.map(lambda x: jnp.asarray(x).reshape(count, *x.shape[depth:]), trees)
-    return [jax.tree.map(lambda x: x[number], flat) for number in range(count)]  # noqa: B023
-
-
-def _stacked(arrays: Any, stack: tuple[int, ...]) -> np.ndarray:
-    whole = np.stack([np.asarray(x) for x in arrays])
-    return whole.reshape((*stack, *whole.shape[1:]))
-
-
-def _stack_decodings(decodings: list[Decoding], stack: tuple[int, ...], ndim: int) -> Decoding:
-    """One decoding of a stack whose layers' codes have `ndim` axes; factors that are 1 throughout are left out."""
-
-    def whole(arrays):
-        # A single number for each layer gets the axes along which it is to broadcast.
-        return _stacked([x.reshape(x.shape or (1,) * ndim) for x in arrays], stack) if stack else arrays[0]
-
-    first = decodings[0]
-    if any(one.levels is None for one in decodings):
-        if any(one.levels is not None for one in decodings):
-            raise ValueError('Some layers of a stack have equidistant values and others have not.')
-        turns = zip(*(one.scales for one in decodings), strict=True)
-        scales = tuple(whole(turn) for turn in turns if not all(np.all(x == 1) for x in turn))
-        return dataclasses.replace(first, shift=whole([one.shift for one in decodings]), scales=scales)
-    if not stack:
-        return first
-    tables: Any = [one.levels for one in decodings]
-    tables = [x.reshape(x.shape if x.ndim > 1 else (*(1,) * ndim, -1)) for x in tables]
-    return dataclasses.replace(first, levels=_stacked(tables, stack))
+def _check_normalization(frozen: Frozen) -> None:
+    """Checks that what is normalized are images of as many channels."""
+    normalization, inputs = frozen.normalization, frozen.inputs
+    if normalization is None:
+        return
+    channels = (len(normalization.mean), len(normalization.std))
+    is_image = isinstance(inputs, jax.ShapeDtypeStruct) and inputs.dtype in (jnp.uint8, jnp.float32)
+    if not is_image or channels != (inputs.shape[-1],) * 2:
+        raise ValueError(
+            f'normalization={normalization}: it is for images, uint8 or float32 (.., {channels[0]}), and the inputs '
+            f'are {inputs}.'
+        )
 
 
 def _check_finite(frozen: Frozen) -> None:

@@ -18,6 +18,7 @@ from flax import traverse_util
 
 from bqat_jax.blocks.block_network import PARAMS, BlockNetwork
 from bqat_jax.export.codes import unpack_in_program
+from bqat_jax.export.fitting import check_fits, check_network
 from bqat_jax.export.frozen import EXACT_IN_FLOAT32, INTEGER, Decoding, Frozen, FrozenLayer, carried
 from bqat_jax.export.integers import as_integers, mark_whole
 from bqat_jax.export.operations import LinearCall, carry, decode, encode, qcdq_input, qcdq_weights, sum_by_digits
@@ -39,18 +40,20 @@ def logits_function(frozen: Frozen, network: BlockNetwork, arithmetic: str = FLO
 
     Args:
         frozen: the network as arrays.
-        network: the network.
+        network: the `BlockNetwork` that was frozen.
         arithmetic: 'float32', codes carried in float32; or 'int8', products of integers. The results are equal.
 
     Returns:
         From a batch of inputs as of `Frozen.inputs`, such as uint8 images, to the network's outputs.
 
     Raises:
-        ValueError: for another arithmetic.
+        TypeError: for what is no `BlockNetwork`.
+        ValueError: for another arithmetic, or a network that has other parameters.
     """
     if arithmetic not in ARITHMETIC:
         raise ValueError(f'arithmetic={arithmetic!r}: it must be one of {", ".join(ARITHMETIC)}.')
     program = Program(frozen, network, arithmetic)
+    check_fits(frozen, network)
     run, arrays = jax.jit(program.run), jax.device_put(arrays_of(frozen))
     return lambda inputs: run(arrays, inputs)
 
@@ -117,6 +120,9 @@ class Program:
     frozen: Frozen
     network: BlockNetwork
     arithmetic: str = FLOAT32
+
+    def __post_init__(self):
+        check_network(self.network)
 
     def run(self, arrays: Arrays, inputs: Any, watch: Watch | None = None) -> Any:
         """Returns the network's outputs for a batch.

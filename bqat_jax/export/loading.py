@@ -55,17 +55,25 @@ def load(path: str | os.PathLike, network: BlockNetwork | None = None, arithmeti
 
     Args:
         path: a file in any of the formats, known by its name: `.safetensors`, `.stablehlo` or `.onnx`.
-        network: of a packed file that holds a module of your own, made with `with_inputs`.
+        network: of a packed file of a module of your own: the `BlockNetwork` that was exported, such as
+            `bq.split_after(module, ends, inputs)` returns.
         arithmetic: of a packed file: 'float32' or 'int8', see `logits_function`.
 
+    Returns:
+        A function from a batch of inputs to outputs: arrays of JAX, of NumPy where the file is ONNX.
+
     Raises:
-        ValueError: for a file of another kind, or that is damaged.
+        ValueError: for a file of another kind, one that is damaged, or a network that has other parameters.
+        TypeError: for a network that is no `BlockNetwork`.
         FileNotFoundError: if there is no such file.
         ImportError: if a package that the format needs is missing.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f'There is no file {path}.')
+        what = ': it is a folder' if path.is_dir() else ''
+        raise FileNotFoundError(f'There is no file {path}{what}.')
+    if path.suffix != checkpoint.SUFFIX and (network is not None or arithmetic != FLOAT32):
+        raise ValueError(f'{path}: network and arithmetic are for packed files ({checkpoint.SUFFIX}) alone.')
     if path.suffix == checkpoint.SUFFIX:
         frozen = checkpoint.read_checkpoint(path)
         network = build_network(frozen) if network is None else network
@@ -86,8 +94,14 @@ def build_network(frozen: Frozen) -> BlockNetwork:
     """
     facts: Mapping[str, Any] | None = frozen.network
     if facts is None:
-        raise ValueError('The file holds the arrays of a module of your own: load(path, network=...) takes the module.')
-    network = make_network(facts['name'], facts['num_classes'], facts['cut'], facts['options'])
+        raise ValueError(
+            'The file holds the arrays of a module of your own: give its BlockNetwork, load(path, network=...), as '
+            'bq.split_after(module, ends, inputs) returns it.'
+        )
+    try:
+        network = make_network(facts['name'], facts['num_classes'], facts['cut'], facts['options'])
+    except KeyError as error:
+        raise ValueError(f'The file is damaged: its network has no {error}.') from error
     inputs = frozen.inputs
     if frozen.normalization is not None:
         inputs = jax.ShapeDtypeStruct(inputs.shape, jnp.float32)
@@ -99,8 +113,8 @@ def _load_stablehlo(path: Path) -> Exported:
         exported = jax.export.deserialize(bytearray(path.read_bytes()))
     except Exception as error:
         raise ValueError(
-            f'{path} is no program that this version of JAX, {jax.__version__}, can read ({type(error).__name__}): it '
-            'reads those of its own version and of older ones.'
+            f'{path} is damaged, or no program that this version of JAX, {jax.__version__}, can read '
+            f'({type(error).__name__}): it reads those of its own version and of older ones.'
         ) from error
     (arguments,), _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
     batch = jax.tree.leaves(arguments)[0].shape[0]
@@ -112,7 +126,7 @@ def _load_onnx(path: Path) -> Exported:
     try:
         import onnxruntime
     except ImportError as error:
-        raise ImportError("ONNX files run in onnxruntime: pip install 'bqat_jax[onnx]'.") from error
+        raise ImportError('ONNX files run in onnxruntime: pip install onnxruntime.') from error
     try:
         session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
     except Exception as error:

@@ -29,7 +29,7 @@ def export_onnx(
 
     Args:
         frozen: the network as arrays.
-        network: the network.
+        network: the `BlockNetwork` that was frozen.
         batch: how many examples it takes; 0 for any number.
         opset: version of the ONNX operations, 21 to 25.
         qcdq: whether values are quantized and dequantized, instead of sums of codes scaled.
@@ -44,7 +44,7 @@ def export_onnx(
 
         from bqat_jax.export.onnx_program import OnnxOptions, build_model
     except ImportError as error:
-        raise ImportError("ONNX export needs the package onnx: pip install 'bqat_jax[onnx]'.") from error
+        raise ImportError('ONNX export needs the package onnx: pip install onnx onnxruntime.') from error
     if qcdq:
         check_qcdq(frozen)
     program = Program(frozen, network, QCDQ if qcdq else FLOAT32)

@@ -24,10 +24,10 @@ def export_stablehlo(
 
     Args:
         frozen: the network as arrays.
-        network: the network.
+        network: the `BlockNetwork` that was frozen.
         batch: how many examples it takes; 0 for any number, which this version of JAX or a newer one can read.
         arithmetic: see `logits_function`.
-        with_codes: whether it returns the codes of the layers' inputs too, see `Program.run_with_codes`.
+        with_codes: whether it returns (outputs, {layer path: codes of its input at each call}), to compare networks.
 
     Raises:
         ValueError: if the network cannot be traced for any number of examples; with the remedy.

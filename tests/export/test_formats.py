@@ -157,7 +157,7 @@ def test_trees_of_inputs_go_through_every_format(tmp_path):
         np.testing.assert_allclose(load(path)(quantized.inputs), expected, rtol=1e-5, atol=1e-5)
         packed = tmp_path / 'model.safetensors'
         write_checkpoint(packed, quantized.frozen)
-        with pytest.raises(ValueError, match=r'a module of your own: load\(path, network=\.\.\.\) takes the module'):
+        with pytest.raises(ValueError, match='a module of your own: give its BlockNetwork'):
             load(packed)
         got = load(packed, quantized.network)(quantized.inputs)
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
@@ -174,7 +174,7 @@ def test_files_that_are_none_are_refused_in_words(tmp_path):
         load(tmp_path / 'model.onnx')
     for name, reason in {
         'model.pt': 'exported networks have one of the endings .safetensors, .stablehlo, .onnx',
-        'model.stablehlo': 'is no program that this version of JAX, .*, can read',
+        'model.stablehlo': 'is damaged, or no program that this version of JAX',
         'model.onnx': 'is no model that onnxruntime runs',
     }.items():
         if name.endswith('onnx'):
@@ -187,7 +187,7 @@ def test_files_that_are_none_are_refused_in_words(tmp_path):
 def test_without_onnx_it_is_said_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, 'onnx', None)
     quantized = of_family('unet')
-    with pytest.raises(ImportError, match=r"pip install 'bqat_jax\[onnx\]'"):
+    with pytest.raises(ImportError, match='pip install onnx onnxruntime'):
         export_onnx(quantized.frozen, quantized.network)
 
 
