@@ -1,5 +1,6 @@
 """Exports what a run trained: files, and a report of how large they are and how far they agree with the network."""
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from bqat_jax.experiment.experiment import Experiment
 from bqat_jax.experiment.export_report import (
     DIRECTORY,
     FILES,
+    ONNX,
     PACKED,
     QCDQ,
     REPORT,
@@ -102,6 +104,8 @@ def write_files(exported: Network, spec: ExportSpec, directory: Path) -> dict[st
     """
     if QCDQ in spec.formats:
         check_qcdq(exported.frozen)
+    if {ONNX, QCDQ} & set(spec.formats) and importlib.util.find_spec('onnxruntime') is None:
+        raise ImportError('What is exported to ONNX is run by onnxruntime: pip install onnx onnxruntime.')
     contents = {name: _content(exported, name, spec) for name in spec.formats}
     directory.mkdir(exist_ok=True)
     for name, content in contents.items():

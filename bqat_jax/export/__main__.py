@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for path in find_images(names):
             number, share = classify(network, path)
             print(f'{path}: class {number} ({share:.1%})')
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
         sys.exit(f'Error: {error}')
 
 

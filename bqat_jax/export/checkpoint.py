@@ -3,6 +3,7 @@
 All that is no array is JSON under one key of the file's metadata, so that the same network gives the same bytes.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -13,7 +14,16 @@ import jax
 import numpy as np
 
 from bqat_jax.export.codes import unpack
-from bqat_jax.export.frozen import Decoding, Frozen, FrozenLayer, Inputs, Normalization, Weights
+from bqat_jax.export.frozen import (
+    INTEGER,
+    LOOKUP,
+    Decoding,
+    Frozen,
+    FrozenLayer,
+    Inputs,
+    Normalization,
+    Weights,
+)
 
 # Raised where an older reader would misread a file: (major, minor). A reader refuses another major version.
 FORMAT_VERSION = (1, 0)
@@ -50,6 +60,7 @@ def to_bytes(frozen: Frozen) -> bytes:
         'collections': list(frozen.collections),
     }
     plain = {name: np.asarray(x, order='C') for name, x in arrays.items()}
+    facts['sha256'] = _digest(plain)
     return save(plain, metadata={KEY: json.dumps(facts, sort_keys=True, separators=(',', ':'))})
 
 
@@ -94,17 +105,61 @@ def read_checkpoint(path: str | os.PathLike) -> Frozen:
         raise ValueError(f'{path} is no safetensors file, or is damaged: {error}.') from error
     if text is None:
         raise ValueError(f'{path} holds no exported network: its metadata have no key {KEY!r}.')
-    facts = json.loads(text)
-    version = str(facts.get('format_version', ''))
+    try:
+        facts = json.loads(text)
+        version = str(facts.get('format_version', ''))
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f'{path} is damaged: its metadata are no JSON object ({type(error).__name__}).') from error
     if version.partition('.')[0] != str(FORMAT_VERSION[0]):
         raise ValueError(
             f'{path} has the format version {version!r}, and this reader knows {FORMAT_VERSION[0]}.x: read it with the '
             'version of bqat_jax that wrote it, or a newer one.'
         )
     try:
-        return _read(facts, arrays)
-    except (KeyError, TypeError, AttributeError) as error:
+        if facts['sha256'] != _digest(arrays):
+            raise ValueError('its arrays are not those that were written')
+        frozen = _read(facts, arrays)
+        for name, layer in frozen.layers.items():
+            _check_layer(name, layer)
+        return frozen
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, RecursionError) as error:
         raise ValueError(f'{path} is damaged: {type(error).__name__}: {error}.') from error
+
+
+def _digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """The SHA-256 of all arrays: of each its name, dtype and shape as text, and its bytes, in the order of names."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        x = np.asarray(arrays[name], order='C')
+        digest.update(f'{name} {x.dtype.str} {x.shape}'.encode())
+        digest.update(x.tobytes())
+    return digest.hexdigest()
+
+
+def _check_layer(path: str, layer: FrozenLayer) -> None:
+    """Checks that what a file says of a layer can be.
+
+    Raises:
+        ValueError: if it cannot.
+    """
+    if layer.mode not in (INTEGER, LOOKUP):
+        raise ValueError(f'the mode of {path} is {layer.mode!r}')
+    parts = [part for part in (layer.weights, layer.inputs) if part is not None]
+    for part in parts:
+        decoding = part.decoding
+        count = decoding.lower + 2**decoding.bits
+        if not isinstance(decoding.lower, int) or not -(2 ** (decoding.bits - 1)) <= decoding.lower <= 0:
+            raise ValueError(f'the smallest code of {path} is {decoding.lower!r}, of {decoding.bits} bits')
+        if decoding.levels is not None and decoding.levels.shape[-1] > 2**decoding.bits:
+            raise ValueError(f'{path} has {decoding.levels.shape[-1]} levels, of {decoding.bits} bits')
+        if isinstance(part, Inputs):
+            known = part.thresholds is None or part.thresholds.shape[-1] == part.upper - decoding.lower
+            if not isinstance(part.upper, int) or not decoding.lower < part.upper < count or not known:
+                raise ValueError(f'the largest code of the input of {path} is {part.upper!r}')
+            if part.thresholds is None and part.inverse_step is None:
+                raise ValueError(f'{path} does not say how codes of its input are found')
+    if layer.mode == INTEGER and (len(parts) < 2 or layer.rescale is None or layer.largest_kernel_sum < 1):
+        raise ValueError(f'{path} is an integer layer without codes, a scale or a bound of its sums')
 
 
 def _read(facts: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Frozen:

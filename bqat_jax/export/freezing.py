@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from jax.interpreters.partial_eval import dce_jaxpr
 
-from bqat_jax.blocks.block_network import BATCH_STATS, PARAMS, PASSING, BlockNetwork, describe_inputs
+from bqat_jax.blocks.block_network import BATCH_STATS, PASSING, BlockNetwork, describe_inputs
 from bqat_jax.export.fitting import check_network
 from bqat_jax.export.frozen import (
+    BETWEEN,
     EXACT_IN_FLOAT32,
     EXACT_IN_INT32,
     INTEGER,
@@ -26,11 +26,13 @@ from bqat_jax.export.frozen import (
     carried,
     carried_step,
 )
+from bqat_jax.export.inference import Program, arrays_of, is_batch_norm
 from bqat_jax.export.tensors import freeze_inputs, freeze_weights
+from bqat_jax.export.trying import find_wrong
 from bqat_jax.interception import intercept_methods
 from bqat_jax.replacement.paths import Variables
 from bqat_jax.transform import Quantization
-from bqat_jax.transform.layers import WEIGHT_NAME, intercept_layers, layer_class
+from bqat_jax.transform.layers import intercept_layers, layer_class
 from bqat_jax.transform.quantization import LayerQuantizers
 
 # Layers whose output is linear in their input and in their kernel, up to a bias called 'bias'.
@@ -73,41 +75,76 @@ def freeze(
     """
     check_network(network)
     variables = jax.device_get(variables)
-    flat: Any = traverse_util.flatten_dict(variables.params, sep='/')
     linear, norms = _look_at_layers(network, variables)
-    layers = {}
-    for path, own in quantization.layers.items():
-        weight = quantization.weight_path(path)
-        layers[path] = freeze_layer(path, own, weight, flat, variables.quantizers.get(path, {}), path in linear)
-    stats: Any = traverse_util.flatten_dict(variables.collections.get(BATCH_STATS, {}), sep='/')
-    affine = {path: _freeze_norm(path, norm, flat, stats) for path, norm in norms.items()}
-    taken = {layer.weight for layer in layers.values() if layer.weights is not None}
-    taken |= {f'{path}/{name}' for path in norms for name in ('scale', 'bias')}
-    read = {f'{path}/{name}' for path in norms for name in ('mean', 'var')}
-    flats: Any = {name: traverse_util.flatten_dict(x, sep='/') for name, x in variables.collections.items()}
-    collections = {
-        name: {path: np.asarray(x) for path, x in own.items() if name != BATCH_STATS or path not in read}
-        for name, own in flats.items()
-        if name not in PASSING
+    flat: Any = traverse_util.flatten_dict(variables.params, sep='/')
+    layers = {
+        path: freeze_layer(path, own, quantization.weight_path(path), flat, variables.quantizers.get(path, {}))
+        for path, own in quantization.layers.items()
     }
-    frozen = Frozen(
-        layers=layers,
-        norms=affine,
-        floats={path: np.asarray(x) for path, x in flat.items() if path not in taken},
-        collections={name: own for name, own in collections.items() if own},
-        inputs=network.inputs if inputs is None else describe_inputs(inputs),
-        normalization=normalization,
-        network=description,
-    )
+    integer = {path for path in linear & layers.keys() if layers[path].rescale is not None}
+
+    def assemble(integer, norms):
+        return Frozen(
+            layers={
+                path: dataclasses.replace(x, mode=INTEGER if path in integer else LOOKUP) for path, x in layers.items()
+            },
+            **_of_rest(variables, layers, norms),
+            inputs=network.inputs if inputs is None else describe_inputs(inputs),
+            normalization=normalization,
+            network=description,
+        )
+
+    frozen = assemble(integer, norms)
     _check_normalization(frozen)
     _check_finite(frozen)
+    # What a module does with a layer's parameters is not known before it is tried.
+    wrong_layers, wrong_norms = find_wrong(frozen, network, variables)
+    kept = {path: norm for path, norm in norms.items() if path not in wrong_norms}
+    frozen = assemble(integer - wrong_layers, kept)
+    problem = _why_it_does_not_run(frozen, network)
+    if problem and kept:  # the network may read the statistics by itself
+        frozen = assemble(integer - wrong_layers, {})
+        problem = _why_it_does_not_run(frozen, network)
+    if problem:
+        raise ValueError(f'The network does not run on frozen arrays: {problem}')
     return frozen
 
 
+def _why_it_does_not_run(frozen: Frozen, network: BlockNetwork) -> str:
+    """What a frozen network raises, on shapes alone; '' for nothing."""
+    inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), frozen.inputs)
+    try:
+        jax.eval_shape(Program(frozen, network).run, arrays_of(frozen), inputs)
+    except Exception as error:
+        return f'{type(error).__name__}: {str(error).partition(chr(10))[0]}'
+    return ''
+
+
+def _of_rest(variables: Variables, layers: Mapping[str, FrozenLayer], norms: Mapping[str, _Norm]) -> dict[str, Any]:
+    """What is no quantized kernel: batch norms, other parameters, other collections."""
+    flat: Any = traverse_util.flatten_dict(variables.params, sep='/')
+    stats: Any = traverse_util.flatten_dict(variables.collections.get(BATCH_STATS, {}), sep='/')
+    taken = {layer.weight for layer in layers.values() if layer.weights is not None}
+    taken |= {f'{path}/{name}' for path in norms for name in ('scale', 'bias')}
+    read = {f'{path}/{name}'.replace('/', BETWEEN) for path in norms for name in ('mean', 'var')}
+    collections = {}
+    for name, tree in variables.collections.items():
+        own: Any = traverse_util.flatten_dict(tree, sep=BETWEEN) if name not in PASSING else {}
+        own = {path: np.asarray(x) for path, x in own.items() if name != BATCH_STATS or path not in read}
+        collections |= {name: own} if own else {}
+    return {
+        'norms': {path: _freeze_norm(path, norm, flat, stats) for path, norm in norms.items()},
+        'floats': {path: np.asarray(x) for path, x in flat.items() if path not in taken},
+        'collections': collections,
+    }
+
+
 def _look_at_layers(network: BlockNetwork, variables: Variables) -> tuple[set[str], dict[str, _Norm]]:
-    """Paths of layers that can multiply codes, and the batch norms, by a run on shapes."""
+    """Paths of layers that may multiply codes, and batch norms that may be a product and a sum, by a run on shapes."""
     linear: dict[str, bool] = {}
     norms: dict[str, _Norm | None] = {}
+    params: Any = traverse_util.flatten_dict(variables.params, sep='/')
+    stats: Any = traverse_util.flatten_dict(variables.collections.get(BATCH_STATS, {}), sep='/')
 
     def look(call, module, path, x, args, kwargs):
         y = call(x)
@@ -117,13 +154,15 @@ def _look_at_layers(network: BlockNetwork, variables: Variables) -> tuple[set[st
 
     def look_at_norm(call, args, kwargs, context):
         module = context.module
-        if isinstance(module, nn.BatchNorm) and context.method_name == '__call__':
-            path = '/'.join(module.path)
+        if is_batch_norm(context):
+            path, x = '/'.join(module.path), args[0] if args else kwargs['x']
             norm = _Norm(module.epsilon, module.use_scale, module.use_bias)
-            if module.axis not in (-1, (-1,), args[0].ndim - 1) or norms.get(path, norm) != norm:
-                norms[path] = None
-            else:
-                norms.setdefault(path, norm)
+            names = [f'{path}/{name}' for name, used in (('scale', norm.use_scale), ('bias', norm.use_bias)) if used]
+            shapes = {np.shape(params[name]) for name in names} | {
+                np.shape(stats[f'{path}/{k}']) for k in ('mean', 'var')
+            }
+            fits = module.axis in (-1, (-1,), x.ndim - 1) and norms.get(path, norm) == norm and len(shapes) == 1
+            norms[path] = norm if fits else None
         return call(*args, **kwargs)
 
     def run(variables, inputs):
@@ -131,31 +170,7 @@ def _look_at_layers(network: BlockNetwork, variables: Variables) -> tuple[set[st
 
     with intercept_methods(look_at_norm), intercept_layers(look):
         jax.eval_shape(run, variables.of_network, network.batch_of(1))
-    found = {path for path, holds in linear.items() if holds}
-    return found - _read_elsewhere(network, variables, found), {k: x for k, x in norms.items() if x is not None}
-
-
-def _read_elsewhere(network: BlockNetwork, variables: Variables, layers: set[str]) -> set[str]:
-    """Those layers whose kernel the network reads by itself too, as a layer that shares its weights does.
-
-    In a run in which the layers give zeros the outputs depend on such kernels alone.
-    """
-
-    def blank(call, module, path, x, args, kwargs):
-        y = call(x)
-        return jnp.zeros(y.shape, y.dtype) if path in layers else y
-
-    def run(kernels, variables, inputs):
-        flat: Any = traverse_util.flatten_dict(variables[PARAMS], sep='/')
-        params = traverse_util.unflatten_dict({**flat, **kernels}, sep='/')
-        return jax.tree.leaves(network.apply({**variables, PARAMS: params}, inputs, train=False)[0])
-
-    flat: Any = traverse_util.flatten_dict(variables.params, sep='/')
-    kernels = {f'{path}/{WEIGHT_NAME}': flat[f'{path}/{WEIGHT_NAME}'] for path in sorted(layers)}
-    with intercept_layers(blank):
-        program = jax.make_jaxpr(run)(kernels, variables.of_network, network.batch_of(1)).jaxpr
-    _, is_read = dce_jaxpr(program, [True] * len(program.outvars))
-    return {path for path, read in zip(sorted(layers), is_read, strict=False) if read}
+    return {path for path, holds in linear.items() if holds}, {k: x for k, x in norms.items() if x is not None}
 
 
 def _freeze_norm(
@@ -173,9 +188,9 @@ def _freeze_norm(
 
 
 def freeze_layer(
-    path: str, own: LayerQuantizers, weight: str, params: Mapping[str, Any], parameters: Any, is_linear: bool
+    path: str, own: LayerQuantizers, weight: str, params: Mapping[str, Any], parameters: Any
 ) -> FrozenLayer:
-    """Returns a quantized layer, frozen.
+    """Returns a quantized layer, frozen; with what sums of codes are scaled by, if its codes can be multiplied.
 
     Args:
         path: of the layer, for messages.
@@ -183,18 +198,20 @@ def freeze_layer(
         weight: path of its kernel.
         params: path to parameter of the network.
         parameters: of its quantizers, by role.
-        is_linear: whether its output is linear in its input and its kernel, up to a bias.
 
     Raises:
         ValueError: if sums of its codes do not fit 32 bits, or as `freeze_weights`.
     """
     weights = inputs = None
-    if own.weights is not None:
-        weights = freeze_weights(own, parameters['weights'], params[weight])
-    if own.activations is not None:
-        inputs = freeze_inputs(own, parameters['activations'])
+    try:
+        if own.weights is not None:
+            weights = freeze_weights(own, parameters['weights'], params[weight])
+        if own.activations is not None:
+            inputs = freeze_inputs(own, parameters['activations'])
+    except ValueError as error:
+        raise ValueError(f'The layer {path}: {error}') from error
     layer = FrozenLayer(own.layer.kind, weight, LOOKUP, weights, inputs)
-    if not is_linear or weights is None or inputs is None:
+    if weights is None or inputs is None:
         return layer
     if not (weights.decoding.carries_whole_numbers and inputs.decoding.is_uniform):
         return layer
@@ -225,10 +242,9 @@ def _as_integer(path: str, layer: FrozenLayer, own: LayerQuantizers, weights: We
     of_inputs = of_inputs.reshape(of_inputs.shape + (1,) * (scale.ndim - of_inputs.ndim))
     return dataclasses.replace(
         layer,
-        mode=INTEGER,
         rescale=(scale * of_inputs).astype(np.float32),
         largest_sum=largest,
-        largest_kernel_sum=kernel_sum,
+        largest_kernel_sum=max(kernel_sum, 1),
     )
 
 

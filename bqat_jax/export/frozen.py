@@ -23,6 +23,8 @@ from bqat_jax.export.codes import pack, packed_size
 # How a layer computes.
 INTEGER, LOOKUP = 'integer', 'lookup'
 HALF = 0.5
+# Between the names in a path of another collection, whose names may hold a slash.
+BETWEEN = '|'
 # Whole numbers up to here are exact in float32, and sums of them in any order.
 EXACT_IN_FLOAT32 = 2**24
 EXACT_IN_INT32 = 2**31
@@ -194,7 +196,8 @@ class Frozen:
         layers: path to quantized layer.
         norms: path to (scale, bias) of a batch norm: y = x · scale + bias, float32 (.., channels).
         floats: path to every other parameter, in full precision.
-        collections: {collection: {path: array}}: other variables that the network reads.
+        collections: {collection: {path: array}}: other variables that the network reads; names in a path are separated
+            by `BETWEEN`.
         inputs: shapes and dtypes of one example, a tree of `jax.ShapeDtypeStruct`.
         normalization: what happens to images first; None for other inputs.
         network: what the network is, as JSON, so that it can be built again; None for a module of the user's.

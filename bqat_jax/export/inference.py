@@ -19,12 +19,12 @@ from flax import traverse_util
 from bqat_jax.blocks.block_network import PARAMS, BlockNetwork
 from bqat_jax.export.codes import unpack_in_program
 from bqat_jax.export.fitting import check_fits, check_network
-from bqat_jax.export.frozen import EXACT_IN_FLOAT32, INTEGER, Decoding, Frozen, FrozenLayer, carried
+from bqat_jax.export.frozen import BETWEEN, EXACT_IN_FLOAT32, INTEGER, Decoding, Frozen, FrozenLayer, carried
 from bqat_jax.export.integers import as_integers, mark_whole
 from bqat_jax.export.operations import LinearCall, carry, decode, encode, qcdq_input, qcdq_weights, sum_by_digits
 from bqat_jax.export.watching import Watch, run_watched
 from bqat_jax.interception import intercept_methods
-from bqat_jax.transform.layers import intercept_layers
+from bqat_jax.transform.layers import intercept_layers, is_method_of
 
 FLOAT32, INT8, QCDQ = 'float32', 'int8', 'qcdq'
 ARITHMETIC = (FLOAT32, INT8)
@@ -156,14 +156,21 @@ class Program:
                 watch.see(path, codes)
             if layer.mode != INTEGER:
                 return call(decode(layer.inputs.decoding, slot['inputs'], codes).astype(x.dtype))
-            return self._run_integer(LinearCall(module, args, kwargs), layer, slot, codes)
+            return self.run_integer(LinearCall(module, slot['kernel'], args, kwargs), layer, slot, codes)
 
-        variables = self._variables(arrays)
-        with _affine_norms(self.frozen), intercept_layers(run_layer):
+        variables = self.variables(arrays)
+        with affine_norms(self.frozen), intercept_layers(run_layer):
             return self.network.apply(variables, self._normalize(arrays, inputs), train=False)[0]
 
-    def _run_integer(self, call: LinearCall, layer: FrozenLayer, slot: Arrays, codes: Any) -> Any:
-        """Sums of products of codes, scaled, and the bias."""
+    def run_integer(self, call: LinearCall, layer: FrozenLayer, slot: Arrays, codes: jax.Array) -> jax.Array:
+        """Returns what an integer layer gives: sums of products of codes, scaled, and the bias.
+
+        Args:
+            call: of the layer.
+            layer: frozen.
+            slot: its arrays.
+            codes: of its input.
+        """
         inputs: Any = layer.inputs
         decoding, ends = inputs.decoding, np.array([inputs.decoding.lower, inputs.upper])
         numbers, largest = carry(decoding, codes), int(np.abs(carried(ends, decoding)).max())
@@ -183,8 +190,8 @@ class Program:
         bias = call.bias
         return y if bias is None else y + call.beside(bias, sums.ndim, only_kernel=False)
 
-    def _variables(self, arrays: Arrays) -> dict[str, Any]:
-        """The variables that the network's module is run with: kernels of codes or of values, with what they need."""
+    def variables(self, arrays: Arrays) -> dict[str, Any]:
+        """Returns the variables that the network's module is run with: kernels of values, and beside them codes."""
         flat: Arrays = dict(arrays['floats'])
         for path, layer in self.frozen.layers.items():
             slot = dict(arrays['layers'][path])
@@ -192,17 +199,17 @@ class Program:
                 decoding, codes = layer.weights.decoding, arrays['codes'][path].astype(jnp.float32)
                 if self.arithmetic == QCDQ:
                     flat[layer.weight] = qcdq_weights(layer.weights, slot['weights'], codes)
-                elif layer.mode == INTEGER:
-                    ends = carried(np.array([layer.weights.codes.min(), layer.weights.codes.max()]), decoding)
-                    flat[layer.weight] = mark_whole(carry(decoding, codes), int(np.abs(ends).max()))
-                else:
+                else:  # of an integer layer read only where the network shares its kernel
                     flat[layer.weight] = decode(decoding, slot['weights'], codes)
+                    if layer.mode == INTEGER:
+                        ends = carried(np.array([layer.weights.codes.min(), layer.weights.codes.max()]), decoding)
+                        slot['kernel'] = mark_whole(carry(decoding, codes), int(np.abs(ends).max()))
                 del slot['weights']
             if slot:
                 flat[f'{path}/{SLOT}'] = slot
         flat |= {f'{path}/{SLOT}': norm for path, norm in arrays['norms'].items()}
         tree = {PARAMS: traverse_util.unflatten_dict(flat, sep='/')}
-        return tree | {name: traverse_util.unflatten_dict(x, sep='/') for name, x in arrays['collections'].items()}
+        return tree | {name: traverse_util.unflatten_dict(x, sep=BETWEEN) for name, x in arrays['collections'].items()}
 
     def _normalize(self, arrays: Arrays, inputs: Any) -> Any:
         normalization = self.frozen.normalization
@@ -217,16 +224,25 @@ class Program:
         return jnp.take(arrays['pixels'], places, mode='clip')
 
 
-def _affine_norms(frozen: Frozen) -> contextlib.AbstractContextManager:
-    """A context in which batch norms are a product and a sum."""
+def affine_norms(frozen: Frozen) -> contextlib.AbstractContextManager:
+    """Returns a context in which batch norms are a product and a sum."""
 
     def run_norm(call, args, kwargs, context):
         module = context.module
-        is_norm = isinstance(module, nn.BatchNorm) and context.method_name == '__call__'
-        if not is_norm or '/'.join(module.path) not in frozen.norms:
+        if not is_batch_norm(context) or '/'.join(module.path) not in frozen.norms:
             return call(*args, **kwargs)
-        x, slot = args[0], module.get_variable(PARAMS, SLOT)
-        scale, bias = (slot[name].reshape((1,) * (x.ndim - 1) + (-1,)) for name in ('scale', 'bias'))
-        return (x.astype(jnp.float32) * scale + bias).astype(module.dtype or x.dtype)
+        return normalize_affine(module, args[0] if args else kwargs['x'])
 
     return intercept_methods(run_norm)
+
+
+def is_batch_norm(context: Any) -> bool:
+    """Returns whether an interceptor sees a call of `nn.BatchNorm` itself; a subclass may do more around it."""
+    return isinstance(context.module, nn.BatchNorm) and is_method_of(nn.BatchNorm, context.orig_method)
+
+
+def normalize_affine(module: Any, x: jax.Array) -> jax.Array:
+    """Returns x · scale + bias, with what lies in a batch norm's slot."""
+    slot = module.get_variable(PARAMS, SLOT)
+    scale, bias = (slot[name].reshape((1,) * (x.ndim - 1) + (-1,)) for name in ('scale', 'bias'))
+    return (x.astype(jnp.float32) * scale + bias).astype(module.dtype or jnp.float32)

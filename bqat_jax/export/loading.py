@@ -31,7 +31,7 @@ class Exported:
         batch: how many examples it takes; None for any number.
     """
 
-    run: Callable[[Any], Any]
+    run: Callable[[Any], Any] = dataclasses.field(repr=False)
     inputs: Any
     batch: int | None = None
 
@@ -100,8 +100,8 @@ def build_network(frozen: Frozen) -> BlockNetwork:
         )
     try:
         network = make_network(facts['name'], facts['num_classes'], facts['cut'], facts['options'])
-    except KeyError as error:
-        raise ValueError(f'The file is damaged: its network has no {error}.') from error
+    except (KeyError, TypeError) as error:
+        raise ValueError(f'The file is damaged: its network is {facts!r}.') from error
     inputs = frozen.inputs
     if frozen.normalization is not None:
         inputs = jax.ShapeDtypeStruct(inputs.shape, jnp.float32)
@@ -116,7 +116,10 @@ def _load_stablehlo(path: Path) -> Exported:
             f'{path} is damaged, or no program that this version of JAX, {jax.__version__}, can read '
             f'({type(error).__name__}): it reads those of its own version and of older ones.'
         ) from error
-    (arguments,), _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
+    given, named = jax.tree.unflatten(exported.in_tree, exported.in_avals)
+    if len(given) != 1 or named or not all(x.shape for x in exported.in_avals) or not exported.in_avals:
+        raise ValueError(f'{path} is a program of other arguments than one batch of inputs.')
+    (arguments,) = given
     batch = jax.tree.leaves(arguments)[0].shape[0]
     inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), arguments)
     return Exported(jax.jit(exported.call), inputs, batch if isinstance(batch, int) else None)
@@ -134,8 +137,12 @@ def _load_onnx(path: Path) -> Exported:
     found, outputs = session.get_inputs(), [x.name for x in session.get_outputs()]
     if len(found) != 1 or len(outputs) != 1:
         raise ValueError(f'{path} has {len(found)} inputs and {len(outputs)} outputs: run it with onnxruntime itself.')
-    dtype = {'tensor(float)': np.float32, 'tensor(uint8)': np.uint8, 'tensor(int32)': np.int32}[found[0].type]
-    batch, *shape = found[0].shape
+    dtypes = {'tensor(float)': np.float32, 'tensor(uint8)': np.uint8, 'tensor(int32)': np.int32}
+    if found[0].type not in dtypes or not found[0].shape:
+        raise ValueError(
+            f'{path} takes a {found[0].type} of shape {found[0].shape}: it is none that was exported here.'
+        )
+    dtype, (batch, *shape) = dtypes[found[0].type], found[0].shape
 
     def run(inputs):
         return session.run(outputs, {found[0].name: np.asarray(inputs)})[0]

@@ -87,20 +87,22 @@ def sum_by_digits(call: Callable[..., Any], numbers: jax.Array, largest: int, ke
         total = sums if total is None else total + sums
         if is_last:
             return total.astype(jnp.float32)
-        numbers, largest, weight = jnp.floor(numbers / base), largest // base + 1, weight * base
+        numbers, largest, weight = jnp.floor(numbers / base), -(-largest // base), weight * base
 
 
 @dataclasses.dataclass(frozen=True)
 class LinearCall:
-    """A call of a layer that is linear in its input, up to its bias: the same on other inputs, without the bias.
+    """A call of a layer that is linear in its input and its kernel: the same on others, without the bias.
 
     Attributes:
         module: the layer, bound.
+        kernel: that it is to have.
         args: what it is called with beside its input.
         kwargs: the same, by keyword.
     """
 
     module: Any
+    kernel: Any
     args: Any
     kwargs: Any
 
@@ -109,7 +111,7 @@ class LinearCall:
         cls: Any = layer_class(self.module)
         # A copy outside of the network: Flax lets a layer make its parameters once in a call.
         copy = self.module.clone(parent=None, name=None, use_bias=False)
-        own = {PARAMS: {WEIGHT_NAME: self.module.get_variable(PARAMS, WEIGHT_NAME)}}
+        own = {PARAMS: {WEIGHT_NAME: self.kernel}}
         return copy.apply(own, x, method=lambda copy, x: cls.__call__(copy, x, *self.args, **self.kwargs))
 
     @property

@@ -33,6 +33,8 @@ def freeze_weights(own: LayerQuantizers, parameters: Any, kernel: Any) -> Weight
         ValueError: if the codes do not decode to the fake-quantized kernel, bit for bit.
     """
     quantizer: Any = own.weights
+    if np.asarray(kernel).dtype != np.float32:
+        raise ValueError(f'its kernel is {np.asarray(kernel).dtype}, and export takes float32 parameters.')
     layout, single = own.layer.layout, _single(own)
     codes, decodings = [], []
     for parameters_of_one, kernel_of_one in _unstack(own.layer.stack, (parameters, jnp.asarray(kernel))):
@@ -47,8 +49,8 @@ def freeze_weights(own: LayerQuantizers, parameters: Any, kernel: Any) -> Weight
         expected = np.asarray(single.quantize_weights(parameters_of_one, kernel_of_one))
         if not np.array_equal(decodings[-1].values(codes[-1]), expected):
             raise ValueError(
-                f'The quantizer {quantizer.name!r}: what its codes decode to is not what it quantizes to, so that they '
-                'cannot stand for its weights.'
+                f'what the codes of its quantizer {quantizer.name!r} decode to is not what it quantizes to, so that '
+                'they cannot stand for its weights.'
             )
     return Weights(
         _stacked(codes, own.layer.stack), _stack_decodings(decodings, own.layer.stack, len(own.layer.kernel))

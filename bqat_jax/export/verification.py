@@ -56,7 +56,8 @@ class Agreement:
             if one is None or two is None:
                 joined[name] = None
             else:
-                joined[name] = one + two if isinstance(one, int) else max(one, two)
+                # NumPy's maximum is NaN where one is.
+                joined[name] = one + two if isinstance(one, int) else float(np.maximum(one, two))
         return Agreement(**joined)
 
 
@@ -85,7 +86,7 @@ def compare(reference: Run, other: Run, mask: np.ndarray) -> Agreement:
     size = np.max([np.abs(x).max(1, initial=0) for x in ours], axis=0)
     codes_differ = relative = None
     if reference.codes is not None and other.codes is not None:
-        flipped = _flipped(reference.codes, other.codes)[mask]
+        flipped = _flipped(reference.codes, other.codes, len(mask))[mask]
         codes_differ = int(flipped.sum())
         relative = float(np.max(np.where(flipped, 0, gap / np.where(size > 0, size, 1)), initial=0))
     return Agreement(count, codes_differ, _answers_differ(reference, other, mask), float(gap.max(initial=0)), relative)
@@ -99,16 +100,17 @@ def _answers_differ(reference: Run, other: Run, mask: np.ndarray) -> int | None:
     return int(np.any(ours != theirs, axis=-1).sum())
 
 
-def _flipped(ours: Codes, theirs: Codes) -> np.ndarray:
-    """Which examples have another code anywhere, bool (batch,)."""
+def _flipped(ours: Codes, theirs: Codes, size: int) -> np.ndarray:
+    """Which examples have another code anywhere, bool (batch,); all of them if it is not known whose it is."""
     if {path: len(calls) for path, calls in ours.items()} != {path: len(calls) for path, calls in theirs.items()}:
         raise ValueError('The two networks look at the inputs of different layers.')
-    differ = [
-        np.any((np.asarray(one) != np.asarray(two)).reshape(len(one), -1), axis=1)
-        for path, calls in ours.items()
-        for one, two in zip(calls, theirs[path], strict=True)
-    ]
-    return np.any(differ, axis=0) if differ else np.zeros(0, bool)
+    flipped = np.zeros(size, bool)
+    for path, calls in ours.items():
+        for one, two in zip(calls, theirs[path], strict=True):
+            differ = np.asarray(one) != np.asarray(two)
+            # Examples lie along the first axis, perhaps in parts beside each other.
+            flipped |= differ.reshape(size, -1).any(1) if differ.shape[0] % size == 0 else differ.any()
+    return flipped
 
 
 def fake_quantized(

@@ -256,7 +256,7 @@ def intercept_layers(function: Callable[..., Any], key: Hashable = None) -> cont
     def interceptor(call, args, kwargs, context):
         cls = layer_class(context.module)
         # A subclass may call this class's own method, on another input: it is there that the operation happens.
-        if cls is None or context.method_name != '__call__' or not _is_method_of(cls, context.orig_method):
+        if cls is None or context.method_name != '__call__' or not is_method_of(cls, context.orig_method):
             return call(*args, **kwargs)
         if type(context.module).param is not cls.param:  # the kernel that is used is not the parameter
             return call(*args, **kwargs)
@@ -274,7 +274,8 @@ def intercept_layers(function: Callable[..., Any], key: Hashable = None) -> cont
     return intercept_methods(interceptor, key)
 
 
-def _is_method_of(cls: type[nn.Module], method: Any) -> bool:
+def is_method_of(cls: type[nn.Module], method: Any) -> bool:
+    """Returns whether a method that an interceptor sees is the `__call__` of this class, and not of a subclass."""
     own = inspect.unwrap(cls.__call__)
     return getattr(method, 'func', method) in (own, cls.__call__) or getattr(method, '__func__', None) is own
 

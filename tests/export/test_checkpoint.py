@@ -100,8 +100,23 @@ def test_what_cannot_be_read_is_refused_in_words(path):
     with pytest.raises(ValueError, match=r"the format version '2\.0', and this reader knows 1\.x: read it with"):
         read_checkpoint(path)
     path.write_bytes(whole)
-    rewritten(path, lambda facts: {**facts, 'layers': {'none': facts['layers']['stem/conv']}})
-    with pytest.raises(ValueError, match='is damaged: KeyError'):
+    stem = {'stem/conv': read_by_hand(whole)[0]['layers']['stem/conv']}
+    lies = {
+        'KeyError': {'layers': {'none': stem['stem/conv']}},
+        'the mode of stem/conv': {'layers': {'stem/conv': {**stem['stem/conv'], 'mode': 'fast'}}},
+        'its arrays are not those that were written': {'sha256': 'another'},
+        'is damaged: TypeError': {'layers': 3},
+    }
+    for own, (name, value) in (('weights', ('lower', -100)), ('weights', ('lower', 2.5)), ('inputs', ('upper', 1))):
+        changed = {**stem['stem/conv'], own: {**stem['stem/conv'][own], name: value}}
+        lies[f'est code of .*stem/conv is {value}'] = {'layers': {'stem/conv': changed}}
+    for message, change in lies.items():
+        path.write_bytes(whole)
+        rewritten(path, lambda facts: {**facts, **change})  # noqa: B023
+        with pytest.raises(ValueError, match=message):
+            read_checkpoint(path)
+    path.write_bytes(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])
+    with pytest.raises(ValueError, match='its arrays are not those that were written'):
         read_checkpoint(path)
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match='is no safetensors file, or is damaged'):

@@ -1,5 +1,6 @@
 """Files in every format run where this project is not, and give the frozen network's answers."""
 
+import dataclasses
 import subprocess
 import sys
 import textwrap
@@ -169,6 +170,27 @@ def test_trees_of_inputs_go_through_every_format(tmp_path):
         np.testing.assert_allclose(session.run(None, feeds)[0], expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_network_that_does_not_fit_is_refused(tmp_path):
+    quantized, other = of_family('cifar_resnet'), of_family('unet')
+    with pytest.raises(TypeError, match='network is a '):
+        logits_function(quantized.frozen, quantized.network.module)
+    with pytest.raises(ValueError, match='is not this one: the network has parameters that the exported one has not'):
+        logits_function(quantized.frozen, other.network)
+    path = tmp_path / 'model.safetensors'
+    layers = dict(quantized.frozen.layers)
+    del layers['stem/conv']
+    write_checkpoint(path, dataclasses.replace(quantized.frozen, layers=layers))
+    with pytest.raises(ValueError, match='has parameters that the exported one has not: stem/conv/kernel'):
+        load(path, quantized.network)
+    with pytest.raises(ValueError, match=r'ends with \.safetensors'):
+        write_checkpoint(tmp_path / 'model.bin', quantized.frozen)
+    (tmp_path / 'model.onnx').write_bytes(b'')
+    with pytest.raises(ValueError, match='network and arithmetic are for packed files'):
+        load(tmp_path / 'model.onnx', arithmetic='int8')
+    with pytest.raises(FileNotFoundError, match='it is a folder'):
+        load(tmp_path)
+
+
 def test_files_that_are_none_are_refused_in_words(tmp_path):
     with pytest.raises(FileNotFoundError, match='There is no file'):
         load(tmp_path / 'model.onnx')
@@ -208,6 +230,12 @@ def test_images_from_files_are_classified(tmp_path, capsys):
         lines = capsys.readouterr().out.splitlines()
         classes = [line.rpartition(': class ')[2].split()[0] for line in lines]
         assert classes[:3] == [str(expected[0]), str(expected[0]), str(expected[1])] and len(lines) == 4
+    Image.fromarray(np.zeros((8, 8), np.uint16)).save(tmp_path / 'deep.png')
+    with pytest.raises(SystemExit, match='has more than 8 bits a pixel'):
+        main([str(path), '--images', str(tmp_path / 'deep.png')])
+    (tmp_path / 'broken.png').write_bytes(b'no image')
+    with pytest.raises(SystemExit, match='is no image that Pillow can read'):
+        main([str(path), '--images', str(tmp_path / 'broken.png')])
     with pytest.raises(SystemExit, match='there is no PNG or JPEG file at'):
         main([str(path), f'--images={tmp_path / "missing.png"}'])
     with pytest.raises(SystemExit, match='Error: There is no file'):
@@ -225,8 +253,6 @@ def test_only_networks_of_images_classify_images(tmp_path):
 
 def of_uint8():
     """A network of the first family that takes pixels as they are stored."""
-    import dataclasses
-
     from bqat_jax.export import Normalization
 
     quantized = of_family('cifar_resnet')

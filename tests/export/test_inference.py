@@ -79,27 +79,6 @@ def test_networks_of_strangers_give_the_answers_of_their_fake_quantized_ones(nam
         check(quantize(case.split(), case.batch(), lsq(4), lsq(4)))
 
 
-class Tied(nn.Module):
-    """Reads the kernel of a layer once more by itself."""
-
-    @nn.compact
-    def __call__(self, x):
-        first = nn.Dense(6, name='first')
-        y = nn.relu(first(x))
-        y = nn.relu(nn.Dense(6, name='second')(y))
-        return y @ first.variables['params']['kernel'].T
-
-
-def test_a_layer_whose_kernel_is_read_elsewhere_keeps_its_values():
-    network = bq.split_after(Tied(), ('first', 'second'), jax.ShapeDtypeStruct((4,), jnp.float32))
-    quantized = quantize(network, images((4,)), lsq(3), lsq(4))
-    check(quantized)
-    assert {path: layer.mode for path, layer in quantized.frozen.layers.items()} == {
-        'first': LOOKUP,
-        'second': INTEGER,
-    }
-
-
 def test_sums_beyond_float32_are_put_together_from_digits():
     x = np.random.default_rng(0).integers(0, 256, (2, 5))
     kernel = np.full((5, 3), 2**17 + 1)
@@ -109,6 +88,9 @@ def test_sums_beyond_float32_are_put_together_from_digits():
         assert np.abs(sums).max() < EXACT_IN_FLOAT32
         return jnp.asarray(sums, jnp.float32)
 
+    largest = 2**23 - 1  # of a kernel: digits are single bits
+    ones = sum_by_digits(lambda digit: digit * largest, jnp.array([-128.0, 127.0, 0.0, -1.0]), 128, largest)
+    np.testing.assert_array_equal(ones, np.float32([-128 * largest, 127 * largest, 0, -largest]))
     for sign in (1, -1):
         got = sum_by_digits(call, jnp.asarray(sign * x, jnp.float32), 255, int(kernel.sum(axis=0).max()))
         np.testing.assert_array_equal(got, (sign * x @ kernel).astype(np.float32))
@@ -150,7 +132,7 @@ def test_sums_beyond_32_bits_are_refused():
     own, step = LayerQuantizers(*quantizers, layer), {'step_size': jnp.float32(1)}
     kernel = {'last/kernel': jnp.full((2**18, 1), 127.0)}
     with pytest.raises(ValueError, match='The layer last: sums of its codes may reach'):
-        freeze_layer('last', own, 'last/kernel', kernel, {'weights': step, 'activations': step}, True)
+        freeze_layer('last', own, 'last/kernel', kernel, {'weights': step, 'activations': step})
 
 
 def test_jitted_logits_are_those_of_the_network():
@@ -196,5 +178,12 @@ def test_agreement_counts_examples():
     assert (both.examples, both.codes_differ, both.difference) == (4, 1, 2.0)
     unseen = compare(Run(logits, codes), Run(other, None), mask)
     assert unseen.codes_differ is None and (got + unseen).codes_differ is None
+    nothing = compare(Run(logits, codes), Run(np.full_like(logits, np.nan), codes), mask)
+    assert np.isnan((got + nothing).difference) and np.isnan((nothing + got).relative_difference)
+    windows = {'a': [np.arange(8).reshape(8, 1)], 'b': [np.zeros((3, 4))]}
+    moved = {'a': [np.array([0, 1, 2, 3, 4, 9, 6, 7]).reshape(8, 1)], 'b': [np.zeros((3, 4))]}
+    assert compare(Run(logits, windows), Run(logits, moved), mask).codes_differ == 1  # two windows of each example
+    moved['b'] = [np.ones((3, 4))]  # examples lie along another axis: it is not known whose code differs
+    assert compare(Run(logits, windows), Run(logits, moved), mask).codes_differ == 3
     with pytest.raises(ValueError, match='different layers'):
         compare(Run(logits, codes), Run(other, {'a': codes['a']}), mask)

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bqat_jax.export.codes import unpack
-from bqat_jax.export.tensors import freeze_inputs, freeze_weights
 from bqat_jax.export.operations import decode, encode
+from bqat_jax.export.tensors import freeze_inputs, freeze_weights
 from bqat_jax.export.thresholds import from_order, order
 from bqat_jax.quantizers import QUANTIZERS, LevelQuantizer, UniformQuantizer
 from bqat_jax.transform.layers import KernelLayout, Layer
