@@ -105,7 +105,7 @@ def test_what_cannot_be_read_is_refused_in_words(path):
         'KeyError': {'layers': {'none': stem['stem/conv']}},
         'the mode of stem/conv': {'layers': {'stem/conv': {**stem['stem/conv'], 'mode': 'fast'}}},
         'its arrays are not those that were written': {'sha256': 'another'},
-        'is damaged: TypeError': {'layers': 3},
+        'is damaged: AttributeError': {'layers': 3},
     }
     for own, (name, value) in (('weights', ('lower', -100)), ('weights', ('lower', 2.5)), ('inputs', ('upper', 1))):
         changed = {**stem['stem/conv'], own: {**stem['stem/conv'][own], name: value}}
