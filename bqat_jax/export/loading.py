@@ -41,7 +41,8 @@ class Exported:
         Raises:
             ValueError: for inputs of another shape or dtype.
         """
-        given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x)[1:], np.asarray(x).dtype), inputs)
+        inputs = jax.tree.map(lambda x: x if hasattr(x, 'dtype') else np.asarray(x), inputs)
+        given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), inputs)
         if given != self.inputs:
             raise ValueError(f'The network takes a batch of {self.inputs}, and these are {given}.')
         sizes = {np.shape(x)[0] for x in jax.tree.leaves(inputs)}

@@ -78,7 +78,10 @@ def find_wrong(frozen: Frozen, network: BlockNetwork, variables: Variables) -> t
 
     arguments = (arrays_of(frozen), variables.collections, variables.params, _draw(network))
     try:
-        collected = jax.device_get(jax.jit(lambda *arguments: run_and_collect(run, *arguments)[1])(*arguments))
+        # In float32 throughout: accelerators multiply in fewer bits if they are not told otherwise.
+        with jax.default_matmul_precision('highest'):
+            tried = jax.jit(lambda *arguments: run_and_collect(run, *arguments)[1])
+            collected = jax.device_get(tried(*arguments))
     except Exception:  # a module may not bear arrays beside its parameters; without codes there are fewer
         return set(frozen.layers), set(frozen.norms)
     for number, path in enumerate(paths):
