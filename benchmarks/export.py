@@ -4,8 +4,8 @@ Command: python -m benchmarks.export --config=configs/digits.py:bits=2 --formats
 
 The network is calibrated and not trained. Speed does not depend on that. A file is a few percent smaller than a trained
 network's: StableHLO and ONNX store once what is the same number throughout, such as the scales of a new batch norm. All
-programs take turns on the same batch, and medians of seconds are reported; the full-precision and the fake-quantized network
-take part.
+programs take turns on the same batch, and medians of seconds are reported, also those of the full-precision and the
+fake-quantized network.
 """
 
 import json
