@@ -107,7 +107,7 @@ def test_what_cannot_be_read_is_refused_in_words(path):
         'its arrays are not those that were written': {'sha256': 'another'},
         'is damaged: AttributeError': {'layers': 3},
     }
-    for own, (name, value) in (('weights', ('lower', -100)), ('weights', ('lower', 2.5)), ('inputs', ('upper', 1))):
+    for own, (name, value) in (('weights', ('lower', -100)), ('weights', ('lower', 2.5)), ('inputs', ('upper', 1000))):
         changed = {**stem['stem/conv'], own: {**stem['stem/conv'][own], name: value}}
         lies[f'est code of .*stem/conv is {value}'] = {'layers': {'stem/conv': changed}}
     for message, change in lies.items():
