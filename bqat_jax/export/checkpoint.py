@@ -60,8 +60,8 @@ def to_bytes(frozen: Frozen) -> bytes:
         'collections': list(frozen.collections),
     }
     plain = {name: np.asarray(x, order='C') for name, x in arrays.items()}
-    facts['sha256'] = _digest(plain)
-    return save(plain, metadata={KEY: json.dumps(facts, sort_keys=True, separators=(',', ':'))})
+    facts['sha256'] = digest_of(facts, plain)
+    return save(plain, metadata={KEY: _as_json(facts)})
 
 
 def write_checkpoint(path: str | os.PathLike, frozen: Frozen) -> None:
@@ -116,8 +116,8 @@ def read_checkpoint(path: str | os.PathLike) -> Frozen:
             'version of bqat_jax that wrote it, or a newer one.'
         )
     try:
-        if facts['sha256'] != _digest(arrays):
-            raise ValueError('its arrays are not those that were written')
+        if facts.pop('sha256') != digest_of(facts, arrays):
+            raise ValueError('its content is not what was written')
         frozen = _read(facts, arrays)
         for name, layer in frozen.layers.items():
             _check_layer(name, layer)
@@ -126,14 +126,18 @@ def read_checkpoint(path: str | os.PathLike) -> Frozen:
         raise ValueError(f'{path} is damaged: {type(error).__name__}: {error}.') from error
 
 
-def _digest(arrays: Mapping[str, np.ndarray]) -> str:
-    """The SHA-256 of all arrays: of each its name, dtype and shape as text, and its bytes, in the order of names."""
-    digest = hashlib.sha256()
+def digest_of(facts: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
+    """Returns the SHA-256 of the facts as JSON, and of each array's name, dtype, shape and bytes in order of names."""
+    digest = hashlib.sha256(_as_json(facts).encode())
     for name in sorted(arrays):
         x = np.asarray(arrays[name], order='C')
         digest.update(f'{name} {x.dtype.str} {x.shape}'.encode())
         digest.update(x.tobytes())
     return digest.hexdigest()
+
+
+def _as_json(facts: Mapping[str, Any]) -> str:
+    return json.dumps(facts, sort_keys=True, separators=(',', ':'))
 
 
 def _check_layer(path: str, layer: FrozenLayer) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bqat_jax.export import logits_function, read_checkpoint, write_checkpoint
-from bqat_jax.export.checkpoint import KEY, to_bytes
+from bqat_jax.export.checkpoint import KEY, digest_of, to_bytes
 from tests.export.networks import everything, of_family
 
 
@@ -83,12 +83,15 @@ def test_codes_take_their_bits_and_no_more():
     assert frozen.ideal_size < len(to_bytes(frozen))
 
 
-def rewritten(path, change):
-    """A file whose facts are changed."""
+def rewritten(path, change, is_signed=True):
+    """A file whose facts are changed, and its digest too."""
     from safetensors.numpy import load_file, save
 
-    _, facts = None, read_by_hand(path.read_bytes())[0]
-    path.write_bytes(save(load_file(path), metadata={KEY: json.dumps(change(facts))}))
+    arrays, facts = load_file(path), change(read_by_hand(path.read_bytes())[0])
+    if is_signed:
+        del facts['sha256']
+        facts['sha256'] = digest_of(facts, arrays)
+    path.write_bytes(save(arrays, metadata={KEY: json.dumps(facts)}))
 
 
 def test_what_cannot_be_read_is_refused_in_words(path):
@@ -104,10 +107,9 @@ def test_what_cannot_be_read_is_refused_in_words(path):
     lies = {
         'KeyError': {'layers': {'none': stem['stem/conv']}},
         'the mode of stem/conv': {'layers': {'stem/conv': {**stem['stem/conv'], 'mode': 'fast'}}},
-        'its arrays are not those that were written': {'sha256': 'another'},
         'is damaged: AttributeError': {'layers': 3},
     }
-    for own, (name, value) in (('weights', ('lower', -100)), ('weights', ('lower', 2.5)), ('inputs', ('upper', 1000))):
+    for own, (name, value) in (('weights', ('lower', -200)), ('weights', ('lower', 2.5)), ('inputs', ('upper', 1000))):
         changed = {**stem['stem/conv'], own: {**stem['stem/conv'][own], name: value}}
         lies[f'est code of .*stem/conv is {value}'] = {'layers': {'stem/conv': changed}}
     for message, change in lies.items():
@@ -116,7 +118,11 @@ def test_what_cannot_be_read_is_refused_in_words(path):
         with pytest.raises(ValueError, match=message):
             read_checkpoint(path)
     path.write_bytes(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])
-    with pytest.raises(ValueError, match='its arrays are not those that were written'):
+    with pytest.raises(ValueError, match='its content is not what was written'):
+        read_checkpoint(path)
+    path.write_bytes(whole)
+    rewritten(path, lambda facts: {**facts, 'normalization': {'mean': [0.1], 'std': [0.1]}}, is_signed=False)
+    with pytest.raises(ValueError, match='its content is not what was written'):
         read_checkpoint(path)
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match='is no safetensors file, or is damaged'):
