@@ -24,7 +24,7 @@ from bqat_jax.experiment.compilation import keep_compiled
 from bqat_jax.experiment.environment import check_processes
 from bqat_jax.experiment.run import diagnose_run, evaluate_run, import_partner, summarize_network, train
 from bqat_jax.registry import loaded_plugins, place_in_plugins
-from bqat_jax.storage import place
+from bqat_jax.storage import place, set_patience
 
 MODES = ('train', 'evaluate', 'import', 'summary', 'diagnose', 'export', 'sweep')
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -53,6 +53,7 @@ def main(argv: list[str], given: CommandLine) -> None:
         raise UserError(f'{" ".join(argv[1:])!r} is not understood; write flags as --name=value.')
     config, mode, name = flags.FLAGS.config, flags.FLAGS.mode, given.recipe.stem
     unset(config, given.unset)
+    set_patience(config.storage.patience)
     initialize(config.distributed)
     check_processes(config, mode)
     keep_compiled(config.compilation_cache)

@@ -3,7 +3,6 @@
 import dataclasses
 import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,7 +16,7 @@ from bqat_jax.analysis.measurement import (
     measure_quantizers,
 )
 from bqat_jax.replacement.block_replacement import Batch
-from bqat_jax.storage import write_bytes, write_json
+from bqat_jax.storage import Place, write_bytes, write_json
 from bqat_jax.training.spec import TrainSpec
 from bqat_jax.training.state import TrainState
 
@@ -54,14 +53,14 @@ def diagnose(
     }
 
 
-def write_diagnosis(directory: Path, diagnosis: Mapping[str, Any]) -> None:
+def write_diagnosis(directory: Place, diagnosis: Mapping[str, Any]) -> None:
     """Writes a diagnosis as `step_N.json` and `step_N.png` into a directory, which is made if it is not there."""
     directory.mkdir(exist_ok=True)
     write_json(directory / f'step_{diagnosis["step"]}.json', diagnosis)
     draw(directory / f'step_{diagnosis["step"]}.png', diagnosis)
 
 
-def draw(path: Path, diagnosis: Mapping[str, Any]) -> None:
+def draw(path: Place, diagnosis: Mapping[str, Any]) -> None:
     """Draws a diagnosis."""
     import matplotlib
 

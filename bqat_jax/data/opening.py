@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,12 +16,14 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
+from etils import epath
 from tensorflow_datasets.core.constants import DATA_DIR
 from tensorflow_datasets.core.naming import parse_builder_name_kwargs
 
+from bqat_jax.data.caching import Cache
 from bqat_jax.errors import UserError
 from bqat_jax.registry import suggest
-from bqat_jax.storage import wait_for_lock
+from bqat_jax.storage import explain, explained, filesystem_of, is_local, scheme_of, upload, wait_for_lock
 
 logger = logging.getLogger(__name__)
 
@@ -37,18 +40,21 @@ CANNOT_WRITE = (
     errno.EDQUOT,
 )
 OTHER_DIRECTORY = 'Give a folder with --config.data.dir=DIR.'
+DIRECT = ('gs',)  # schemes that ArrayRecord reads by itself
 # Files that are looked at side by side: on network disks each takes a while.
 THREADS = 16
 MESSAGE_LENGTH = 300
 
 
-def open_builder(name: str, directory: str | None, registered: Mapping[str, Any]) -> Any:
+def open_builder(name: str, directory: str | None, registered: Mapping[str, Any], cache: Cache | None = None) -> Any:
     """Returns the builder of a prepared data set; prepares one that is registered.
 
     Args:
         name: 'name', 'name/config', 'name:1.0.0' or 'name/config:1.0.0'.
-        directory: where prepared data sets lie; None for TensorFlow Datasets' default.
+        directory: where prepared data sets lie, a local folder or one in a bucket; None for TensorFlow Datasets'
+            default.
         registered: builder classes of data sets that prepare themselves, by name.
+        cache: where data sets of buckets are kept; None for the default where they cannot be read directly.
 
     Raises:
         UserError: if there is no such data set, or it is not prepared as ArrayRecord, or cannot be.
@@ -62,7 +68,7 @@ def open_builder(name: str, directory: str | None, registered: Mapping[str, Any]
         )
     if directory is not None:
         directory = os.path.expanduser(directory)
-        if os.path.exists(directory) and not os.path.isdir(directory):
+        if is_local(directory) and os.path.exists(directory) and not os.path.isdir(directory):
             raise UserError(f'data.dir={directory!r} is a file. {OTHER_DIRECTORY}')
     is_registered = match['name'] in registered
     builder = _make_builder(name, directory, registered.get(match['name']))
@@ -93,7 +99,13 @@ def open_builder(name: str, directory: str | None, registered: Mapping[str, Any]
             f"  python -c \"import tensorflow_datasets as tfds; tfds.builder('{name}', data_dir='DIR', "
             f"file_format='array_record').download_and_prepare()\""
         )
-    return builder
+    if is_local(builder.data_path):
+        return builder
+    if cache is None and scheme_of(builder.data_path) in DIRECT:
+        return builder
+    with explained(f'data.dir={directory!r}: the files of {builder.data_path} cannot be fetched', builder.data_path):
+        local = (cache or Cache()).fetch(builder.data_path, epath.Path(str(directory)))
+    return _make_builder(name, str(local), registered.get(match['name']))
 
 
 def describe_data(name: str, builder: Any) -> tuple[Any, list[str]]:
@@ -105,6 +117,8 @@ def describe_data(name: str, builder: Any) -> tuple[Any, list[str]]:
     path = builder.data_path / 'features.json'
     try:
         json.loads(path.read_text(encoding='utf-8'))
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(
             f'data.name={name!r}: {path} cannot be read ({brief(error)}), so it is not known what is in the data set. '
@@ -131,6 +145,10 @@ def check_files(instructions: Any) -> None:
         UserError: naming the first file that is missing, cut or of another length.
     """
     expected = {str(file.filename): file.examples_in_shard for file in instructions}
+    for path in expected:
+        if not is_local(path):  # ArrayRecord waits for a quarter of an hour for a bucket that is not there
+            with explained(f'{path} cannot be read', epath.Path(path)):
+                filesystem_of(path).info(path)
     with ThreadPoolExecutor(THREADS) as threads:
         for (path, count), actual in zip(expected.items(), threads.map(_count_records, expected), strict=True):
             if actual != count:
@@ -168,7 +186,7 @@ def _make_builder(name: str, directory: str | None, registered: Any) -> Any:
         _, options = parse_builder_name_kwargs(name, data_dir=directory)
         return registered(**options)
     except tfds.core.DatasetNotFoundError as error:
-        folder = Path(directory or DATA_DIR) / re.split('[/:]', name)[0]
+        folder = epath.Path(directory or DATA_DIR) / re.split('[/:]', name)[0]
         if folder.is_dir():
             raise UserError(
                 f'data.name={name!r}: {folder} holds no prepared data set of this name, with dataset_info.json and '
@@ -199,6 +217,9 @@ def _ask(name: str, builder: Any, question: Any) -> Any:
 
 def _damaged(name: str, directory: Any, error: Exception) -> UserError:
     where = f' in {directory}' if directory else ''
+    if directory and not is_local(directory) and not isinstance(error, json.JSONDecodeError | ImportError):
+        why = str(error) if isinstance(error, UserError) else explain(error, epath.Path(directory))
+        return UserError(f'data.name={name!r} cannot be opened{where}: {why}')
     if isinstance(error, ImportError):
         return UserError(
             f'data.name={name!r}{where}: one of its features needs a package that is not installed ({brief(error)}), '
@@ -216,8 +237,28 @@ def _prepare_again(is_registered: bool) -> str:
     return 'Copy or prepare it again.'
 
 
+def _prepare_in_bucket(name: str, builder: Any) -> None:
+    """Prepares a data set here and sends it to its bucket, what says that it is whole last.
+
+    Several processes may do so side by side: what they send is the same.
+    """
+    target = builder.data_path
+    with tempfile.TemporaryDirectory(prefix='bqat_jax_') as folder:
+        local = type(builder)(data_dir=folder, config=builder.builder_config, version=str(builder.version))
+        _prepare(name, local)
+        logger.info('Sending the data set %s to %s.', name, target)
+        files = [file for file in Path(local.data_path).rglob('*') if file.is_file()]
+        for file in sorted(files, key=lambda file: file.name == 'dataset_info.json'):
+            inside = file.relative_to(local.data_path).as_posix()
+            with explained(f'data.name={name!r}: {target}/{inside} cannot be written', target):
+                upload(file, target / inside)
+
+
 def _prepare(name: str, builder: Any) -> None:
     """Prepares a data set where it is not; of several processes one does, and the others wait for it."""
+    if not is_local(builder.data_path):
+        _prepare_in_bucket(name, builder)
+        return
     path = Path(builder.data_path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import tensorflow_datasets as tfds
 
+from bqat_jax.data.caching import Cache
 from bqat_jax.data.crops import Crop
 from bqat_jax.data.digits import Digits
 from bqat_jax.data.digits_segmentation import DigitsSegmentation
@@ -184,6 +185,7 @@ class ImageOptions:
         validation_split: split that choices are made on, or a slice of one; None to hold out a fraction.
         train_examples: how many of the training images to take, before some are held out; None for all.
         value_range: lowest and highest value of float pixels, which become 0 and 1; None to look at a sample.
+        cache: where data sets of buckets are kept; None for the default where they cannot be read directly.
         ignore: a label beside the declared ones that the task does not count; None for no such label.
     """
 
@@ -195,6 +197,7 @@ class ImageOptions:
     train_examples: int | None = None
     value_range: tuple[float, float] | None = None
     ignore: int | None = None
+    cache: Cache | None = None
 
 
 def load_images(name: str, directory: str | None, options: ImageOptions = ImageOptions()) -> ImageData:
@@ -202,7 +205,8 @@ def load_images(name: str, directory: str | None, options: ImageOptions = ImageO
 
     Args:
         name: of `DATASETS`, such as 'digits', which prepare themselves, or a TensorFlow Datasets name.
-        directory: where prepared datasets lie; None for TensorFlow Datasets' default.
+        directory: where prepared datasets lie, a local folder or one in a bucket; None for TensorFlow Datasets'
+            default.
         options: what is taken of it.
 
     Raises:
@@ -211,7 +215,7 @@ def load_images(name: str, directory: str | None, options: ImageOptions = ImageO
     fraction = options.validation_fraction
     if not 0 <= fraction < 1:
         raise UserError(f'data.validation_fraction={fraction}: it must be at least 0 and less than 1.')
-    builder = open_builder(name, directory, DATASETS.entries)
+    builder = open_builder(name, directory, DATASETS.entries, options.cache)
     features, splits = describe_data(name, builder)
     form, channels = check_tokens(name, features), 0
     if form is None:

@@ -1,9 +1,9 @@
 """Checkpoints: Orbax's, with a checksum of their own, so that a damaged one is noticed and the one before is used."""
 
-import errno
 import gc
 import json
 import logging
+import re
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,10 +17,14 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from bqat_jax.distributed.processes import is_first, wait_for_all
 from bqat_jax.errors import UserError
 from bqat_jax.experiment.integrity import arrays_of, digest, on_every_device, quiet
+from bqat_jax.storage import COMMIT_FILE, Place, explain, is_local, is_refused, move_folder
 
 logger = logging.getLogger(__name__)
 
 DAMAGED = 'damaged'
+# Codes of TensorStore's errors, and those that a file that is missing, cut or changed leads to.
+STATUS = re.compile(r'\b([A-Z]+(?:_[A-Z]+)*): ')
+DAMAGE = {'NOT_FOUND', 'DATA_LOSS', 'INVALID_ARGUMENT', 'OUT_OF_RANGE', 'FAILED_PRECONDITION'}
 # Another process that trains may prune a checkpoint while it is read; so often another is tried.
 TRIES = 5
 REMEDY = (
@@ -61,7 +65,7 @@ class Checkpoints:
     the way out pending saves are finished.
     """
 
-    def __init__(self, directory: Path, *, keep: int = 1, has_scores: bool = False, read_only: bool = False):
+    def __init__(self, directory: Place, *, keep: int = 1, has_scores: bool = False, read_only: bool = False):
         """Opens the directory.
 
         Args:
@@ -71,13 +75,14 @@ class Checkpoints:
             read_only: to look at what another process may be writing.
 
         Raises:
-            UserError: if the directory is a file; or a score is damaged and, the directory being read-only, cannot be
-                moved aside.
+            UserError: if the directory is a file, or holds checkpoints that were copied without the files that make
+                them count; or a score is damaged and, the directory being read-only, cannot be moved aside.
         """
-        self.directory = directory.absolute()
+        self.directory = directory.absolute() if isinstance(directory, Path) else directory
         if self.directory.exists() and not self.directory.is_dir():
             raise UserError(f'{self.directory} is a file, and checkpoints go into a folder of that name. Move it away.')
         self._read_only = read_only
+        _check_copied(self.directory)
         # Orbax reads every score as it opens a directory, and gives up on one that it cannot read.
         for path in [path for path in _steps_in(self.directory) if not _has_readable_score(path)]:
             if read_only:
@@ -93,10 +98,18 @@ class Checkpoints:
             read_only=read_only,
             create=not read_only,
             cleanup_tmp_directories=not read_only,
+            **_options_for(self.directory),
         )
         handlers: Any = {'state': ocp.StandardCheckpointHandler(), 'facts': ocp.JsonCheckpointHandler()}
         with quiet():
-            self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+            try:
+                self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+            except Exception as error:
+                if is_local(self.directory):
+                    raise
+                raise UserError(
+                    f'The checkpoints in {self.directory} cannot be listed: {explain(error, self.directory)}'
+                ) from error
 
     def __enter__(self) -> 'Checkpoints':
         return self
@@ -288,18 +301,28 @@ class Checkpoints:
     def _diagnose(self, step: int, error: Exception) -> Exception:
         """What to raise for an error of Orbax or TensorStore."""
         directory, text = self.directory / str(step), f'{type(error).__name__}: {error!s}'
-        if not directory.is_dir():
+        try:
+            is_gone = not directory.is_dir()
+        except Exception as other:  # a bucket that does not answer, or refuses
+            return self._not_readable(step, other)
+        if is_gone:
             return _Gone('it is gone: another process took it away')
-        denied = isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
-        if denied or 'PERMISSION_DENIED' in text or 'Permission denied' in text:
-            return UserError(
-                f'The checkpoint of step {step} in {self.directory} may not be read, or its disk does not answer: '
-                f'{text[:300]}. Nothing was moved: mend that, and run the same command again.'
-            )
         if 'RESOURCE_EXHAUSTED' in text:
             return error
+        if not is_damage(error):
+            return self._not_readable(step, error)
         first = text.partition('\n')[0][:200]
         return _Damaged(f'a file of it is missing, cut or changed ({first})')
+
+    def _not_readable(self, step: int, error: Exception) -> UserError:
+        where = 'its disk does not answer' if is_local(self.directory) else 'its bucket does not answer'
+        why = f'{type(error).__name__}: {str(error)[:300]}'
+        if not is_local(self.directory) and not isinstance(error, UserError):
+            why = explain(error, self.directory)
+        return UserError(
+            f'The checkpoint of step {step} in {self.directory} may not be read, or {where}: {why} Nothing was moved: '
+            'mend that, and run the same command again.'
+        )
 
     def _set_aside(self, step: int, problem: str) -> None:
         path, place = self.directory / str(step), 'left where it is'
@@ -317,17 +340,62 @@ class Checkpoints:
         )
 
     def _save_failed(self, error: Exception) -> UserError:
+        if not is_local(self.directory):
+            return UserError(f'A checkpoint could not be written to {self.directory}: {explain(error, self.directory)}')
         return UserError(
             f'A checkpoint could not be written to {self.directory}: {type(error).__name__}: {str(error)[:500]}\n'
             'Is the disk full, or not writable? Run the same command again to go on from the last finished checkpoint.'
         )
 
 
-def _steps_in(directory: Path) -> list[Path]:
+def _steps_in(directory: Place) -> list[Place]:
     return sorted(path for path in directory.iterdir() if path.name.isdigit()) if directory.is_dir() else []
 
 
-def _has_readable_score(checkpoint: Path) -> bool:
+def _check_copied(directory: Place) -> None:
+    """Refuses a folder in a bucket whose checkpoints lack the file that makes them count.
+
+    Orbax would take them for saves that were broken off, and remove them. Those are told by their number: a save that
+    is broken off leaves an older checkpoint beside it, or is the first of all.
+    """
+    if is_local(directory):
+        return
+    steps = _steps_in(directory)
+    if any(step.name != '0' for step in steps) and not any((step / COMMIT_FILE).exists() for step in steps):
+        raise UserError(
+            f'{directory} has checkpoints ({", ".join(step.name for step in steps)}), and none of them has the file '
+            f'{COMMIT_FILE}, without which a checkpoint in a bucket does not count: they were copied without it, or '
+            'from a local folder, where there is none. Copy them again with all files; or, if they are whole, put an '
+            f'empty file {COMMIT_FILE} into each, and into the folders in it; or take another --workdir.'
+        )
+
+
+def _options_for(directory: Place) -> dict[str, Any]:
+    """Options of Orbax's for a folder in a bucket."""
+    if is_local(directory):
+        return {}
+    from bqat_jax.storage.orbax_stores import check_version, options_for
+
+    check_version(directory)
+    return options_for(directory)
+
+
+def is_damage(error: BaseException) -> bool:
+    """Returns whether an error of reading means that files are missing, cut or changed.
+
+    Whatever else is raised, as by a disk or a network that does not answer or refuses, says nothing of the files.
+    """
+    if isinstance(error, OSError):
+        return isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+    if isinstance(error, UserError) or is_refused(str(error)):
+        return False
+    codes = STATUS.findall(str(error))  # of TensorStore's; the innermost comes last
+    if codes:
+        return set(codes) <= DAMAGE
+    return isinstance(error, ValueError | LookupError | TypeError | AttributeError | AssertionError | EOFError)
+
+
+def _has_readable_score(checkpoint: Place) -> bool:
     path = checkpoint / 'metrics' / 'metrics'
     try:
         return not path.exists() or isinstance(json.loads(path.read_bytes())['score'], float)
@@ -335,7 +403,7 @@ def _has_readable_score(checkpoint: Path) -> bool:
         return False
 
 
-def _move_aside(checkpoint: Path) -> Path:
+def _move_aside(checkpoint: Place) -> Place:
     """Moves a checkpoint out of the way and returns where; of several processes the first one does it, and all wait."""
     wait_for_all(f'seen {checkpoint}')
     place = checkpoint.parent.parent / DAMAGED
@@ -344,8 +412,7 @@ def _move_aside(checkpoint: Path) -> Path:
         number += 1
     wait_for_all(f'named {checkpoint}')
     if is_first():
-        place.mkdir(exist_ok=True)
-        checkpoint.rename(target)
+        move_folder(checkpoint, target)
     wait_for_all(f'moved {checkpoint}')
     return target
 

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -12,7 +12,7 @@ from ml_collections import config_dict
 from bqat_jax.errors import UserError
 from bqat_jax.experiment.keys import BY_NAME, KEYS, MOST_STEPS, NETWORK, SEED, Key, in_words, is_within, range_of
 from bqat_jax.registry import suggest
-from bqat_jax.storage import damaged, place
+from bqat_jax.storage import Place, damaged, local_copy, place
 
 # An ml_collections.ConfigDict; type checkers cannot know its keys.
 Config: TypeAlias = Any
@@ -157,13 +157,28 @@ def section_of(config: Config, name: str) -> tuple[Config, str]:
     return config, last
 
 
-def plugin_files(config: Config) -> tuple[Path, ...]:
+def plugin_files(config: Config) -> tuple[Place, ...]:
     """Returns the paths that `config.plugins` names.
 
     Raises:
         UserError: for a path that `bqat_jax.storage.place` refuses.
     """
     return tuple(place(part.strip(), 'plugins') for part in (config.plugins or '').split(',') if part.strip())
+
+
+def local_files(files: Iterable[Place]) -> list[Path]:
+    """Returns local paths of plugins, with copies of those in buckets.
+
+    Raises:
+        UserError: for one that is not there.
+    """
+    local = []
+    for file in files:
+        try:
+            local.append(local_copy(file))
+        except FileNotFoundError as error:
+            raise UserError(f'plugins: there is no file {file}. Give the path of a Python file.') from error
+    return local
 
 
 def to_plain(value: Any) -> Any:
@@ -185,7 +200,7 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = '
     return changes
 
 
-def check_resumable(old: Mapping[str, Any], new: Mapping[str, Any], workdir: Path) -> None:
+def check_resumable(old: Mapping[str, Any], new: Mapping[str, Any], workdir: Place) -> None:
     """Checks that a workdir made with config `old` can go on with config `new`.
 
     A key that did not exist when the workdir was made has the value that it has by default: what it does now the
@@ -213,14 +228,14 @@ def check_resumable(old: Mapping[str, Any], new: Mapping[str, Any], workdir: Pat
         )
 
 
-def _hint(changes: list[str], workdir: Path) -> str:
+def _hint(changes: list[str], workdir: Place) -> str:
     """What else can be done, where the duration or the bits of training differ."""
     if any(change.startswith(('train.steps', 'train.epochs', 'quant.')) for change in changes):
         return f' To train its network further, take another --workdir with --config.init.workdir={workdir}.'
     return ''
 
 
-def completed(plain: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
+def completed(plain: Mapping[str, Any], workdir: Place) -> dict[str, Any]:
     """Returns a workdir's plain config with the keys that it lacks, but the network's options, at their defaults.
 
     Raises:

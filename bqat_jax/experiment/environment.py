@@ -17,7 +17,7 @@ from bqat_jax.distributed.processes import check_agreement
 from bqat_jax.errors import UserError
 from bqat_jax.experiment.configuration import Config, leaves, plugin_files, to_plain
 from bqat_jax.experiment.experiment import Experiment
-from bqat_jax.storage import damaged
+from bqat_jax.storage import Place, damaged
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'tensorflow-datasets', 'grain', 'numpy')
 # Settings of JAX by which numbers differ, as `jax.config` names them; upper case, they are environment variables.
@@ -28,7 +28,7 @@ NUMERICS = (
     'jax_threefry_partitionable',
 )
 # What may differ between the processes of a run: which one it is, and where things lie on its machine.
-OF_ONE_PROCESS = ('distributed', 'compilation_cache', 'data.dir', 'data.workers', 'plugins')
+OF_ONE_PROCESS = ('distributed', 'compilation_cache', 'data.dir', 'data.workers', 'data.cache_dir', 'plugins')
 # Before it, the state of training had other names.
 FIRST_READABLE = (0, 3)
 
@@ -46,7 +46,7 @@ def numerics() -> dict[str, Any]:
     return {name: getattr(jax.config, name) for name in NUMERICS if hasattr(jax.config, name)}
 
 
-def digests(files: Iterable[Path]) -> dict[str, str]:
+def digests(files: Iterable[Place]) -> dict[str, str]:
     """Returns the SHA-256 of files, by their paths."""
     return {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
@@ -65,7 +65,7 @@ def describe_environment(experiment: Experiment) -> dict[str, Any]:
     }
 
 
-def check_environment(recorded: Mapping[str, Any], workdir: Path, data_set: Mapping[str, Any]) -> None:
+def check_environment(recorded: Mapping[str, Any], workdir: Place, data_set: Mapping[str, Any]) -> None:
     """Checks that a run can be continued by this program, with these settings of JAX, on this data set.
 
     Args:

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import rich.console
@@ -16,6 +15,7 @@ from bqat_jax.distributed.sharding import Placement
 from bqat_jax.replacement.objective import Objective
 from bqat_jax.replacement.plans import Plan
 from bqat_jax.replacement.tasks import Task
+from bqat_jax.storage import Hold, Place
 from bqat_jax.training.optimizer import OptimizerSpec
 from bqat_jax.training.regularizers import Regularizers
 from bqat_jax.training.strengths import TraceSettings
@@ -76,7 +76,7 @@ class PartnerSource:
 
     network_name: str
     torch_file: str | None
-    workdir: str | None
+    workdir: Place | None
     torch_key: str | None
     new_head: bool
     network_options: Mapping[str, Any]
@@ -91,7 +91,7 @@ class InitSource:
         keeps_quantizers: whether the quantizers are taken from there too, instead of being calibrated.
     """
 
-    workdir: Path | None
+    workdir: Place | None
     keeps_quantizers: bool
 
 
@@ -122,6 +122,7 @@ class Experiment:
         config: the config as JSON, by which a workdir is known again.
         method: what `result.json` says of the config.
         workdir: where everything goes that the run leaves.
+        hold: that this run alone writes there.
         console: where progress is shown.
         plugins: the user's files that were run.
         seeds: of the low-precision networks that are trained side by side; a single run has the first.
@@ -151,9 +152,10 @@ class Experiment:
 
     config: Mapping[str, Any]
     method: Mapping[str, Any]
-    workdir: Path
+    workdir: Place
+    hold: Hold
     console: rich.console.Console
-    plugins: tuple[Path, ...]
+    plugins: tuple[Place, ...]
     seeds: range
     placement: Placement
     data: DataSpec

@@ -4,7 +4,6 @@ import dataclasses
 import importlib.metadata
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +28,7 @@ from bqat_jax.export.stablehlo import export_stablehlo
 from bqat_jax.export.verification import Agreement, Run, compare
 from bqat_jax.export.watching import Watch
 from bqat_jax.replacement.tasks import Task
+from bqat_jax.storage import Place, fetched
 from bqat_jax.training.evaluation import add_counts
 
 DIRECTORY, REPORT = 'export', 'report.json'
@@ -151,7 +151,7 @@ def make_report(
     }
 
 
-def open_model(exported: Network, name: str, spec: ExportSpec, directory: Path) -> Model:
+def open_model(exported: Network, name: str, spec: ExportSpec, directory: Place) -> Model:
     """Returns a written file in its runtime; codes are seen in a second program of the same format.
 
     Args:
@@ -161,16 +161,17 @@ def open_model(exported: Network, name: str, spec: ExportSpec, directory: Path) 
         directory: of the files.
     """
     network, frozen, _ = exported
-    path = directory / FILES[name]
+    with fetched(directory / FILES[name]) as path:
+        opened = load(path, network if name == PACKED else None)
     if name == PACKED:
         watched = jax.jit(Program(frozen, network).run_with_codes)
         arrays = jax.device_put(arrays_of(frozen))
-        return Model(load(path, network).run, lambda inputs: Run(*watched(arrays, inputs)))
+        return Model(opened.run, lambda inputs: Run(*watched(arrays, inputs)))
     if name == STABLEHLO:
         content = export_stablehlo(frozen, network, batch=spec.batch, with_codes=True)
         program = jax.jit(jax.export.deserialize(bytearray(content)).call)
-        return Model(load(path).run, lambda inputs: Run(*program(inputs)))
-    return Model(load(path).run, _watched_onnx(exported, name, spec))
+        return Model(opened.run, lambda inputs: Run(*program(inputs)))
+    return Model(opened.run, _watched_onnx(exported, name, spec))
 
 
 def _watched_onnx(exported: Network, name: str, spec: ExportSpec) -> Callable[[Any], Run]:

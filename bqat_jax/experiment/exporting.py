@@ -1,7 +1,6 @@
 """Exports what a run trained: files, and a report of how large they are and how far they agree with the network."""
 
 import importlib.util
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -39,10 +38,10 @@ from bqat_jax.export.stablehlo import export_stablehlo
 from bqat_jax.export.verification import fake_quantized
 from bqat_jax.networks import make_network
 from bqat_jax.registry import suggest
-from bqat_jax.storage import write_bytes, write_json
+from bqat_jax.storage import Place, write_bytes, write_json
 
 
-def export_run(config: Config, workdir: Path) -> dict[str, Any]:
+def export_run(config: Config, workdir: Place) -> dict[str, Any]:
     """Exports the selected checkpoint of a finished run, with the batch statistics that `--mode=evaluate` uses.
 
     Writes the files and `export/report.json`, prints a table, and returns the paths of the files. With replicas the
@@ -95,7 +94,7 @@ def read_spec(config: Config) -> ExportSpec:
     return ExportSpec(formats, config.export.batch, config.export.opset)
 
 
-def write_files(exported: Network, spec: ExportSpec, directory: Path) -> dict[str, bytes]:
+def write_files(exported: Network, spec: ExportSpec, directory: Place) -> dict[str, bytes]:
     """Writes a network in every format; all are made before the first is written. Returns the files' contents.
 
     Raises:

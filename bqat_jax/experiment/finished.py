@@ -1,6 +1,5 @@
 """Opens what a run left: its partner, and the selected checkpoint of its low-precision network."""
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -20,7 +19,7 @@ from bqat_jax.experiment.run_phase import open_checkpoints
 from bqat_jax.experiment.setup import make_experiment
 from bqat_jax.experiment.streams import Stream
 from bqat_jax.experiment.workdir import CONFIG, check_config, check_is_run
-from bqat_jax.storage import read_json
+from bqat_jax.storage import Place, check_reachable, read_json
 from bqat_jax.training.reestimation import reestimate_batch_stats
 
 
@@ -38,7 +37,7 @@ class Finished(NamedTuple):
     restored: Restored
 
 
-def open_run(config: Config, workdir: Path, console: rich.console.Console) -> tuple[Experiment, Finished]:
+def open_run(config: Config, workdir: Place, console: rich.console.Console) -> tuple[Experiment, Finished]:
     """Returns what a workdir's run is, and the selected checkpoint of its low-precision network.
 
     Args:
@@ -49,6 +48,7 @@ def open_run(config: Config, workdir: Path, console: rich.console.Console) -> tu
     Raises:
         UserError: if the workdir holds no run of this config, or its checkpoint cannot be read.
     """
+    check_reachable(workdir, '--workdir')
     check_is_run(workdir)
     experiment = make_experiment(config, workdir, console)
     check_config(experiment)
@@ -115,7 +115,7 @@ def find_start(experiment: Experiment, partner: Partner) -> Start:
     return Start(variables, state.variables.quantizers, read_json(source.workdir / QUANTIZERS_FILE))
 
 
-def _config_of(workdir: Path, experiment: Experiment) -> Config:
+def _config_of(workdir: Place, experiment: Experiment) -> Config:
     """The config of another run, on the devices and with the data folder of this one."""
     check_is_run(workdir)
     config: Config = ml_collections.ConfigDict(completed(read_json(workdir / CONFIG), workdir))

@@ -16,6 +16,7 @@ from bqat_jax.experiment.checkpoints import Checkpoints
 from bqat_jax.experiment.loop import After, Before
 from bqat_jax.experiment.metrics import STRENGTH, VALIDATION, NoRecorder, Recorder
 from bqat_jax.replacement.tasks import Metric
+from bqat_jax.storage import Hold
 from bqat_jax.training.evaluation import Evaluation
 from bqat_jax.training.state import TrainState
 from bqat_jax.training.strengths import mean_strengths
@@ -102,13 +103,14 @@ class Save:
         log: Log,
         evaluation: Callable[[Any, Any], tuple[Evaluation, ...]] | None,
         metric: Metric,
+        hold: Hold,
     ):
-        """Takes where to save, the log, what evaluates params and batch statistics on the validation split, and the
-        metric that is the score.
+        """Takes where to save, the log, what evaluates params and batch statistics on the validation split, the metric
+        that is the score, and that this run alone saves there.
         """
         self.checkpoints = checkpoints
         self.seconds = 0.0  # of the phase, at the last save
-        self._log, self._evaluation, self._metric = log, evaluation, metric
+        self._log, self._evaluation, self._metric, self._hold = log, evaluation, metric, hold
         self._saved: int | None = None
 
     def hook(self, every: int, last: int) -> After:
@@ -143,7 +145,7 @@ class Save:
         """Saves the state after step `number`, if it is sound.
 
         Raises:
-            UserError: if the loss was not finite, or the checkpoint cannot be written.
+            UserError: if the loss was not finite, the checkpoint cannot be written, or another run has taken over.
         """
         self._log.flush()
         with self._log.clock.pause():
@@ -158,6 +160,8 @@ class Save:
                 score = self._metric.rank(mean)
                 facts[name] = values
                 self._log.recorder.record(number, {name: mean})
+            self._hold.check()
+            self._log.recorder.send()  # before: a run that goes on from this checkpoint finds the lines up to it
             self.checkpoints.save(number, state, facts, score)
         self._saved = number
 

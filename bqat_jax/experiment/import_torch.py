@@ -1,6 +1,6 @@
 """The partner's variables from a file of PyTorch weights, and what is told if they do not fit."""
 
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
 import jax
@@ -11,8 +11,8 @@ from bqat_jax.errors import UserError
 from bqat_jax.experiment.experiment import Experiment
 from bqat_jax.networks import make_network
 from bqat_jax.networks.torch_names import Translation, find_prefix
-from bqat_jax.networks.torch_weights import NAME_RULES, WeightsMismatch, import_state_dict, read_state_dict
-from bqat_jax.storage import write_text
+from bqat_jax.networks.torch_weights import NAME_RULES, StateDict, WeightsMismatch, import_state_dict, read_state_dict
+from bqat_jax.storage import fetched, place, write_text
 
 # In a workdir: all in which the last file did not fit.
 REPORT = 'partner_import.txt'
@@ -35,7 +35,7 @@ def import_torch(experiment: Experiment) -> tuple[dict[str, Any], str]:
             f'{name!r} are not known, only those of {", ".join(NAME_RULES)}. Train the partner here, or add '
             'rules to bqat_jax.networks.name_rules.NAME_RULES in a plugin.'
         )
-    rules, read = NAME_RULES[name], read_state_dict(file, source.torch_key)
+    rules, read = NAME_RULES[name], _read(file, source.torch_key)
     without = find_classifier(experiment) if source.new_head else ()
     try:
         variables = import_state_dict(read.arrays, rules, experiment.shapes, without=without)
@@ -45,7 +45,19 @@ def import_torch(experiment: Experiment) -> tuple[dict[str, Any], str]:
         (experiment.workdir / REPORT).unlink(missing_ok=True)
     prefix = find_prefix(read.arrays, Translation.of(rules))
     taken_off = f', names without {prefix!r}' if prefix else ''
-    return variables, f'PyTorch file {Path(file).name}{read.describe()}{taken_off}'
+    return variables, f'PyTorch file {PurePosixPath(file).name}{read.describe()}{taken_off}'
+
+
+def _read(file: str, key: str | None) -> StateDict:
+    """The weights in a file, which may lie in a bucket."""
+    try:
+        with fetched(place(file, 'partner.torch_file')) as local:
+            try:
+                return read_state_dict(local, key)
+            except UserError as error:
+                raise UserError(str(error).replace(str(local), file)) from error
+    except FileNotFoundError as error:
+        raise UserError(f'partner.torch_file={file!r}: there is no such file. Check the path.') from error
 
 
 def with_new_classifier(experiment: Experiment, fresh: dict[str, Any]) -> dict[str, Any]:

@@ -105,6 +105,14 @@ KEYS: tuple[Key, ...] = (
         "folder of prepared data sets; unset: TensorFlow Datasets' own, in the home folder",
         may_change=True,
     ),
+    Key(
+        'data.cache_dir',
+        Unset(str),
+        'local folder in which data sets of buckets are kept: [pods](pods.md); unset: `~/.cache/bqat_jax` for s3://, '
+        'and gs:// is read directly',
+        may_change=True,
+    ),
+    Key('data.cache_gb', 200.0, 'largest size of that folder; what was not used for longest goes', POSITIVE, True),
     Key('data.train_split', 'train', 'what is trained on: a split, or a slice such as `train[:80%]`'),
     Key('data.test_split', 'test', 'what is evaluated at the end: a split, or a slice'),
     Key(
@@ -260,6 +268,20 @@ KEYS: tuple[Key, ...] = (
     ),
     Key('export.batch', 0, 'examples that an exported program takes at once; 0: any number', COUNT_OR_NONE, True),
     Key('export.opset', 21, 'version of the ONNX operators', '[21, 25]', True),
+    Key(
+        'storage.patience',
+        600.0,
+        'seconds for which requests to a bucket that fail are repeated, before the run stops: [pods](pods.md)',
+        NUMBER,
+        may_change=True,
+    ),
+    Key(
+        'storage.lease_seconds',
+        60.0,
+        'seconds after which a workdir in a bucket, whose run does not renew its lease, is taken over',
+        '[1, inf)',
+        may_change=True,
+    ),
     Key('mesh.data', -1, 'devices that share a batch, times `mesh.fsdp`; -1: all', '[-1, inf)', True),
     Key('mesh.fsdp', 1, 'parts that large arrays are split into: parameters, optimizer state, partner', COUNT, True),
     Key(

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +22,7 @@ from bqat_jax.experiment.streams import Stream, random_key
 from bqat_jax.quantizers import describe_quantizer
 from bqat_jax.replacement.block_replacement import BlockReplacement
 from bqat_jax.replacement.paths import Variables
-from bqat_jax.storage import damaged, read_json, write_once
+from bqat_jax.storage import Place, damaged, read_json, write_once
 from bqat_jax.training.spec import TrainSpec
 from bqat_jax.transform import (
     LayerQuantizers,
@@ -139,7 +138,7 @@ def read_quantization(experiment: Experiment) -> Quantization:
     return _build_quantization(experiment, read_json(path), path)
 
 
-def _build_quantization(experiment: Experiment, described: dict[str, Any], file: Path) -> Quantization:
+def _build_quantization(experiment: Experiment, described: dict[str, Any], file: Place) -> Quantization:
     """The config's quantizers, with the signs of inputs that calibration found and a file describes."""
     signed = {}
     for path, layer in experiment.quantizers.items():
@@ -156,7 +155,8 @@ def _build_quantization(experiment: Experiment, described: dict[str, Any], file:
 
 def _same_quantization(experiment: Experiment, described: dict[str, Any]) -> Quantization:
     """The config's quantizers, if they are those of another run."""
-    source = Path(experiment.init.workdir or '') / QUANTIZERS_FILE
+    assert experiment.init.workdir is not None
+    source = experiment.init.workdir / QUANTIZERS_FILE
     quantization = _build_quantization(experiment, described, source)
     changes = changed_keys(described, _describe(quantization))
     if changes:

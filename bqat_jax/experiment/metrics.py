@@ -3,7 +3,9 @@
 The metrics themselves are computed in the training step: `bqat_jax.training.metrics`.
 """
 
+import dataclasses
 import json
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,31 @@ import rich.progress
 from tensorboardX import SummaryWriter
 
 from bqat_jax.distributed.processes import is_first
-from bqat_jax.storage import write_text
+from bqat_jax.storage import Hold, Place, Spool, write_text
+
+logger = logging.getLogger(__name__)
 
 METRICS_FILE = 'metrics.jsonl'
 STRENGTH = 'mean_delta'  # the mean strength of estimators that measure one, before the step that follows
 VALIDATION = 'validation_'  # before the name of a metric on the validation split
+SEND_EVERY = 60.0  # seconds
 # The metrics shown on the terminal, and how; the files have all.
 SHOWN = {'loss': 'loss {:.3g}', 'examples_per_second': '{:.0f} examples/s'}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recording:
+    """Where metrics go.
+
+    Attributes:
+        workdir: of the run; in a bucket the files are sent every minute and before each checkpoint.
+        hold: that this run alone writes there.
+        console: where progress is shown.
+    """
+
+    workdir: Place
+    hold: Hold
+    console: rich.console.Console
 
 
 class Recorder:
@@ -29,18 +49,21 @@ class Recorder:
     removed: those steps are done again.
     """
 
-    def __init__(self, workdir: Path, phase: str, start: int, total: int, console: rich.console.Console):
-        """Opens the files in `workdir`."""
-        self._phase, self._start, self._total = phase, start, total
-        self._console = console
-        path = workdir / METRICS_FILE
-        _remove_after(path, phase, start)
+    def __init__(self, place: Recording, phase: str, start: int | None, total: int):
+        """Opens the files; `start` is None where no step was ever saved, not even the first."""
+        self._place, self._phase, self._start, self._total = place, phase, start or 0, total
+        self._console = place.console
+        self._spool = Spool(place.workdir)
+        self._spool.fetch(METRICS_FILE)
+        path = self._spool.local / METRICS_FILE
+        _remove_after(path, phase, -1 if start is None else start)
         self._file = path.open('a', encoding='utf-8')
-        self._events = SummaryWriter(str(workdir / 'tensorboard' / phase), purge_step=start)
+        self._events = SummaryWriter(str(self._spool.local / 'tensorboard' / phase), purge_step=self._start)
+        self._sent = time.monotonic()
         self._began = time.monotonic()
         self._progress = None
         self._latest: dict[str, float] = {}
-        if console.is_terminal:
+        if self._console.is_terminal:
             self._progress = rich.progress.Progress(
                 rich.progress.TextColumn('{task.description}'),
                 rich.progress.BarColumn(bar_width=12),
@@ -48,9 +71,9 @@ class Recorder:
                 rich.progress.TextColumn('{task.fields[shown]}'),
                 rich.progress.TimeRemainingColumn(),
                 rich.progress.TextColumn('left'),
-                console=console,
+                console=self._console,
             )
-            self._task = self._progress.add_task(phase, total=total, completed=start, shown='compiling')
+            self._task = self._progress.add_task(phase, total=total, completed=self._start, shown='compiling')
 
     def __enter__(self) -> 'Recorder':
         if self._progress:
@@ -62,6 +85,14 @@ class Recorder:
             self._progress.stop()
         self._events.close()
         self._file.close()
+        try:
+            self._send_if_held()
+        except Exception as error:
+            if exception[1] is None:  # else that one goes on, and it says more
+                raise
+            logger.warning('The last metrics could not be sent (%s).', type(error).__name__)
+        finally:
+            self._spool.close()
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
         """Writes the metrics of a step, counted from 1, and shows the progress."""
@@ -70,6 +101,8 @@ class Recorder:
         for name, value in metrics.items():
             self._events.add_scalar(name, value, step)
         self._events.flush()
+        if time.monotonic() - self._sent > SEND_EVERY:
+            self._send_if_held()
         if self._progress:
             self._latest |= metrics  # the bar stands still: it shows the last of each
             shown = _show(self._latest)
@@ -80,6 +113,15 @@ class Recorder:
                 seconds = (time.monotonic() - self._began) / (step - self._start) * (self._total - step)
                 line += f'  left {seconds:.0f} s'
             self._console.print(line, markup=False, highlight=False)
+
+    def send(self) -> None:
+        """Sends to a bucket what was recorded; to be called before a checkpoint is saved, by who holds it."""
+        self._spool.send()
+        self._sent = time.monotonic()
+
+    def _send_if_held(self) -> None:
+        if self._place.hold.is_held():
+            self.send()
 
 
 class NoRecorder:
@@ -94,12 +136,13 @@ class NoRecorder:
     def record(self, step: int, metrics: dict[str, float]) -> None:
         """Does nothing."""
 
+    def send(self) -> None:
+        """Does nothing."""
 
-def open_recorder(
-    workdir: Path, phase: str, start: int, total: int, console: rich.console.Console
-) -> Recorder | NoRecorder:
+
+def open_recorder(place: Recording, phase: str, start: int | None, total: int) -> Recorder | NoRecorder:
     """Returns the recorder of a phase; of several processes the first one records."""
-    return Recorder(workdir, phase, start, total, console) if is_first() else NoRecorder()
+    return Recorder(place, phase, start, total) if is_first() else NoRecorder()
 
 
 def _show(metrics: dict[str, float]) -> str:

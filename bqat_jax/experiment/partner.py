@@ -1,6 +1,6 @@
 """The full-precision partner: where it comes from, and how it is kept in the workdir."""
 
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +22,7 @@ from bqat_jax.replacement.block_replacement import BlockReplacement
 from bqat_jax.replacement.objective import task_alone
 from bqat_jax.replacement.paths import Variables
 from bqat_jax.replacement.plans import Plan
-from bqat_jax.storage import read_json, write_once
+from bqat_jax.storage import COMMIT_FILE, Place, read_json, write_once
 from bqat_jax.training.spec import TrainSpec
 from bqat_jax.transform import FULL_PRECISION
 
@@ -58,7 +58,7 @@ def find_partner(experiment: Experiment) -> Partner | None:
         return partner
     source = experiment.partner_source
     if source.workdir is not None:
-        partner = _take_from_workdir(experiment, Path(source.workdir))
+        partner = _take_from_workdir(experiment, source.workdir)
     elif source.torch_file is not None:
         partner = _import_from_torch(experiment)
     return None if partner is None else _keep(experiment, partner)
@@ -98,7 +98,7 @@ def pretrain_partner(experiment: Experiment, data: Data, stop: StopRequest) -> P
     trained = variables.of_network
     source = f'trained for {phase.spec.steps} steps'
     if experiment.partner_source.new_head:
-        source += f' from PyTorch file {Path(experiment.partner_source.torch_file or "").name} with a new head'
+        source += f' from PyTorch file {PurePosixPath(experiment.partner_source.torch_file or "").name} with a new head'
     return _keep(experiment, Partner(trained, {**facts, 'source': source}))
 
 
@@ -130,7 +130,7 @@ def make_preprocessing(experiment: Experiment, facts: dict[str, Any]) -> Preproc
     return Preprocessing(tuple(facts['mean']), tuple(facts['std']), experiment.data.augmentation)
 
 
-def load_partner(experiment: Experiment, workdir: Path) -> Partner | None:
+def load_partner(experiment: Experiment, workdir: Place) -> Partner | None:
     """Returns the finished partner that a workdir keeps, or None if it has none.
 
     Raises:
@@ -148,10 +148,16 @@ def load_partner(experiment: Experiment, workdir: Path) -> Partner | None:
         restored = checkpoints.restore_selected(
             experiment.shapes, f'Move {workdir / DIRECTORY} away, and the partner is trained or imported again.'
         )
-    return None if restored is None else Partner(restored.state, facts)
+    if restored is None:  # it was finished before partner.json was written
+        raise UserError(
+            f'{path} describes a partner, and {path.parent / "final"} holds no checkpoint that counts: it was copied '
+            f'in part, or to a bucket without its files {COMMIT_FILE}. Copy it again with all files, or move '
+            f'{path.parent} away, and the partner is trained or imported again.'
+        )
+    return Partner(restored.state, facts)
 
 
-def _take_from_workdir(experiment: Experiment, workdir: Path) -> Partner:
+def _take_from_workdir(experiment: Experiment, workdir: Place) -> Partner:
     partner = load_partner(experiment, workdir)
     if partner is None:
         raise UserError(
@@ -181,6 +187,7 @@ def _new_facts(experiment: Experiment) -> dict[str, Any]:
 def _keep(experiment: Experiment, partner: Partner) -> Partner:
     """Makes a partner the workdir's own."""
     directory = experiment.workdir / DIRECTORY
+    experiment.hold.check()
     with Checkpoints(directory / 'final') as checkpoints:
         if checkpoints.latest_step is None:  # else a kill came between these two files
             checkpoints.save(0, partner.variables, {})

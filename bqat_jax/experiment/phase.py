@@ -1,7 +1,6 @@
 """What a phase of training is, and the shapes of what it trains."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,6 +8,7 @@ import jax
 from bqat_jax.distributed.replicas import Replicas
 from bqat_jax.experiment.streams import Stream
 from bqat_jax.replacement.paths import Variables
+from bqat_jax.storage import Place
 from bqat_jax.training.optimizer import OptimizerSpec, make_optimizer
 from bqat_jax.training.spec import TrainSpec
 from bqat_jax.training.state import init_state
@@ -35,7 +35,7 @@ class Phase:
     optimizer: OptimizerSpec
     partner: Any
     shapes: Variables
-    directory: Path
+    directory: Place
     replicas: Replicas
 
     @property

@@ -1,10 +1,10 @@
 """Traces of single training steps, made by `jax.profiler`."""
 
-from pathlib import Path
 from typing import Any
 
 import jax
 
+from bqat_jax.storage import Place, Spool
 from bqat_jax.training.state import TrainState
 
 FOLDER = 'profile'
@@ -13,9 +13,10 @@ FOLDER = 'profile'
 class Trace:
     """Records what host and devices do during some steps; a context manager around them, and two hooks."""
 
-    def __init__(self, directory: Path, first: int, last: int):
+    def __init__(self, directory: Place, first: int, last: int):
         """Takes the folder for the trace, and the first and the last step, counted from 1; 0 for no trace."""
         self._directory, self._first, self._last = directory, first, last
+        self._spool: Spool | None = None
         self._is_on = False
 
     def __enter__(self) -> 'Trace':
@@ -27,7 +28,8 @@ class Trace:
     def start(self, done: int, state: TrainState) -> TrainState:
         """Starts the trace before its first step."""
         if done + 1 == self._first:
-            jax.profiler.start_trace(str(self._directory))
+            self._spool = Spool(self._directory)
+            jax.profiler.start_trace(str(self._spool.local))
             self._is_on = True
         return state
 
@@ -42,3 +44,6 @@ class Trace:
         if self._is_on:
             self._is_on = False
             jax.profiler.stop_trace()
+            assert self._spool is not None
+            self._spool.send()
+            self._spool.close()

@@ -1,8 +1,8 @@
 """A whole run: partner, calibration, block-replaced training, evaluation. What `main.py` calls."""
 
+import dataclasses
 import math
 import statistics
-from pathlib import Path
 from typing import Any
 
 import rich.console
@@ -25,7 +25,7 @@ from bqat_jax.experiment.partner import Partner, find_partner, partner_spec, pre
 from bqat_jax.experiment.reading import Data, load_data, load_split, make_evaluation
 from bqat_jax.experiment.setup import make_experiment
 from bqat_jax.experiment.workdir import check_config, opened, write_record
-from bqat_jax.storage import write_once
+from bqat_jax.storage import Place, check_reachable, write_once
 from bqat_jax.training.evaluation import Evaluation
 from bqat_jax.training.spec import NETWORK, QUANTIZERS
 
@@ -35,7 +35,7 @@ PARTNER = 'fp_'
 
 def train(
     config: Config,
-    workdir: Path,
+    workdir: Place,
     *,
     name: str,
     overrides: dict[str, Any] | None = None,
@@ -54,8 +54,8 @@ def train(
         UserError: for a config or a workdir that cannot work, with the remedy.
         Stopped: if SIGTERM or SIGINT came; a checkpoint is saved.
     """
-    with opened(workdir), StopRequest() as stop:
-        experiment = make_experiment(config, workdir, console or _console())
+    with opened(workdir, config.storage.lease_seconds) as hold, StopRequest() as stop:
+        experiment = make_experiment(config, workdir, console or _console(), hold=hold)
         check_config(experiment)
         write_record(experiment, name, overrides)
         _summarize(experiment)
@@ -68,12 +68,13 @@ def train(
         return _finish(experiment, finished, data, 'result.json', stop)
 
 
-def summarize_network(config: Config, workdir: Path) -> dict[str, Any]:
+def summarize_network(config: Config, workdir: Place) -> dict[str, Any]:
     """Prints what a config's network is; writes `summary.json` and returns its totals.
 
     Raises:
         UserError: for a config that cannot work, or a workdir that was made with another.
     """
+    check_reachable(workdir, '--workdir')
     workdir.mkdir(parents=True, exist_ok=True)
     experiment = make_experiment(config, workdir, _console())
     check_config(experiment)
@@ -81,7 +82,7 @@ def summarize_network(config: Config, workdir: Path) -> dict[str, Any]:
 
 
 def import_partner(
-    config: Config, workdir: Path, *, name: str, overrides: dict[str, Any] | None = None
+    config: Config, workdir: Place, *, name: str, overrides: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """Imports the partner that the config names into a workdir and evaluates it; writes and returns `import.json`.
 
@@ -107,7 +108,8 @@ def import_partner(
             'partner.new_head=True: a new head knows no classes before it is trained, so there is no partner to '
             'evaluate. Train it, with --mode=train.'
         )
-    with opened(workdir), StopRequest() as stop:
+    with opened(workdir, config.storage.lease_seconds) as hold, StopRequest() as stop:
+        experiment = dataclasses.replace(experiment, hold=hold)
         check_config(experiment)
         write_record(experiment, name, overrides)
         partner = find_partner(experiment)
@@ -124,7 +126,7 @@ def import_partner(
         return result
 
 
-def prepare_partner(config: Config, workdir: Path, *, name: str, console: rich.console.Console) -> None:
+def prepare_partner(config: Config, workdir: Place, *, name: str, console: rich.console.Console) -> None:
     """Trains or imports the partner alone and keeps it in a workdir, for `partner.workdir` of other runs.
 
     Args:
@@ -137,8 +139,8 @@ def prepare_partner(config: Config, workdir: Path, *, name: str, console: rich.c
         UserError: for a config or a workdir that cannot work, with the remedy.
         Stopped: if SIGTERM or SIGINT came; a checkpoint is saved.
     """
-    with opened(workdir), StopRequest() as stop:
-        experiment = make_experiment(config, workdir, console)
+    with opened(workdir, config.storage.lease_seconds) as hold, StopRequest() as stop:
+        experiment = make_experiment(config, workdir, console, hold=hold)
         check_config(experiment)
         write_record(experiment, name, {})
         check_memory(experiment)
@@ -146,7 +148,7 @@ def prepare_partner(config: Config, workdir: Path, *, name: str, console: rich.c
             pretrain_partner(experiment, load_data(experiment), stop)
 
 
-def evaluate_run(config: Config, workdir: Path) -> dict[str, Any]:
+def evaluate_run(config: Config, workdir: Place) -> dict[str, Any]:
     """Evaluates the selected checkpoint of a workdir on the test split; writes and returns `evaluation.json`.
 
     Raises:
@@ -160,7 +162,7 @@ def evaluate_run(config: Config, workdir: Path) -> dict[str, Any]:
         return _finish(experiment, finished, data, 'evaluation.json', stop)
 
 
-def diagnose_run(config: Config, workdir: Path) -> dict[str, Any]:
+def diagnose_run(config: Config, workdir: Place) -> dict[str, Any]:
     """Diagnoses the selected checkpoint of a workdir; writes files in `diagnosis/` and returns their names.
 
     With replicas the first one is diagnosed.
@@ -219,6 +221,7 @@ def _finish(
             f'{not_finite} test examples have outputs that are NaN or infinite: the network overflows. They count as '
             'wrong, and their loss as infinite.'
         )
+    experiment.hold.check()
     write_once(experiment.workdir / file, result)
     return result
 

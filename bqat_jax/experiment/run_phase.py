@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +13,13 @@ from bqat_jax.experiment.diagnosing import diagnose_phase
 from bqat_jax.experiment.experiment import Experiment
 from bqat_jax.experiment.hooks import Clock, Log, Save, diagnosis_hook, make_finite_check, strengths_hook
 from bqat_jax.experiment.loop import After, Before, Hooks, run_steps
-from bqat_jax.experiment.metrics import open_recorder
+from bqat_jax.experiment.metrics import Recording, open_recorder
 from bqat_jax.experiment.phase import Phase
 from bqat_jax.experiment.profiling import FOLDER, Trace
 from bqat_jax.experiment.reading import Data, make_evaluation, training_batches
 from bqat_jax.experiment.streams import random_key
 from bqat_jax.replacement.paths import Variables
-from bqat_jax.storage import write_once
+from bqat_jax.storage import Place, write_once
 from bqat_jax.training.optimizer import make_optimizer
 from bqat_jax.training.state import TrainState, init_state
 from bqat_jax.training.step import make_train_step
@@ -63,7 +62,7 @@ def run_phase(
         return selected._replace(facts={**selected.facts, 'seconds': seconds})
 
 
-def open_checkpoints(experiment: Experiment, directory: Path, *, read_only: bool = False) -> Checkpoints:
+def open_checkpoints(experiment: Experiment, directory: Place, *, read_only: bool = False) -> Checkpoints:
     """Opens the checkpoints of a phase as the experiment keeps them."""
     has_scores = len(experiment.data.images.validation) > 0
     return Checkpoints(directory, keep=experiment.kept_checkpoints, has_scores=has_scores, read_only=read_only)
@@ -98,12 +97,13 @@ def _train(
     intervals, evaluation = experiment.intervals, None
     if data.validation is not None:
         evaluation = make_evaluation(experiment, phase.spec, phase.replicas, data.validation)
+    place = Recording(experiment.workdir, experiment.hold, experiment.console)
     with (
-        open_recorder(experiment.workdir, phase.name, start, steps, experiment.console) as recorder,
+        open_recorder(place, phase.name, None if checkpoints.latest_step is None else start, steps) as recorder,
         Trace(experiment.workdir / FOLDER / phase.name, *intervals.traced) as trace,
     ):
         log = Log(recorder, clock, make_finite_check(phase.name, checkpoints))
-        save = Save(checkpoints, log, evaluation, experiment.task.score)
+        save = Save(checkpoints, log, evaluation, experiment.task.score, experiment.hold)
         if checkpoints.latest_step is None:
             save.save(0, state)
             checkpoints.check_readable(0, phase.state_shapes)  # before hours of work rely on it

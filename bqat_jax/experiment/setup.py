@@ -15,12 +15,21 @@ from flax import traverse_util
 from bqat_jax.analysis.measurement import DiagnosisSettings
 from bqat_jax.blocks.block_network import PARAMS, BlockNetwork
 from bqat_jax.blocks.exploring import with_inputs
+from bqat_jax.data.caching import Cache
 from bqat_jax.data.preprocessing import Augmentation
 from bqat_jax.data.sources import ImageData, ImageOptions, load_images
 from bqat_jax.distributed.replicas import Replicas
 from bqat_jax.distributed.sharding import FSDP_AXIS, Placement, Rule, make_mesh, parse_rules, rules_of_names
 from bqat_jax.errors import UserError
-from bqat_jax.experiment.configuration import Config, check_values, duration, plugin_files, section_of, to_plain
+from bqat_jax.experiment.configuration import (
+    Config,
+    check_values,
+    duration,
+    local_files,
+    plugin_files,
+    section_of,
+    to_plain,
+)
 from bqat_jax.experiment.environment import check_experiments
 from bqat_jax.experiment.experiment import DataSpec, Experiment, InitSource, Intervals, PartnerSource, PhaseSpec
 from bqat_jax.networks import make_network
@@ -31,7 +40,7 @@ from bqat_jax.replacement.objective import WEIGHTS, Objective
 from bqat_jax.replacement.plans import Plan, parse_path_weights
 from bqat_jax.replacement.schedules import get_schedule
 from bqat_jax.replacement.tasks import Task, get_task
-from bqat_jax.storage import place
+from bqat_jax.storage import Hold, Place, place
 from bqat_jax.training.optimizer import OptimizerSpec, Rates
 from bqat_jax.training.regularizers import Regularizers
 from bqat_jax.training.strengths import TraceSettings
@@ -45,9 +54,10 @@ KEEP, CALIBRATE = 'keep', 'calibrate'
 
 def make_experiment(
     config: Config,
-    workdir: Path,
+    workdir: Place,
     console: rich.console.Console,
     *,
+    hold: Hold | None = None,
     images: ImageData | None = None,
     devices: Sequence[Any] | None = None,
 ) -> Experiment:
@@ -57,6 +67,7 @@ def make_experiment(
         config: what the command line left of a recipe.
         workdir: where everything goes that the run leaves.
         console: where progress is shown.
+        hold: that this run alone writes there; of no lease if None.
         images: the dataset; that which the config names if None.
         devices: those of the mesh; JAX's if None.
 
@@ -67,7 +78,7 @@ def make_experiment(
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
     _check_batch(config, mesh.devices.size)
     plugins = plugin_files(config)
-    load_plugins(plugins)  # one may bring the dataset
+    load_plugins(local_files(plugins))  # one may bring the dataset
     images = images or _open_images(config, _ignored_label(config))
     data = _make_data_spec(config, images)
     epoch = len(images.train) / config.train.batch_size  # steps
@@ -105,6 +116,7 @@ def make_experiment(
             config=to_plain(config),
             method=_describe_method(config),
             workdir=workdir,
+            hold=hold or Hold(),
             console=console,
             plugins=plugins,
             seeds=range(config.seed, config.seed + config.train.replicas),
@@ -211,8 +223,19 @@ def _open_images(config: Config, ignore: int | None) -> ImageData:
         train_examples=data.train_examples,
         value_range=data.value_range,
         ignore=ignore,
+        cache=_make_cache(data),
     )
     return load_images(data.name, None if data.dir is None else str(place(data.dir, 'data.dir')), options)
+
+
+def _make_cache(data: Config) -> Cache | None:
+    """Where data sets of buckets are kept; None for the default, and to read directly what can be."""
+    if data.cache_dir is None:
+        return None
+    directory = place(data.cache_dir, 'data.cache_dir')
+    if not isinstance(directory, Path):
+        raise UserError(f'data.cache_dir={data.cache_dir!r}: it must be a local folder.')
+    return Cache(directory, data.cache_gb * 1e9)
 
 
 def _make_data_spec(config: Config, images: ImageData) -> DataSpec:
@@ -305,9 +328,9 @@ def _make_partner_source(config: Config) -> PartnerSource:
     if partner.workdir and partner.torch_file:
         raise UserError('partner.workdir and partner.torch_file are both given: a run has one partner; give one.')
     file = None if partner.torch_file is None else str(place(partner.torch_file, 'partner.torch_file'))
-    workdir = None if partner.workdir is None else str(place(partner.workdir, 'partner.workdir'))
+    workdir = None if partner.workdir is None else place(partner.workdir, 'partner.workdir')
     if file is None and workdir is None and config.init.workdir is not None:
-        workdir = str(place(config.init.workdir, 'init.workdir'))  # the network goes on with the partner that it had
+        workdir = place(config.init.workdir, 'init.workdir')  # the network goes on with the partner that it had
     if (partner.torch_key or partner.new_head) and file is None:
         raise UserError(
             f'partner.torch_key={partner.torch_key!r}, partner.new_head={partner.new_head}: they say what of a PyTorch '

@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,7 +12,7 @@ from bqat_jax.experiment import low_precision, partner
 from bqat_jax.experiment.configuration import check_resumable, to_plain
 from bqat_jax.experiment.environment import check_environment, describe_environment
 from bqat_jax.experiment.experiment import Experiment
-from bqat_jax.storage import locked, read_json, write_bytes, write_once
+from bqat_jax.storage import Hold, Place, check_reachable, held, is_local, read_json, write_bytes, write_once
 
 CONFIG, ENVIRONMENT = 'config.json', 'environment.json'
 # What a run has left once something was computed.
@@ -22,18 +21,24 @@ ROLL_CALL = '.processes'
 
 
 @contextlib.contextmanager
-def opened(workdir: Path) -> Iterator[None]:
+def opened(workdir: Place, lease_seconds: float) -> Iterator[Hold]:
     """Makes a workdir and holds it; of several processes the first one holds it for all.
 
+    Args:
+        workdir: local, or in a bucket, which must be there.
+        lease_seconds: after which a workdir in a bucket, whose run does not renew its lease, is taken over.
+
     Raises:
-        UserError: if another run holds it, or a process does not see it.
+        UserError: if another run holds it, a process does not see it, or its bucket cannot be used.
     """
+    check_reachable(workdir, '--workdir')
     if is_first():
         workdir.mkdir(parents=True, exist_ok=True)
     wait_for_all('workdir made')
     _check_is_shared(workdir)
-    with locked(workdir) if is_first() else contextlib.nullcontext():
-        yield
+    others = contextlib.nullcontext(Hold(is_in_bucket=not is_local(workdir)))
+    with held(workdir, lease_seconds) if is_first() else others as hold:
+        yield hold
 
 
 def check_config(experiment: Experiment) -> None:
@@ -52,7 +57,7 @@ def check_config(experiment: Experiment) -> None:
         check_resumable(read_json(workdir / CONFIG), experiment.config, workdir)
 
 
-def check_is_run(workdir: Path) -> None:
+def check_is_run(workdir: Place) -> None:
     """Raises UserError if no run was ever begun in a workdir."""
     if not (workdir / CONFIG).is_file():
         raise UserError(f'{workdir} holds no run (no {CONFIG} in it): train first (--mode=train).')
@@ -71,7 +76,7 @@ def write_record(experiment: Experiment, name: str, overrides: Mapping[str, Any]
     write_once(experiment.workdir / ENVIRONMENT, environment)
 
 
-def _check_is_shared(workdir: Path) -> None:
+def _check_is_shared(workdir: Place) -> None:
     """Raises UserError if a process does not see what the first one writes into the workdir."""
     if jax.process_count() == 1:
         return

@@ -8,7 +8,7 @@ from typing import Any
 from bqat_jax.errors import UserError
 from bqat_jax.experiment.configuration import Config, section_of
 from bqat_jax.registry import run_file
-from bqat_jax.storage import place
+from bqat_jax.storage import local_copy, place
 
 Overrides = Mapping[str, Any]
 NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9 _.+,-]*')
@@ -67,6 +67,7 @@ def load_sweep(file: str | None) -> Sweep:
     path = place(file, 'sweep')
     if not path.is_file() or path.suffix != '.py':
         raise UserError(f'sweep={file!r}: there is no such Python file.')
+    path = local_copy(path)
     module = run_file(path, f'bqat_jax_sweep_{path.stem}', 'sweep')
     try:
         sweep = module.get_sweep()

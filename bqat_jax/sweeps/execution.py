@@ -7,7 +7,6 @@ import re
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,12 +14,12 @@ import rich.console
 
 from bqat_jax.distributed.preemption import Stopped
 from bqat_jax.errors import UserError
-from bqat_jax.experiment.configuration import Config, check_resumable, plugin_files, to_plain
+from bqat_jax.experiment.configuration import Config, check_resumable, local_files, plugin_files, to_plain
 from bqat_jax.experiment.metrics import VALIDATION
 from bqat_jax.experiment.run import PARTNER, prepare_partner, train
 from bqat_jax.registry import load_plugins
 from bqat_jax.replacement.tasks import Metric, get_task
-from bqat_jax.storage import locked, read_json, write_json
+from bqat_jax.storage import Place, Spool, check_reachable, held, place, read_json, write_json
 from bqat_jax.sweeps.definition import Overrides, Sweep, load_sweep, override
 from bqat_jax.sweeps.tables import write_tables
 
@@ -37,7 +36,7 @@ class Run:
         config: of the run; it says the seeds.
     """
 
-    workdir: Path
+    workdir: Place
     config: Config
 
     @property
@@ -46,7 +45,7 @@ class Run:
         return range(self.config.seed, self.config.seed + self.config.train.replicas)
 
 
-def run_sweep(config: Config, workdir: Path, *, name: str) -> dict[str, Any]:
+def run_sweep(config: Config, workdir: Place, *, name: str) -> dict[str, Any]:
     """Runs what is missing of a sweep, and writes `sweep.json`, `sweep.csv`, `sweep.md` and `sweep.png`.
 
     A run that fails is recorded with its error, and the others go on; it is not tried again unless its error.json is
@@ -78,14 +77,15 @@ def run_sweep(config: Config, workdir: Path, *, name: str) -> dict[str, Any]:
                         f'task={changed.task!r}: a sweep compares runs by one metric, and that of {config.task!r} is '
                         f'{metric.name}. Give a sweep for each task.'
                     )
+    check_reachable(workdir, '--workdir')
     workdir.mkdir(parents=True, exist_ok=True)
-    with locked(workdir), _compilation_cache(workdir / 'compiled'):
+    with held(workdir, config.storage.lease_seconds), _compilation_cache(workdir / 'compiled'):
         return _Execution(config, sweep, workdir, name, metric, rich.console.Console(markup=False)).execute()
 
 
 def _metric_of(config: Config) -> Metric:
     """The metric that is compared: the score of a config's task."""
-    load_plugins(plugin_files(config))  # one may bring the task
+    load_plugins(local_files(plugin_files(config)))  # one may bring the task
     try:
         return get_task(config.task).score
     except ValueError as error:
@@ -101,10 +101,10 @@ def _check_choice(sweep: Sweep, config: Config) -> None:
 
 
 @contextlib.contextmanager
-def _compilation_cache(directory: Path) -> Iterator[None]:
+def _compilation_cache(directory: Place) -> Iterator[None]:
     """What one run has compiled the next need not."""
     values = {
-        'jax_compilation_cache_dir': str(directory.absolute()),
+        'jax_compilation_cache_dir': str(directory),
         'jax_persistent_cache_min_compile_time_secs': 0.0,
     }
     before = {key: getattr(jax.config, key) for key in values}
@@ -125,7 +125,7 @@ class _Execution:
 
     config: Config
     sweep: Sweep
-    workdir: Path
+    workdir: Place
     name: str
     metric: Metric
     console: rich.console.Console
@@ -149,10 +149,10 @@ class _Execution:
         files = ', '.join(str(self.workdir / f'sweep.{kind}') for kind in ('json', 'csv', 'md', 'png'))
         return {'runs': runs, 'failed': failed, 'tables': files}
 
-    def _prepare_partner(self, config: Config, folder: Path) -> Path:
+    def _prepare_partner(self, config: Config, folder: Place) -> Place:
         """The workdir with the partner of a setting: the one that the config names, or one made for all its runs."""
         if config.partner.workdir:
-            return Path(config.partner.workdir)
+            return place(config.partner.workdir, 'partner.workdir')
         single = override(config, {'train.replicas': 1})
         workdir = folder / 'partner_of_all'
         self.console.print(f'{folder.name}: partner')
@@ -160,7 +160,7 @@ class _Execution:
             prepare_partner(single, workdir, name=self.name, console=console)
         return workdir
 
-    def _run_method(self, config: Config, folder: Path) -> dict[str, Any]:
+    def _run_method(self, config: Config, folder: Place) -> dict[str, Any]:
         """Chooses a method's overrides, and runs it with all seeds."""
         entry: dict[str, Any] = {'runs': 0, 'failed': [], 'choices': []}
         choice: Overrides = {}
@@ -181,7 +181,7 @@ class _Execution:
         scores = self._run_seeds(override(config, choice), folder, self.sweep.seeds, entry)
         return entry | {'choice': dict(choice), 'by_seed': scores}
 
-    def _run_seeds(self, config: Config, folder: Path, seeds: Sequence[int], entry: dict[str, Any]) -> dict[str, Any]:
+    def _run_seeds(self, config: Config, folder: Place, seeds: Sequence[int], entry: dict[str, Any]) -> dict[str, Any]:
         """Runs all seeds, as many side by side as the config says; returns the results of those that did not fail."""
         together = config.train.replicas
         scores: dict[str, Any] = {}
@@ -238,11 +238,16 @@ def _by_seed(run: Run, result: dict[str, Any], metric: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _log(workdir: Path) -> Iterator[rich.console.Console]:
+def _log(workdir: Place) -> Iterator[rich.console.Console]:
     """A console that writes into a file of the run's, for which nobody need make room on the screen."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / LOG).open('a', encoding='utf-8') as file:
-        yield rich.console.Console(file=file, width=LOG_WIDTH, markup=False)
+    spool = Spool(workdir)
+    try:
+        spool.fetch(LOG)
+        with (spool.local / LOG).open('a', encoding='utf-8') as file:
+            yield rich.console.Console(file=file, width=LOG_WIDTH, markup=False)
+    finally:
+        spool.send()
+        spool.close()
 
 
 def _label(overrides: Overrides) -> str:

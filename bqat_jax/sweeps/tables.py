@@ -5,7 +5,6 @@ import io
 import math
 import statistics
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -14,7 +13,7 @@ from scipy import stats
 from bqat_jax.experiment.metrics import VALIDATION
 from bqat_jax.experiment.run import PARTNER
 from bqat_jax.replacement.tasks import Metric
-from bqat_jax.storage import write_bytes, write_json, write_text
+from bqat_jax.storage import Place, write_bytes, write_json, write_text
 from bqat_jax.sweeps.definition import Sweep
 
 matplotlib.use('agg')  # no screen is needed
@@ -41,7 +40,7 @@ def paired_difference(values: Mapping[str, float], baseline: Mapping[str, float]
     return {'mean': mean, 'low': mean - half, 'high': mean + half, 'seeds': len(differences)}
 
 
-def write_tables(workdir: Path, sweep: Sweep, entries: Mapping[str, Mapping[str, Any]], metric: Metric) -> None:
+def write_tables(workdir: Place, sweep: Sweep, entries: Mapping[str, Mapping[str, Any]], metric: Metric) -> None:
     """Writes `sweep.json`, `sweep.csv`, `sweep.md` and `sweep.png`.
 
     Args:

@@ -1,0 +1,37 @@
+"""Where things lie: local folders and buckets (gs://, s3://), small files, and who may write into a run's folder."""
+
+from bqat_jax.storage.checking import check_reachable, explain, explained, is_refused
+from bqat_jax.storage.files import damaged, read_json, write_bytes, write_json, write_once, write_text
+from bqat_jax.storage.leases import Hold
+from bqat_jax.storage.locks import held, wait_for_lock
+from bqat_jax.storage.moving import COMMIT_FILE, Spool, fetched, files_below, local_copy, move_folder, upload
+from bqat_jax.storage.places import Place, filesystem_of, is_local, place, scheme_of, set_patience
+
+__all__ = [
+    'COMMIT_FILE',
+    'Hold',
+    'Place',
+    'Spool',
+    'check_reachable',
+    'damaged',
+    'explain',
+    'explained',
+    'fetched',
+    'files_below',
+    'filesystem_of',
+    'held',
+    'is_local',
+    'is_refused',
+    'local_copy',
+    'move_folder',
+    'place',
+    'read_json',
+    'scheme_of',
+    'set_patience',
+    'upload',
+    'wait_for_lock',
+    'write_bytes',
+    'write_json',
+    'write_once',
+    'write_text',
+]

@@ -1,0 +1,140 @@
+"""Whether a bucket can be used, before anything is computed; and what its errors mean."""
+
+import contextlib
+import re
+import uuid
+from collections.abc import Iterator
+
+from bqat_jax.errors import UserError
+from bqat_jax.storage.places import Place, bucket_of, filesystem_of, is_local, scheme_of
+
+PROBE = '.probe-'
+# What the libraries' errors have in their texts, as regular expressions, by what is wrong.
+NO_CREDENTIALS = (
+    'Unable to locate credentials',
+    'NoCredentialsError',
+    'Anonymous caller',
+    'DefaultCredentialsError',
+    'default credentials were not found',
+    'PartialCredentialsError',
+    'The config profile',
+)
+EXPIRED = ('ExpiredToken', 'token has expired', 'Token has expired', 'invalid_grant', 'InvalidToken')
+REFUSED = (
+    *(r'\(40[13]\)', r', 40[13]\b', r'HTTP (response code: )?40[13]', 'Forbidden', 'Access ?Denied', 'Unauthorized'),
+    *('Unauthenticated', 'PERMISSION_DENIED', 'UNAUTHENTICATED', 'Permission denied', 'PermissionError'),
+    *('InvalidAccessKeyId', 'SignatureDoesNotMatch', 'AllAccessDisabled', 'AccountProblem', r'does not have storage\.'),
+)
+REGION = ('PermanentRedirect', 'AuthorizationHeaderMalformed', 'IllegalLocationConstraint', 'is wrong; expecting')
+MISSING = ('NoSuchBucket', 'bucket does not exist', 'FileNotFoundError')
+CREDENTIALS = {
+    'gs': 'On a Cloud TPU or a VM give it a service account; elsewhere run: gcloud auth application-default login.',
+    's3': 'Give the machine a role, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE.',
+}
+RIGHTS = {
+    'gs': 'storage.buckets.get, and storage.objects.list, .get, .create and .delete (roles/storage.objectUser and '
+    'roles/storage.legacyBucketReader)',
+    's3': 's3:ListBucket on the bucket, and s3:GetObject, s3:PutObject and s3:DeleteObject on its objects',
+}
+
+
+def check_reachable(directory: Place, name: str) -> None:
+    """Checks that a folder in a bucket can be listed, and a file in it be written, read and deleted.
+
+    Nothing is done for a local folder.
+
+    Args:
+        directory: need not be there; its bucket must be.
+        name: of the flag or key that gave it, for messages.
+
+    Raises:
+        UserError: naming what cannot be done, and the remedy.
+    """
+    if is_local(directory):
+        return
+    system, probe = filesystem_of(directory), f'{directory}/{PROBE}{uuid.uuid4().hex}'
+    content = b'Whether this folder can be written. It may be deleted.'
+    bucket = f'{scheme_of(directory)}://{bucket_of(directory)}'
+    with explained(f'{name}={str(directory)!r}: its bucket {bucket} cannot be listed', directory):
+        _list(system, bucket, str(directory))
+    with explained(f'{name}={str(directory)!r}: no file can be written there', directory):
+        system.pipe_file(probe, content)
+    with explained(f'{name}={str(directory)!r}: a file that was written there cannot be read', directory):
+        found = system.cat_file(probe)
+    if found != content:
+        raise UserError(
+            f'{name}={str(directory)!r}: a file that was written there is read with another content. Is there a cache '
+            'or a proxy on the way?'
+        )
+    with explained(f'{name}={str(directory)!r}: a file that was written there cannot be deleted', directory):
+        system.rm_file(probe)
+
+
+def _list(system, bucket: str, directory: str) -> None:
+    """Lists a folder. One that is not there yet, in a bucket that is, is an empty one."""
+    try:
+        system.ls(directory, detail=False)
+    except FileNotFoundError:
+        try:
+            system.ls(bucket, detail=False)
+        except FileNotFoundError as error:
+            # An empty bucket is listed as one that is not there by some; then it still tells of itself.
+            if not system.exists(bucket):
+                raise FileNotFoundError(f'The specified bucket does not exist: {bucket}') from error
+
+
+@contextlib.contextmanager
+def explained(what: str, path: Place) -> Iterator[None]:
+    """Within it errors of a bucket become UserErrors that say what is wrong and what can be done.
+
+    Args:
+        what: could not be done, as the beginning of a sentence.
+        path: in the bucket.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f'{what}: {error}') from error
+    except Exception as error:  # every library of a bucket has errors of its own
+        raise UserError(f'{what}: {explain(error, path)}') from error
+
+
+def explain(error: BaseException, path: Place) -> str:
+    """Returns what an error of a bucket means and what can be done, in words.
+
+    Args:
+        error: of fsspec, TensorStore, Orbax or what lies below them.
+        path: in the bucket.
+    """
+    scheme, bucket = scheme_of(path), bucket_of(path)
+    text = ' '.join(f'{type(part).__name__}: {part}' for part in _chain(error))
+    said = f'({type(error).__name__}: {" ".join(str(error).split())[:200]})'
+
+    def has(marks: tuple[str, ...]) -> bool:
+        return re.search('|'.join(marks), text) is not None
+
+    if has(NO_CREDENTIALS):
+        return f'no credentials were found {said}. {CREDENTIALS[scheme]}'
+    if has(EXPIRED):
+        return f'the credentials have expired {said}. Renew them, and run the same command again.'
+    if has(REGION):
+        return f'the bucket lies in another region {said}. Set AWS_REGION to that of the bucket.'
+    if has(REFUSED):
+        return f'it is refused {said}. What is needed: {RIGHTS[scheme]}. Run the same command again to go on.'
+    if has(MISSING):
+        return f'there is no bucket {bucket!r}, or no such object {said}. Make the bucket, or correct the address.'
+    return f'{said[1:-1]}. Run the same command again to go on.'
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what it was raised from."""
+    for _ in range(5):
+        if error is None:
+            return
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def is_refused(text: str) -> bool:
+    """Returns whether a library's words say that something may not be done, or that nobody is known to ask."""
+    return re.search('|'.join((*REFUSED, *NO_CREDENTIALS, *EXPIRED)), text) is not None

@@ -1,0 +1,72 @@
+"""Requests that fail for a while are repeated; those that are refused are not."""
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from bqat_jax.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar('Result')
+LONGEST_PAUSE = 32.0  # seconds
+TRANSIENT_STATUS = (408, 425, 429, *range(500, 600))
+# So many seconds of trouble are nothing to speak of.
+QUIET = 5.0
+
+
+class Unavailable(UserError):
+    """A bucket did not answer for as long as the patience lasted."""
+
+
+class Patient:
+    """A part of a file system of fsspec: repeats requests that fail for a while, until the patience is over.
+
+    A class that is built with it says which errors pass by: `is_transient(error)`.
+    """
+
+    def __init__(self, *args: Any, patience: float = 600.0, **kwargs: Any):
+        """Takes the patience in seconds, and what the file system takes."""
+        kwargs['use_listings_cache'] = False  # other processes write too
+        super().__init__(*args, **kwargs)
+        self.patience = patience
+
+    @staticmethod
+    def is_transient(error: Exception) -> bool:
+        """Returns whether a request that failed with an error may succeed later."""
+        raise NotImplementedError
+
+    async def repeat(self, request: Callable[[], Awaitable[Result]], what: str) -> Result:
+        """Returns the result of a request.
+
+        Args:
+            request: begins the request anew each time.
+            what: is asked for, in words.
+
+        Raises:
+            Unavailable: if it still fails, in a way that may pass, when the patience is over.
+        """
+        began, attempt = time.monotonic(), 0
+        is_told = False
+        while True:
+            try:
+                return await request()
+            except Exception as error:
+                if not self.is_transient(error):
+                    raise
+                waited = time.monotonic() - began
+                pause = min(2.0**attempt, LONGEST_PAUSE) * random.uniform(0.5, 1.0)
+                if waited + pause > self.patience:
+                    raise Unavailable(
+                        f'{what} failed for {waited:.0f} s (storage.patience={self.patience:g}): '
+                        f'{type(error).__name__}: {str(error)[:200]}. What was saved is kept: run the same command '
+                        'again to go on.'
+                    ) from error
+                if waited > QUIET and not is_told:
+                    logger.warning('%s fails (%s); it is tried again.', what, f'{type(error).__name__}: {error}'[:200])
+                    is_told = True
+                attempt += 1
+                await asyncio.sleep(pause)

@@ -1,0 +1,43 @@
+"""Buckets of S3, and of stores that speak its language, as a file system of fsspec."""
+
+import asyncio
+from typing import Any
+
+from botocore.exceptions import ClientError, HTTPClientError
+from botocore.exceptions import ConnectionError as BotoConnectionError
+from s3fs import S3FileSystem
+
+from bqat_jax.storage.patience import TRANSIENT_STATUS, Patient
+
+
+class S3(Patient, S3FileSystem):
+    """S3FileSystem that is patient, and never makes a bucket.
+
+    Endpoint, region and credentials are those of boto: AWS_ENDPOINT_URL, AWS_REGION, AWS_PROFILE and so on.
+    """
+
+    retries = 1  # ours are others
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        """Takes what S3FileSystem takes, and the patience."""
+        once = {'retries': {'max_attempts': 0}, 'connect_timeout': 30, 'read_timeout': 60}
+        super().__init__(*args, **{'config_kwargs': once, **kwargs})
+
+    @staticmethod
+    def is_transient(error: Exception) -> bool:
+        """Returns whether a request that failed with an error may succeed later."""
+        cause = error if isinstance(error, ClientError) else error.__cause__
+        if isinstance(cause, ClientError):
+            status = cause.response.get('ResponseMetadata', {}).get('HTTPStatusCode')
+            return status in TRANSIENT_STATUS
+        # asyncio's TimeoutError, and those of sockets: s3fs passes them on.
+        passing = (HTTPClientError, BotoConnectionError, ConnectionError, TimeoutError, asyncio.TimeoutError)
+        return isinstance(error, passing) or isinstance(cause, passing)
+
+    async def _call_s3(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        place = '/'.join(str(kwargs[key]) for key in ('Bucket', 'Key') if key in kwargs)
+        what = f's3://{place}: {method}'
+        return await self.repeat(lambda: super(S3, self)._call_s3(method, *args, **kwargs), what)
+
+    async def _mkdir(self, path: str, *args: Any, **kwargs: Any) -> None:
+        """Does nothing: there are no folders, and a missing bucket is an error, not to be made."""
