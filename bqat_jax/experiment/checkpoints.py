@@ -17,13 +17,17 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from bqat_jax.distributed.processes import is_first, wait_for_all
 from bqat_jax.errors import UserError
 from bqat_jax.experiment.integrity import arrays_of, digest, on_every_device, quiet
-from bqat_jax.storage import COMMIT_FILE, Place, explain, is_local, is_refused, move_folder
+from bqat_jax.storage import COMMIT_FILE, Place, chain_of, explain, is_local, is_refused, move_folder
 
 logger = logging.getLogger(__name__)
 
 DAMAGED = 'damaged'
 # Codes of TensorStore's errors, and those that a file that is missing, cut or changed leads to.
-STATUS = re.compile(r'\b([A-Z]+(?:_[A-Z]+)*): ')
+STATUS = re.compile(
+    r'\b(CANCELLED|UNKNOWN|INVALID_ARGUMENT|DEADLINE_EXCEEDED|NOT_FOUND|ALREADY_EXISTS|PERMISSION_DENIED|ABORTED|'
+    r'RESOURCE_EXHAUSTED|FAILED_PRECONDITION|OUT_OF_RANGE|UNIMPLEMENTED|INTERNAL|UNAVAILABLE|DATA_LOSS|'
+    r'UNAUTHENTICATED): '
+)
 DAMAGE = {'NOT_FOUND', 'DATA_LOSS', 'INVALID_ARGUMENT', 'OUT_OF_RANGE', 'FAILED_PRECONDITION'}
 # Another process that trains may prune a checkpoint while it is read; so often another is tried.
 TRIES = 5
@@ -385,14 +389,17 @@ def is_damage(error: BaseException) -> bool:
 
     Whatever else is raised, as by a disk or a network that does not answer or refuses, says nothing of the files.
     """
-    if isinstance(error, OSError):
-        return isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
-    if isinstance(error, UserError) or is_refused(str(error)):
+    parts = list(chain_of(error))
+    if any(isinstance(part, UserError) or is_refused(str(part)) for part in parts):
         return False
-    codes = STATUS.findall(str(error))  # of TensorStore's; the innermost comes last
+    codes = {code for part in parts for code in STATUS.findall(str(part))}
     if codes:
-        return set(codes) <= DAMAGE
-    return isinstance(error, ValueError | LookupError | TypeError | AttributeError | AssertionError | EOFError)
+        return codes <= DAMAGE
+    of_files = FileNotFoundError | NotADirectoryError | IsADirectoryError
+    if any(isinstance(part, OSError) and not isinstance(part, of_files) for part in parts):
+        return False
+    of_content = ValueError | LookupError | TypeError | AttributeError | AssertionError | EOFError
+    return any(isinstance(part, of_files | of_content) for part in parts)
 
 
 def _has_readable_score(checkpoint: Place) -> bool:

@@ -74,13 +74,9 @@ def _list(system, bucket: str, directory: str) -> None:
     """Lists a folder. One that is not there yet, in a bucket that is, is an empty one."""
     try:
         system.ls(directory, detail=False)
-    except FileNotFoundError:
-        try:
-            system.ls(bucket, detail=False)
-        except FileNotFoundError as error:
-            # An empty bucket is listed as one that is not there by some; then it still tells of itself.
-            if not system.exists(bucket):
-                raise FileNotFoundError(f'The specified bucket does not exist: {bucket}') from error
+    except FileNotFoundError as error:
+        if not system.exists(bucket):
+            raise FileNotFoundError(f'The specified bucket does not exist: {bucket}') from error
 
 
 @contextlib.contextmanager
@@ -107,7 +103,7 @@ def explain(error: BaseException, path: Place) -> str:
         path: in the bucket.
     """
     scheme, bucket = scheme_of(path), bucket_of(path)
-    text = ' '.join(f'{type(part).__name__}: {part}' for part in _chain(error))
+    text = ' '.join(f'{type(part).__name__}: {part}' for part in chain_of(error))
     said = f'({type(error).__name__}: {" ".join(str(error).split())[:200]})'
 
     def has(marks: tuple[str, ...]) -> bool:
@@ -126,8 +122,8 @@ def explain(error: BaseException, path: Place) -> str:
     return f'{said[1:-1]}. Run the same command again to go on.'
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what it was raised from."""
+def chain_of(error: BaseException | None) -> Iterator[BaseException]:
+    """Yields an error and what it was raised from, the first cause last."""
     for _ in range(5):
         if error is None:
             return

@@ -9,6 +9,7 @@ from bqat_jax.experiment.hooks import Clock, Log, Save
 from bqat_jax.experiment.loop import Hooks, run_steps
 from bqat_jax.replacement.task_kinds import CLASSIFICATION
 from bqat_jax.replacement.tasks import get_task
+from bqat_jax.storage import Hold
 from bqat_jax.training.evaluation import Evaluation
 
 
@@ -64,6 +65,9 @@ class Recorder:
     def record(self, step, metrics):
         self.records.append((step, sorted(metrics)))
 
+    def send(self):
+        self.records.append(('sent', []))
+
 
 class Checkpoints:
     def __init__(self):
@@ -95,12 +99,15 @@ def test_metrics_are_recorded_after_the_next_step_has_begun():
 def test_a_checkpoint_is_saved_when_due_and_at_the_end_behind_the_metrics_of_its_step():
     recorder, checkpoints = Recorder(), Checkpoints()
     log = Log(recorder, Clock(0.0, 8), lambda bad: None)
-    logs, saves = log.hook(every=1, last=5), Save(checkpoints, log, None, CLASSIFICATION.score).hook(every=2, last=5)
+    logs, saves = (
+        log.hook(every=1, last=5),
+        Save(checkpoints, log, None, CLASSIFICATION.score, Hold()).hook(every=2, last=5),
+    )
     for number in range(1, 6):
         logs(number, None, {'loss': jax.numpy.float32(0), 'first_bad_step': jax.numpy.int32(-1)})
         saves(number, State(), None)
         if number in (2, 4, 5):
-            assert recorder.records[-1][0] == number
+            assert [step for step, _ in recorder.records[-2:]] == [number, 'sent']
     assert checkpoints.saved == [(2, 2, None), (4, 4, None), (5, 5, None)]
 
 
@@ -112,7 +119,7 @@ def test_the_score_of_a_checkpoint_is_larger_for_a_better_network(task, sign):
     def evaluation(params, collections):
         return [Evaluation({metric.name: value}, 8) for value in next(evaluations)]
 
-    save = Save(checkpoints, Log(recorder, Clock(0.0, 8), lambda bad: None), evaluation, metric)
+    save = Save(checkpoints, Log(recorder, Clock(0.0, 8), lambda bad: None), evaluation, metric, Hold())
     save.save(1, State())
     save.save(2, State())
     assert [score for _, _, score in checkpoints.saved] == [sign * 0.5, -math.inf]
@@ -124,7 +131,7 @@ def test_a_loss_that_is_not_finite_is_never_saved():
         raise ValueError(bad)
 
     checkpoints = Checkpoints()
-    save = Save(checkpoints, Log(Recorder(), Clock(0.0, 8), check), None, CLASSIFICATION.score)
+    save = Save(checkpoints, Log(Recorder(), Clock(0.0, 8), check), None, CLASSIFICATION.score, Hold())
     with pytest.raises(ValueError, match='-1'):
         save.save(3, State())
     assert checkpoints.saved == []

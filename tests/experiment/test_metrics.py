@@ -3,14 +3,15 @@ import json
 
 import rich.console
 
-from bqat_jax.experiment.metrics import Recorder
+from bqat_jax.experiment.metrics import Recorder, Recording
+from bqat_jax.storage import Hold
 
 
 def record(workdir, phase, start, steps, total=10, terminal=False):
     console = rich.console.Console(file=io.StringIO(), force_terminal=terminal, width=120)
-    with Recorder(workdir, phase, start, total, console) as recorder:
+    with Recorder(Recording(workdir, Hold(), console), phase, start, total) as recorder:
         for step in steps:
-            recorder.record(step, {'loss': 1.0 / step, 'examples_per_second': 100.0})
+            recorder.record(step, {'loss': 1.0 / max(step, 1), 'examples_per_second': 100.0})
     return console.file.getvalue()
 
 
@@ -43,3 +44,17 @@ def test_what_is_done_again_is_recorded_once(tmp_path):
     assert [(entry['phase'], entry['step']) for entry in read(tmp_path)] == [
         ('pretrain', 5), ('pretrain', 10), ('train', 2), ('train', 4), ('train', 6), ('train', 8),
     ]  # fmt: skip
+
+
+def test_nothing_is_recorded_twice_where_the_first_step_was_not_saved(tmp_path):
+    """A kill between a line of step 0 and its checkpoint: the phase begins anew, and so do its lines."""
+    record(tmp_path, 'pretrain', None, [0, 5])
+    record(tmp_path, 'train', None, [0])
+    record(tmp_path, 'train', None, [0])
+    record(tmp_path, 'train', 0, [5])
+    assert [(line['phase'], line['step']) for line in read(tmp_path)] == [
+        ('pretrain', 0),
+        ('pretrain', 5),
+        ('train', 0),
+        ('train', 5),
+    ]

@@ -441,9 +441,9 @@ def test_there_must_be_something_to_evaluate(config, tmp_path):
 
 
 def test_a_workdir_in_use_is_refused(config, tmp_path):
-    from bqat_jax.storage import locked
+    from bqat_jax.storage import held
 
-    with locked(tmp_path), pytest.raises(UserError, match='in use'):
+    with held(tmp_path, 60), pytest.raises(UserError, match='in use'):
         train(config, tmp_path, name='digits')
 
 

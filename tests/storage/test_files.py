@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bqat_jax.errors import UserError
-from bqat_jax.storage import locked, place, read_json, write_json, write_text
+from bqat_jax.storage import held, place, read_json, write_json, write_text
 
 
 def test_what_is_written_is_read_and_nothing_else_is_left(tmp_path):
@@ -50,9 +50,9 @@ def test_json_of_another_form_is_damaged(tmp_path, text, message):
 
 
 def test_a_lock_is_held_once_and_given_back(tmp_path):
-    with locked(tmp_path), pytest.raises(UserError, match='in use'), locked(tmp_path):
+    with held(tmp_path, 60), pytest.raises(UserError, match='in use'), held(tmp_path, 60):
         pass
-    with locked(tmp_path):
+    with held(tmp_path, 60):
         pass
 
 
@@ -74,8 +74,12 @@ def test_the_home_folder_is_written_out(monkeypatch):
     [
         ('', 'empty'),
         ('  ', 'empty'),
-        ('gs://bucket/run', 'gs://'),
-        ('s3://bucket/run', 's3://'),
+        ('az://bucket/run', 'Give a local path, or one that begins with gs:// or s3://'),
+        ('s3://', 'names no bucket'),
+        ('s3:///run', 'names no bucket'),
+        ('s3://bucket//run', 'not empty'),
+        ('s3://bucket/../run', 'not empty'),
+        ('s3://bucket/ru?n', 'has the character'),
         ('~nobody_of_that_name/x', 'nobody_of_that_name'),
         *((f'runs/a{character}b', 'has the character') for character in '*?[]\\\n\t\x01\x00'),
     ],
@@ -91,7 +95,7 @@ def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, cap
         raise OSError(number, 'not here')
 
     monkeypatch.setattr(fcntl, 'flock', refuse)
-    with caplog.at_level(logging.WARNING), locked(tmp_path):
+    with caplog.at_level(logging.WARNING), held(tmp_path, 60):
         assert 'has no locks' in caplog.text
 
 
@@ -100,5 +104,5 @@ def test_an_error_of_the_disk_is_not_called_a_lock(tmp_path, monkeypatch):
         raise OSError(errno.EIO, 'disk')
 
     monkeypatch.setattr(fcntl, 'flock', refuse)
-    with pytest.raises(OSError, match='disk'), locked(tmp_path):
+    with pytest.raises(OSError, match='disk'), held(tmp_path, 60):
         pass

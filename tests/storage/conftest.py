@@ -1,0 +1,39 @@
+import os
+
+import fsspec
+import pytest
+from fsspec.config import conf
+
+from bqat_jax.storage import place, set_patience
+from tests.storage.servers import BUCKET, SCHEMES, environment, serving, why_not
+
+
+@pytest.fixture(scope='session', params=SCHEMES)
+def server(request):
+    """A proxy before a server with an empty bucket, for each scheme; libraries in this process find it."""
+    scheme = request.param
+    if why := why_not(scheme):
+        pytest.skip(why)
+    with serving(scheme) as proxy:
+        proxy.scheme = scheme
+        yield proxy
+
+
+@pytest.fixture
+def bucket(server, monkeypatch, request):
+    """A folder in the bucket for one test; requests are repeated for two seconds."""
+    for name in [name for name in os.environ if name.startswith(('AWS_', 'GOOGLE_', 'STORAGE_EMULATOR'))]:
+        monkeypatch.delenv(name)
+    for name, value in environment(server.scheme, server.url).items():
+        monkeypatch.setenv(name, value)
+    before = {scheme: dict(facts) for scheme, facts in conf.items()}
+    set_patience(2.0)
+    server.fault = None
+    server.requests.clear()
+    folder = place(f'{server.scheme}://{BUCKET}/{request.node.name.partition("[")[0]}', '--workdir')
+    fsspec.filesystem(server.scheme).clear_instance_cache()
+    yield folder
+    server.fault = None
+    conf.clear()
+    conf.update(before)
+    fsspec.filesystem(server.scheme).clear_instance_cache()

@@ -1,0 +1,340 @@
+"""Whole runs whose workdir and data lie in buckets: killed, stopped, refused, and without a network for a while."""
+
+import contextlib
+import io
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import fsspec
+import jax
+import numpy as np
+import pytest
+
+from bqat_jax.errors import UserError
+from bqat_jax.experiment.checkpoints import Checkpoints
+from bqat_jax.experiment.exporting import export_run
+from bqat_jax.experiment.run import diagnose_run, evaluate_run, import_partner, summarize_network, train
+from bqat_jax.storage.leases import FOLDER
+from bqat_jax.sweeps.execution import run_sweep
+from tests.conftest import ONE_DEVICE, ROOT
+from tests.experiment.test_resume import STEPS, finish, kill, wait_until
+from tests.experiment.test_run import last_state, shortened
+from tests.storage.servers import environment
+
+CHECKPOINT = re.compile(r'checkpoints/(\d+)/commit_success\.txt')
+
+
+def objects_in(folder):
+    """Names of all objects below a folder."""
+    system = fsspec.filesystem(str(folder).partition(':')[0])
+    try:
+        return sorted(name.partition('/')[2] for name in system.find(str(folder)))
+    except FileNotFoundError:
+        return []
+
+
+def newest(folder, phase):
+    """The number of the newest checkpoint that counts; -1 without any. It is asked for again and again."""
+    time.sleep(0.1)
+    prefix = {'pretrain': 'partner/checkpoints/', 'train': f'{folder.name}/checkpoints/'}[phase]
+    return max((int(match[1]) for name in objects_in(folder) if prefix in name and (match := CHECKPOINT.search(name))),
+               default=-1)  # fmt: skip
+
+
+def lines_of(workdir):
+    """(phase, step, names of metrics) of every line of metrics.jsonl."""
+    lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+    return [(line.pop('phase'), line.pop('step'), tuple(sorted(line))) for line in lines]
+
+
+def assert_same(workdir, expected):
+    """Two runs ended bit for bit equal, and neither recorded a line twice."""
+    (step, state), (other_step, other) = last_state(workdir), last_state(expected)
+    assert step == other_step
+    jax.tree.map(np.testing.assert_array_equal, state, other)
+    names = [(phase, step, 'loss' in metrics) for phase, step, metrics in lines_of(workdir)]
+    assert names == [(phase, step, 'loss' in metrics) for phase, step, metrics in lines_of(expected)]
+    assert len(set(names)) == len(names)
+
+
+FLAGS = (
+    '--config.network.width=4',
+    '--config.replacement.plan=prefix_sampled',
+    '--config.train.batch_size=32',
+    f'--config.train.steps={STEPS}',
+    '--config.train.log_every_steps=4',
+    '--config.partner.steps=10',
+    '--config.partner.optimizer.warmup_steps=2',
+    '--config.checkpoint.every_steps=1',
+    '--config.storage.lease_seconds=5',
+)
+
+
+@pytest.fixture(scope='module')
+def command(digits_dir, tmp_path_factory):
+    """Runs main.py in a process of its own on one device; compiled programs are kept between processes."""
+    cache = str(tmp_path_factory.mktemp('cache'))
+
+    def start(workdir, **more):
+        own = {
+            'XLA_FLAGS': ONE_DEVICE,
+            'JAX_COMPILATION_CACHE_DIR': cache,
+            'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+        }
+        return subprocess.Popen(
+            [sys.executable, 'main.py', f'--workdir={workdir}', f'--config.data.dir={digits_dir}', *FLAGS],
+            cwd=ROOT, env={**os.environ, **own, **more}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+
+    return start
+
+
+@pytest.fixture(scope='module')
+def local(command, tmp_path_factory):
+    """A run in a local folder that was not interrupted."""
+    workdir = tmp_path_factory.mktemp('local') / 'run'
+    finish(command(workdir))
+    return workdir
+
+
+@pytest.fixture
+def start(command, server, bucket):
+    """Starts a run in a bucket."""
+    return lambda workdir: command(workdir, **environment(server.scheme, server.url))
+
+
+def test_a_run_that_is_killed_ends_as_a_local_one(start, bucket, local):
+    """At a random moment of each phase, and while a checkpoint is being sent."""
+    kill_and_resume(start, bucket, local, kills=3)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_often_ends_as_a_local_one(start, bucket, local):
+    kill_and_resume(start, bucket, local, kills=12)
+
+
+def kill_and_resume(start, bucket, local, kills):
+    seed = random.SystemRandom().randrange(2**32)
+    rng = random.Random(seed)
+    print(f'moments of the kills: seed {seed}')
+    for number in range(kills):
+        process = start(bucket)
+        phase = 'pretrain' if number < kills // 3 else 'train'
+        before = newest(bucket, phase)
+        more = rng.randrange(1, max(2, 24 // kills))
+        wait_until(process, lambda: newest(bucket, phase) >= before + more)  # noqa: B023
+        if number % 3 == 1:  # while the next one is on its way
+            next_one, known = f'/{before + more + 1}/', set(objects_in(bucket))
+            wait_until(process, lambda: any(next_one in name for name in set(objects_in(bucket)) - known))  # noqa: B023
+        else:
+            time.sleep(rng.uniform(0, 0.2))
+        kill(process)
+    assert newest(bucket, 'train') < STEPS
+    finish(start(bucket))
+    assert_same(bucket, local)
+    assert not [name for name in objects_in(bucket) if 'damaged' in name or 'probe' in name]
+
+
+def test_a_second_run_is_refused_and_a_suspended_holder_stops_without_writing(start, bucket, local):
+    first = start(bucket)
+    wait_until(first, lambda: newest(bucket, 'train') >= 2)
+    first.send_signal(signal.SIGSTOP)
+    second = start(bucket)  # waits for five seconds, as the lease says, and takes over
+    wait_until(second, lambda: len(objects_in(bucket / FOLDER)) == 1 and newest(bucket, 'train') >= 5)
+    third = start(bucket)
+    output, _ = third.communicate(timeout=120)
+    assert third.returncode == 1 and 'is in use by another training process' in output
+    first.send_signal(signal.SIGCONT)
+    output, _ = first.communicate(timeout=120)
+    assert first.returncode == 1 and 'another one has taken over its workdir' in output
+    finish(second)
+    assert_same(bucket, local)
+
+
+def test_a_run_is_told_to_stop_and_goes_on(start, bucket, local):
+    process = start(bucket)
+    wait_until(process, lambda: newest(bucket, 'train') >= 3)
+    process.send_signal(signal.SIGTERM)
+    assert 'Run the same command again to continue' in finish(process)
+    finish(start(bucket))
+    assert_same(bucket, local)
+
+
+@pytest.fixture
+def quick(digits_dir):
+    """A config whose runs take seconds, in this process."""
+    config = shortened(digits_dir)
+    config.storage.lease_seconds = 5.0
+    return config
+
+
+@pytest.fixture(scope='module')
+def quick_local(digits_dir, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp('quick') / 'run'
+    train(shortened(digits_dir), workdir, name='digits')
+    return workdir
+
+
+def test_everything_that_follows_training_works_there(quick, bucket, server, quick_local, tmp_path):
+    """Data from the bucket too; then every mode, a sweep, and partner and weights that lie there."""
+    config = quick.copy_and_resolve_references()
+    config.data.dir = f'{server.scheme}://bucket/tfds'
+    if server.scheme == 's3':
+        config.data.cache_dir = str(tmp_path / 'cache')
+    workdir = bucket / 'run'
+    result = train(config, workdir, name='digits')
+    assert_same(workdir, quick_local)
+    assert evaluate_run(config, workdir)['top1'] == result['top1']
+    with config.unlocked():
+        config.diagnosis.oscillation_steps = 1
+    for path in diagnose_run(config, workdir).values():
+        assert path in [f'{server.scheme}://bucket/{name}' for name in objects_in(bucket)]
+    assert summarize_network(config, workdir)['parameters']
+    exported = export_run(config, workdir)
+    assert f'{server.scheme}://' in exported['report'] and len(objects_in(workdir / 'export')) == 3
+    config.partner.workdir = str(workdir)
+    assert import_partner(config, bucket / 'imported', name='digits')['partner'] == f'workdir {workdir}'
+    config.init.workdir = str(workdir)
+    assert train(config, bucket / 'continued', name='digits')['init'] == str(workdir)
+
+
+def test_weights_plugins_and_sweeps_lie_there(quick, bucket, tmp_path, registries):
+    safetensors = pytest.importorskip('safetensors.numpy')
+    weights = tmp_path / 'weights.safetensors'
+    safetensors.save_file({'x': np.zeros(3, np.float32)}, weights)
+    (bucket / 'weights.safetensors').write_bytes(weights.read_bytes())
+    quick.partner.torch_file = str(bucket / 'weights.safetensors')
+    with pytest.raises(UserError, match=r"partner\.torch_file='(gs|s3)://bucket/.*weights\.safetensors'.*missing"):
+        import_partner(quick, bucket / 'run', name='digits')
+    quick.partner.torch_file = str(bucket / 'none.safetensors')
+    with pytest.raises(UserError, match='there is no such file'):
+        import_partner(quick, bucket / 'run', name='digits')
+    quick.partner.torch_file = None
+    (bucket / 'plugin.py').write_text(
+        'from bqat_jax.quantizers.estimators import Identity\n'
+        'from bqat_jax.quantizers import register_estimator\n'
+        "@register_estimator('of_the_bucket')\nclass Own(Identity):\n    pass\n"
+    )
+    quick.plugins = str(bucket / 'plugin.py')
+    quick.quant.weights.estimator = 'of_the_bucket'
+    (bucket / 'sweep.py').write_text(
+        'from bqat_jax.sweeps.definition import Sweep\n'
+        'def get_sweep():\n'
+        "    methods = {'plain': {'replacement.plan': 'none'}, 'prefix': {'replacement.plan': 'prefix'}}\n"
+        "    return Sweep(methods=methods, seeds=(0,), baseline='plain')\n"
+    )
+    quick.sweep = str(bucket / 'sweep.py')
+    with quick.unlocked():
+        quick.train.steps = quick.partner.steps = 4
+    told = run_sweep(quick, bucket / 'sweep', name='digits')
+    assert told['runs'] == 2 and told['failed'] == 0
+    names = [name.rpartition('/')[2] for name in objects_in(bucket / 'sweep')]
+    assert {'sweep.json', 'sweep.csv', 'sweep.md', 'sweep.png', 'log.txt'} <= set(names)
+    quick.plugins = str(bucket / 'none.py')
+    with pytest.raises(UserError, match=r'plugins: there is no file .*none\.py'):
+        train(quick, bucket / 'other', name='digits')
+
+
+@contextlib.contextmanager
+def failing(server, fault, after, seconds):
+    """Within it requests fail for so many seconds, after so many were answered."""
+    began = []
+
+    def fail(method, path):
+        if len(server.requests) < after:
+            return None
+        began.append(time.monotonic())
+        return fault if began[-1] - began[0] < seconds else None
+
+    server.requests.clear()
+    server.fault = fail
+    try:
+        yield
+    finally:
+        server.fault = None
+    assert len(began) > 1
+
+
+@pytest.mark.parametrize('fault', [503, 'drop', 1.0], ids=['503', 'drop', 'hang'])
+def test_trouble_that_passes_costs_time_alone(quick, bucket, server, quick_local, fault):
+    quick.storage.patience = 60.0
+    with patience(60), failing(server, fault, after=150, seconds=3):
+        train(quick, bucket, name='digits')
+    assert_same(bucket, quick_local)
+
+
+@contextlib.contextmanager
+def patience(seconds):
+    from bqat_jax.storage import set_patience
+
+    set_patience(seconds)
+    fsspec.filesystem('gs').clear_instance_cache()
+    yield
+
+
+@pytest.mark.parametrize('fault', [503, 401, 403])
+def test_trouble_that_stays_ends_the_run_and_nothing_good_is_lost(quick, bucket, server, quick_local, fault):
+    with failing(server, fault, after=200, seconds=1e9), pytest.raises(UserError) as told:
+        train(quick, bucket, name='digits')
+    assert 'the same command again' in str(told.value)
+    before = [name for name in objects_in(bucket) if CHECKPOINT.search(name)]
+    # A run that cannot read moves nothing away, and does not begin anew.
+    reading = lambda method, path: 403 if method == 'GET' and 'checkpoints' in path and '/d/' in path else None  # noqa: E731
+    server.fault = reading
+    with contextlib.suppress(UserError):
+        train(quick, bucket, name='digits')
+    server.fault = None
+    assert set(before) <= set(objects_in(bucket)) or newest(bucket, 'train') > 0
+    assert not [name for name in objects_in(bucket) if 'damaged' in name]
+    train(quick, bucket, name='digits')
+    assert_same(bucket, quick_local)
+
+
+def test_a_checkpoint_that_is_damaged_is_told_from_one_that_may_not_be_read(quick, bucket, server):
+    train(quick, bucket, name='digits')
+    system = fsspec.filesystem(server.scheme)
+    (array,) = [name for name in system.find(f'{bucket}/checkpoints/12/state/d')][-1:]
+    content = system.cat_file(array)
+    with Checkpoints(bucket / 'checkpoints', has_scores=True, read_only=True) as checkpoints:
+        assert checkpoints.latest_step == 12
+    config = quick.copy_and_resolve_references()
+    server.fault = lambda method, path: 403 if '12' in path and ('state%2Fd' in path or 'state/d' in path) else None
+    with pytest.raises(UserError, match=r'may not be read|is refused'):
+        train(config, bucket, name='digits')
+    server.fault = None
+    assert not [name for name in objects_in(bucket) if 'damaged' in name]
+    system.pipe_file(array, content[: len(content) // 2])
+    train(config, bucket, name='digits')
+    assert [name for name in objects_in(bucket) if 'damaged' in name]
+
+
+def test_a_copy_without_commit_files_is_refused(quick, bucket, server):
+    train(quick, bucket / 'run', name='digits')
+    system = fsspec.filesystem(server.scheme)
+    for name in system.find(str(bucket / 'run')):
+        if not name.endswith('commit_success.txt'):
+            system.copy(name, name.replace('/run/', '/copy/', 1))
+    before = objects_in(bucket / 'copy')
+    with pytest.raises(UserError, match=r'commit_success\.txt'):
+        train(quick, bucket / 'copy', name='digits')
+    assert set(before) <= set(objects_in(bucket / 'copy'))
+
+
+def test_requests_of_a_checkpoint(quick, bucket, server):
+    """No more than a prototype made: 90 in S3, 120 in Google Cloud Storage."""
+    quick.train.steps, quick.checkpoint.every_steps = 4, 1
+    console = io.StringIO()
+    del console
+    train(quick, bucket, name='digits')
+    marks = [
+        number
+        for number, (method, path) in enumerate(server.requests)
+        if method in ('PUT', 'POST') and 'checkpoints' in path and 'commit_success' in path
+    ]
+    print(server.scheme, len(server.requests), server.count(), server.sent, marks)
