@@ -104,5 +104,5 @@ def test_the_library_needs_few_packages(path):
 
 def test_the_architecture_page_names_every_package():
     page = (ROOT / 'docs' / 'architecture.md').read_text(encoding='utf-8')
-    for name in {*LIBRARY, *PROGRAM} - {'registry', 'interception', 'jaxprs', 'storage'}:
+    for name in {*LIBRARY, *PROGRAM} - {'registry', 'interception', 'jaxprs'}:
         assert f'  {name}/' in page, name

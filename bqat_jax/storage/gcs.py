@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import io
 import logging
 from typing import Any
 
@@ -17,6 +18,29 @@ from bqat_jax.storage.patience import TRANSIENT_STATUS, Patient
 logging.getLogger('gcsfs').setLevel(logging.CRITICAL)
 # Seconds in which an answer begins, or goes on.
 TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
+
+
+FIELDS = 'items/name,prefixes,nextPageToken'
+
+
+class Whole(io.BytesIO):
+    """A file that is sent when it is closed; all that is written this way here is small."""
+
+    def __init__(self, system: 'GCS', path: str):
+        super().__init__()
+        self._system, self._path = system, path
+
+    def __exit__(self, kind, *exception: Any) -> None:
+        if kind is not None:
+            super().close()  # nothing is sent of what was not written to its end
+        super().__exit__(kind, *exception)
+
+    def close(self) -> None:
+        """Sends what was written."""
+        if not self.closed:
+            content = self.getvalue()
+            super().close()
+            self._system.pipe_file(self._path, content)
 
 
 class GCS(Patient, GCSFileSystem):
@@ -48,13 +72,22 @@ class GCS(Patient, GCSFileSystem):
         what = f'gs://{"/".join(str(part) for part in args)}: {method}'
         return await self.repeat(lambda: request(self, method, path, *args, **kwargs), what)
 
-    async def _isdir(self, path: str) -> bool:
-        """Whether it is a folder; GCSFileSystem says that it is none where it may not look."""
+    async def _list_two(self, path: str) -> tuple[str, list[str], bool]:
+        bucket, key, _ = self.split_path(path.rstrip('/'))
+        if not key:
+            return key, [], True
         try:
-            info: Any = await self._info(path)
-        except (FileNotFoundError, NotADirectoryError):
-            return False
-        return info['type'] == 'directory'
+            found: Any = await self._call(
+                'GET', 'b/{}/o', bucket, delimiter='/', prefix=key, maxResults=2, fields=FIELDS, json_out=True
+            )
+        except FileNotFoundError:  # there is no such bucket
+            return key, [], False
+        keys = [item['name'] for item in found.get('items', [])] + found.get('prefixes', [])
+        return key, keys, 'nextPageToken' in found
+
+    def _open(self, path: str, mode: str = 'rb', **kwargs: Any) -> Any:
+        """Opens a file; one that is written is sent by one request when it is closed."""
+        return Whole(self, path) if mode == 'wb' else super()._open(path, mode, **kwargs)
 
     async def _mkdir(self, path: str, *args: Any, **kwargs: Any) -> None:
         """Does nothing: there are no folders, and a missing bucket is an error, not to be made."""

@@ -39,6 +39,31 @@ class Patient:
         """Returns whether a request that failed with an error may succeed later."""
         raise NotImplementedError
 
+    async def _list_two(self, path: str) -> tuple[str, list[str], bool]:
+        """Lists a bucket from a path on: the path's key, two keys that begin with it, and whether there are more.
+
+        What follows a slash after the path is left out of the keys, so that a folder's key ends with one.
+        """
+        raise NotImplementedError
+
+    async def _exists(self, path: str, **kwargs: Any) -> bool:
+        """Whether there is a file or a folder; one request, where the file systems below need two or three."""
+        key, keys, has_more = await self._list_two(path)
+        if not has_more or {key, f'{key}/'} & set(keys):
+            return bool({key, f'{key}/'} & set(keys))
+        return await super()._exists(path, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+    async def _isdir(self, path: str) -> bool:
+        """Whether there is a folder. A refusal is raised, which the file systems below take for a no."""
+        key, keys, has_more = await self._list_two(path)
+        if not has_more or f'{key}/' in keys:
+            return f'{key}/' in keys
+        try:
+            info = await self._info(path)  # pyright: ignore[reportAttributeAccessIssue]
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return info['type'] == 'directory'
+
     async def repeat(self, request: Callable[[], Awaitable[Result]], what: str) -> Result:
         """Returns the result of a request.
 

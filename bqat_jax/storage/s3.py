@@ -5,6 +5,7 @@ from typing import Any
 
 from botocore.exceptions import ClientError, HTTPClientError
 from botocore.exceptions import ConnectionError as BotoConnectionError
+from fsspec.asyn import sync_wrapper
 from s3fs import S3FileSystem
 
 from bqat_jax.storage.patience import TRANSIENT_STATUS, Patient
@@ -39,5 +40,21 @@ class S3(Patient, S3FileSystem):
         what = f's3://{place}: {method}'
         return await self.repeat(lambda: super(S3, self)._call_s3(method, *args, **kwargs), what)
 
+    async def _list_two(self, path: str) -> tuple[str, list[str], bool]:
+        bucket, key, _ = self.split_path(path.rstrip('/'))
+        if not key:
+            return key, [], True
+        try:
+            found = await self._call_s3('list_objects_v2', Bucket=bucket, Prefix=key, Delimiter='/', MaxKeys=2)
+        except FileNotFoundError:  # there is no such bucket
+            return key, [], False
+        keys = [item['Key'] for item in found.get('Contents', [])]
+        return key, keys + [item['Prefix'] for item in found.get('CommonPrefixes', [])], found.get('IsTruncated', False)
+
     async def _mkdir(self, path: str, *args: Any, **kwargs: Any) -> None:
         """Does nothing: there are no folders, and a missing bucket is an error, not to be made."""
+
+    # S3FileSystem binds these to its own methods.
+    exists = sync_wrapper(Patient._exists)
+    isdir = sync_wrapper(Patient._isdir)
+    mkdir = sync_wrapper(_mkdir)
