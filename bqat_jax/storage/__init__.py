@@ -1,6 +1,6 @@
 """Where things lie: local folders and buckets (gs://, s3://), small files, and who may write into a run's folder."""
 
-from bqat_jax.storage.checking import chain_of, check_reachable, explain, explained, is_refused
+from bqat_jax.storage.checking import chain_of, check_reachable, explain, explained, is_of_bucket, is_refused
 from bqat_jax.storage.files import damaged, read_json, write_bytes, write_json, write_once, write_text
 from bqat_jax.storage.leases import Hold
 from bqat_jax.storage.locks import held, wait_for_lock
@@ -22,6 +22,7 @@ __all__ = [
     'filesystem_of',
     'held',
     'is_local',
+    'is_of_bucket',
     'is_refused',
     'local_copy',
     'move_folder',

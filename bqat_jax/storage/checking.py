@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import traceback
 import uuid
 from collections.abc import Iterator
 
@@ -9,6 +10,7 @@ from bqat_jax.errors import UserError
 from bqat_jax.storage.places import Place, bucket_of, filesystem_of, is_local, scheme_of
 
 PROBE = '.probe-'
+LIBRARIES = ('gcsfs', 's3fs', 'botocore', 'aiobotocore', 'aiohttp', 'google')
 # What the libraries' errors have in their texts, as regular expressions, by what is wrong.
 NO_CREDENTIALS = (
     'Unable to locate credentials',
@@ -95,7 +97,7 @@ def explained(what: str, path: Place) -> Iterator[None]:
         raise UserError(f'{what}: {explain(error, path)}') from error
 
 
-def explain(error: BaseException, path: Place) -> str:
+def explain(error: BaseException, path: Place | str) -> str:
     """Returns what an error of a bucket means and what can be done, in words.
 
     Args:
@@ -129,6 +131,14 @@ def chain_of(error: BaseException | None) -> Iterator[BaseException]:
             return
         yield error
         error = error.__cause__ or error.__context__
+
+
+def is_of_bucket(error: BaseException) -> bool:
+    """Returns whether an error was raised by a library that reads buckets."""
+    return any(type(part).__module__.split('.')[0] in LIBRARIES for part in chain_of(error)) or any(
+        frame.filename.replace('\\', '/').rpartition('/site-packages/')[2].split('/')[0] in LIBRARIES
+        for frame in traceback.extract_tb(error.__traceback__)
+    )
 
 
 def is_refused(text: str) -> bool:

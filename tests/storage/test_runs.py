@@ -24,7 +24,7 @@ from bqat_jax.sweeps.execution import run_sweep
 from tests.conftest import ONE_DEVICE, ROOT
 from tests.experiment.test_resume import STEPS, finish, kill, wait_until
 from tests.experiment.test_run import last_state, shortened
-from tests.storage.servers import environment
+from tests.storage.servers import environment, free_port
 
 CHECKPOINT = re.compile(r'checkpoints/(\d+)/commit_success\.txt')
 
@@ -80,14 +80,14 @@ def command(digits_dir, tmp_path_factory):
     """Runs main.py in a process of its own on one device; compiled programs are kept between processes."""
     cache = str(tmp_path_factory.mktemp('cache'))
 
-    def start(workdir, **more):
+    def start(workdir, *flags, **more):
         own = {
             'XLA_FLAGS': ONE_DEVICE,
             'JAX_COMPILATION_CACHE_DIR': cache,
             'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
         }
         return subprocess.Popen(
-            [sys.executable, 'main.py', f'--workdir={workdir}', f'--config.data.dir={digits_dir}', *FLAGS],
+            [sys.executable, 'main.py', f'--workdir={workdir}', f'--config.data.dir={digits_dir}', *FLAGS, *flags],
             cwd=ROOT, env={**os.environ, **own, **more}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
 
@@ -154,6 +154,26 @@ def test_a_second_run_is_refused_and_a_suspended_holder_stops_without_writing(st
     assert first.returncode == 1 and 'another one has taken over its workdir' in output
     finish(second)
     assert_same(bucket, local)
+
+
+@pytest.mark.slow
+def test_processes_share_a_workdir_there_and_go_on_after_a_kill(command, server, bucket, tmp_path):
+    def run(workdir, number, port):
+        devices = f'{ONE_DEVICE} --xla_force_host_platform_device_count=2'
+        more = environment(server.scheme, server.url)
+        return command(workdir, f'--config.distributed=127.0.0.1:{port},2,{number}', XLA_FLAGS=devices, **more)
+
+    for workdir, kills in ((tmp_path / 'local', 0), (bucket, 1)):
+        for attempt in range(kills + 1):
+            port = free_port()
+            processes = [run(workdir, number, port) for number in range(2)]
+            if attempt < kills:
+                wait_until(processes[0], lambda: newest(bucket, 'train') >= 5)
+                for process in processes:
+                    kill(process)
+        for process in processes:
+            finish(process)
+    assert_same(bucket, tmp_path / 'local')
 
 
 def test_a_run_is_told_to_stop_and_goes_on(start, bucket, local):
