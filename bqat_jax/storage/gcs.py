@@ -46,8 +46,10 @@ class Whole(io.BytesIO):
 class GCS(Patient, GCSFileSystem):
     """GCSFileSystem that is patient, never makes a bucket, and tells a refusal from a file that is not there."""
 
+    scheme = 'gs'
+
     def __init__(self, *args: Any, **kwargs: Any):
-        """Takes what GCSFileSystem takes, and the patience."""
+        """Takes what GCSFileSystem takes."""
         super().__init__(*args, **{'requests_timeout': TIMEOUT, **kwargs})
 
     @staticmethod

@@ -153,6 +153,16 @@ class Lease:
         return self._directory / FOLDER / f'{number:06}'
 
 
+class Lost(UserError):
+    """Another process has taken over."""
+
+    def __init__(self):
+        super().__init__(
+            'This process was suspended, or could not reach its bucket, for so long that another one has taken over '
+            'its workdir (storage.lease_seconds). It stops without writing; nothing is lost there.'
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Hold:
     """That a folder is held by this run.
@@ -176,10 +186,7 @@ class Hold:
             UserError: if another run has taken it over, as after this one was suspended.
         """
         if self.is_in_bucket and not agree(self.is_held() if is_first() else True):
-            raise UserError(
-                'This process was suspended, or could not reach its bucket, for so long that another one has taken '
-                'over its workdir (storage.lease_seconds). It stops without writing; nothing is lost there.'
-            )
+            raise Lost()
 
 
 def _identity(process: int) -> dict[str, Any]:

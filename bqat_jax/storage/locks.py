@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bqat_jax.errors import UserError
-from bqat_jax.storage.leases import Hold, Lease
+from bqat_jax.storage.leases import Hold, Lease, Lost
+from bqat_jax.storage.patience import Unavailable
 from bqat_jax.storage.places import Place
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,14 @@ def held(directory: Place, lease_seconds: float) -> Iterator[Hold]:
             yield Hold()
         return
     with Lease(directory, lease_seconds) as lease:
-        yield Hold(lease, is_in_bucket=True)
+        try:
+            yield Hold(lease, is_in_bucket=True)
+        except UserError as error:
+            # Whatever a process says that was suspended in the middle of a save: this is why.
+            with contextlib.suppress(Unavailable):
+                if not isinstance(error, Unavailable | Lost) and not lease.is_held():
+                    raise Lost() from error
+            raise
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from bqat_jax.errors import UserError
+from bqat_jax.storage.places import patience_of
 
 logger = logging.getLogger(__name__)
 
@@ -25,14 +26,15 @@ class Unavailable(UserError):
 class Patient:
     """A part of a file system of fsspec: repeats requests that fail for a while, until the patience is over.
 
-    A class that is built with it says which errors pass by: `is_transient(error)`.
+    A class that is built with it says its scheme, and which errors pass by: `is_transient(error)`.
     """
 
-    def __init__(self, *args: Any, patience: float = 600.0, **kwargs: Any):
-        """Takes the patience in seconds, and what the file system takes."""
+    scheme: str
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        """Takes what the file system takes."""
         kwargs['use_listings_cache'] = False  # other processes write too
         super().__init__(*args, **kwargs)
-        self.patience = patience
 
     @staticmethod
     def is_transient(error: Exception) -> bool:
@@ -84,9 +86,10 @@ class Patient:
                     raise
                 waited = time.monotonic() - began
                 pause = min(2.0**attempt, LONGEST_PAUSE) * random.uniform(0.5, 1.0)
-                if waited + pause > self.patience:
+                patience = patience_of(self.scheme)
+                if waited + pause > patience:
                     raise Unavailable(
-                        f'{what} failed for {waited:.0f} s (storage.patience={self.patience:g}): '
+                        f'{what} failed for {waited:.0f} s (storage.patience={patience:g}): '
                         f'{type(error).__name__}: {str(error)[:200]}. What was saved is kept: run the same command '
                         'again to go on.'
                     ) from error

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import fsspec
 from etils import epath
-from fsspec.config import conf
 
 from bqat_jax.errors import UserError
 
@@ -27,6 +26,8 @@ BUCKETS = {
     'gs': ('gcsfs', 'gcs', 'bqat_jax.storage.gcs.GCS'),
     's3': ('s3fs', 's3', 'bqat_jax.storage.s3.S3'),
 }
+# What `storage.patience` says; file systems live as long as the process, and are made by others.
+_PATIENCE: dict[str, float] = {}
 # A transfer of TensorStore's that stands still for so many seconds is broken off and tried again.
 STANDSTILL = '60'
 
@@ -90,14 +91,14 @@ def filesystem_of(path: str | os.PathLike) -> fsspec.AbstractFileSystem:
 
 
 def set_patience(seconds: float) -> None:
-    """Sets for how long requests to buckets that fail are repeated; to be called before the first one."""
+    """Sets for how long requests to buckets that fail are repeated, for all libraries of this process."""
     for scheme in BUCKETS:
-        conf.setdefault(scheme, {})['patience'] = seconds
+        _PATIENCE[scheme] = seconds
 
 
 def patience_of(scheme: str) -> float:
     """Returns for how long requests to a scheme's buckets that fail are repeated, in seconds."""
-    return conf.get(scheme, {}).get('patience', 600.0)
+    return _PATIENCE.get(scheme, 600.0)
 
 
 def _connect(scheme: str, given: str) -> None:

@@ -17,10 +17,11 @@ class S3(Patient, S3FileSystem):
     Endpoint, region and credentials are those of boto: AWS_ENDPOINT_URL, AWS_REGION, AWS_PROFILE and so on.
     """
 
+    scheme = 's3'
     retries = 1  # ours are others
 
     def __init__(self, *args: Any, **kwargs: Any):
-        """Takes what S3FileSystem takes, and the patience."""
+        """Takes what S3FileSystem takes."""
         once = {'retries': {'max_attempts': 0}, 'connect_timeout': 30, 'read_timeout': 60}
         super().__init__(*args, **{'config_kwargs': once, **kwargs})
 

@@ -1,8 +1,6 @@
 import os
 
-import fsspec
 import pytest
-from fsspec.config import conf
 
 from bqat_jax.storage import place, set_patience
 from tests.storage.servers import BUCKET, SCHEMES, environment, serving, why_not
@@ -26,14 +24,9 @@ def bucket(server, monkeypatch, request):
         monkeypatch.delenv(name)
     for name, value in environment(server.scheme, server.url).items():
         monkeypatch.setenv(name, value)
-    before = {scheme: dict(facts) for scheme, facts in conf.items()}
     set_patience(2.0)
     server.fault = None
     server.requests.clear()
-    folder = place(f'{server.scheme}://{BUCKET}/{request.node.name.partition("[")[0]}', '--workdir')
-    fsspec.filesystem(server.scheme).clear_instance_cache()
-    yield folder
+    yield place(f'{server.scheme}://{BUCKET}/{request.node.name.partition("[")[0]}', '--workdir')
     server.fault = None
-    conf.clear()
-    conf.update(before)
-    fsspec.filesystem(server.scheme).clear_instance_cache()
+    set_patience(600.0)
