@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterator
 
 from bqat_jax.errors import UserError
+from bqat_jax.storage.patience import Unavailable
 from bqat_jax.storage.places import Place, bucket_of, filesystem_of, is_local, scheme_of
 
 PROBE = '.probe-'
@@ -61,6 +62,8 @@ def check_reachable(directory: Place, name: str) -> None:
         _list(system, bucket, str(directory))
     with explained(f'{name}={str(directory)!r}: no file can be written there', directory):
         system.pipe_file(probe, content)
+    with explained(f'{name}={str(directory)!r}: no file can be written there', directory):
+        _check_exclusive(system, probe, f'{name}={str(directory)!r}')
     with explained(f'{name}={str(directory)!r}: a file that was written there cannot be read', directory):
         found = system.cat_file(probe)
     if found != content:
@@ -70,6 +73,20 @@ def check_reachable(directory: Place, name: str) -> None:
         )
     with explained(f'{name}={str(directory)!r}: a file that was written there cannot be deleted', directory):
         system.rm_file(probe)
+
+
+def _check_exclusive(system, probe: str, given: str) -> None:
+    """Checks that a file which is there cannot be made: so a run holds its folder alone."""
+    try:
+        system.pipe_file(probe, b'', mode='create')
+    except Unavailable:
+        raise
+    except Exception:  # the file systems refuse it in different ways
+        return
+    raise UserError(
+        f'{given}: the store makes a file that is there although it was asked not to (If-None-Match), so that two runs '
+        'could write into one folder. Take another store.'
+    )
 
 
 def _list(system, bucket: str, directory: str) -> None:

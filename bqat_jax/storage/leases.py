@@ -37,7 +37,8 @@ class Lease:
     def __init__(self, directory: Place, seconds: float):
         """Takes the folder, and the seconds after which a lease that was not renewed is taken over."""
         self._directory, self._seconds = directory, seconds
-        self._content = {'token': uuid.uuid4().hex, 'host': socket.gethostname(), **_identity(os.getpid())}
+        own = {'host': socket.gethostname(), 'seconds': seconds, **_identity(os.getpid())}
+        self._content = {'token': uuid.uuid4().hex, **own}
         self._number = 0
         self._renewals = 0
         self._ended = threading.Event()
@@ -83,15 +84,17 @@ class Lease:
         before = self._read(number)
         if before is None or before.get('ended') or _is_dead(before):
             return
+        theirs = before.get('seconds')
+        seconds = max(self._seconds, theirs if isinstance(theirs, int | float) else 0)  # by which it is renewed
         logger.info(
             '%s was last held by %s. If its lease is not renewed for %g s (storage.lease_seconds), it is taken over.',
             self._directory,
             _name(before),
-            self._seconds,
+            seconds,
         )
-        end = time.monotonic() + self._seconds
+        end = time.monotonic() + seconds
         while time.monotonic() < end:
-            time.sleep(min(self._seconds / RENEWALS, max(0.0, end - time.monotonic())) or 0.01)
+            time.sleep(min(seconds / RENEWALS, max(0.0, end - time.monotonic())) or 0.01)
             now = self._read(number)
             if now is None or now.get('ended'):
                 return
@@ -137,9 +140,14 @@ class Lease:
 
     def _read(self, number: int) -> dict[str, Any] | None:
         try:
-            return json.loads(filesystem_of(self._directory).cat_file(str(self._path(number))))
+            text = filesystem_of(self._directory).cat_file(str(self._path(number)))
         except FileNotFoundError:
             return None
+        try:
+            content = json.loads(text)
+        except ValueError:
+            content = None
+        return content if isinstance(content, dict) else {'unreadable': repr(text)}  # waited for as any other
 
     def _numbers(self) -> list[int]:
         try:
@@ -189,7 +197,7 @@ class Hold:
             raise Lost()
 
 
-def _identity(process: int) -> dict[str, Any]:
+def _identity(process: Any) -> dict[str, Any]:
     """What a process on this machine is known by; {} where the system does not tell."""
     try:
         boot = Path('/proc/sys/kernel/random/boot_id').read_text().strip()
@@ -207,7 +215,7 @@ def _is_dead(content: dict[str, Any]) -> bool:
     own = _identity(os.getpid())
     if not own or any(content.get(key) != own[key] for key in ('boot', 'namespace')):
         return False
-    there = _identity(int(content['process']))
+    there = _identity(content.get('process', 0))
     return there.get('started') != content.get('started')
 
 

@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from bqat_jax.errors import UserError
@@ -104,6 +105,31 @@ def test_a_holder_that_stands_still_loses_and_a_dead_one_is_followed_at_once(buc
     began = time.monotonic()
     with held(bucket, 1000):
         assert time.monotonic() - began < 5
+
+
+def test_a_lease_that_cannot_be_read_is_waited_for(bucket):
+    for text in ('no JSON', '[]', '{}', '{"seconds": "x", "process": "y"}'):
+        write_text(bucket / FOLDER / '000007', text)
+        began = time.monotonic()
+        with held(bucket, 1) as hold:
+            assert hold.lease._number == 8 and time.monotonic() - began >= 1
+        (bucket / FOLDER / '000008').unlink()
+
+
+def test_a_holder_with_a_longer_lease_is_waited_for_as_long(bucket):
+    slow = Lease(bucket, 3)
+    slow._take()
+    began = time.monotonic()
+    with held(bucket, 1):
+        assert time.monotonic() - began >= 3
+
+
+def test_a_store_that_makes_what_is_there_is_refused(bucket, monkeypatch):
+    system = fsspec.filesystem(str(bucket).partition(':')[0])
+    pipe = system.pipe_file
+    monkeypatch.setattr(system, 'pipe_file', lambda path, content, **_: pipe(path, content), raising=False)
+    with pytest.raises(UserError, match='two runs could write into one folder'):
+        check_reachable(bucket, '--workdir')
 
 
 def test_of_many_takers_one_holds(bucket):
@@ -208,7 +234,7 @@ def test_what_is_not_allowed_is_told(bucket, server, methods, message):
 
 def test_a_bucket_that_can_be_used_is_left_as_it_was(bucket, server):
     check_reachable(bucket, '--workdir')
-    assert len(server.requests) <= 7
+    assert len(server.requests) <= 8
     assert not bucket.exists()
 
 
