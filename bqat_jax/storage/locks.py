@@ -42,10 +42,17 @@ def held(directory: Place, lease_seconds: float) -> Iterator[Hold]:
             yield Hold(lease, is_in_bucket=True)
         except UserError as error:
             # Whatever a process says that was suspended in the middle of a save: this is why.
-            with contextlib.suppress(Unavailable):
-                if not isinstance(error, Unavailable | Lost) and not lease.is_held():
-                    raise Lost() from error
+            if not isinstance(error, Unavailable | Lost) and _is_lost(lease):
+                raise Lost() from error
             raise
+
+
+def _is_lost(lease: Lease) -> bool:
+    """Whether another process has surely taken over."""
+    try:
+        return not lease.is_held()
+    except Exception:  # a bucket that refuses or does not answer is what ended the run
+        return False
 
 
 @contextlib.contextmanager

@@ -6,6 +6,13 @@ from bqat_jax.storage import place, set_patience
 from tests.storage.servers import BUCKET, SCHEMES, environment, serving, why_not
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker('slow_on_s3') and item.callspec.params['server'] == 's3':
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope='session', params=SCHEMES)
 def server(request):
     """A proxy before a server with an empty bucket, for each scheme; libraries in this process find it."""

@@ -147,6 +147,7 @@ def kill_and_resume(start, bucket, local, kills):
     assert not [name for name in objects_in(bucket) if '/damaged/' in name or 'probe' in name]
 
 
+@pytest.mark.slow_on_s3
 def test_a_second_run_is_refused_and_a_suspended_holder_stops_without_writing(start, bucket, local):
     first = start(bucket)
     wait_until(first, lambda: newest(bucket, 'train') >= 2)
@@ -208,6 +209,7 @@ def quick_local(digits_dir, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow_on_s3
 def test_everything_that_follows_training_works_there(quick, bucket, server, quick_local, tmp_path):
     """Data from the bucket too; then every mode, a sweep, and partner and weights that lie there."""
     config = quick.copy_and_resolve_references()
@@ -231,6 +233,7 @@ def test_everything_that_follows_training_works_there(quick, bucket, server, qui
     assert train(config, bucket / 'continued', name='digits')['init'] == str(workdir)
 
 
+@pytest.mark.slow_on_s3
 def test_weights_plugins_and_sweeps_lie_there(quick, bucket, tmp_path, registries):
     safetensors = pytest.importorskip('safetensors.numpy')
     weights = tmp_path / 'weights.safetensors'
