@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bqat_jax.errors import UserError
+from bqat_jax.storage.checking import explain, is_of_bucket
 from bqat_jax.storage.leases import Hold, Lease, Lost
 from bqat_jax.storage.patience import Unavailable
 from bqat_jax.storage.places import Place
@@ -31,7 +32,7 @@ def held(directory: Place, lease_seconds: float) -> Iterator[Hold]:
         lease_seconds: after which a lease that was not renewed is taken over.
 
     Raises:
-        UserError: if another process holds it.
+        UserError: if another process holds it, and for errors of the bucket within the context.
     """
     if isinstance(directory, Path):
         with _locked(directory):
@@ -40,10 +41,15 @@ def held(directory: Place, lease_seconds: float) -> Iterator[Hold]:
     with Lease(directory, lease_seconds) as lease:
         try:
             yield Hold(lease, is_in_bucket=True)
-        except UserError as error:
+        except Exception as error:
+            is_told = isinstance(error, UserError)
+            if not is_told and not is_of_bucket(error):
+                raise
             # Whatever a process says that was suspended in the middle of a save: this is why.
             if not isinstance(error, Unavailable | Lost) and _is_lost(lease):
                 raise Lost() from error
+            if not is_told:
+                raise UserError(f'A request to {directory} failed: {explain(error, directory)}') from error
             raise
 
 
