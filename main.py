@@ -25,8 +25,8 @@ from bqat_jax.experiment.compilation import keep_compiled
 from bqat_jax.experiment.environment import check_processes
 from bqat_jax.experiment.run import diagnose_run, evaluate_run, import_partner, summarize_network, train
 from bqat_jax.registry import loaded_plugins, place_in_plugins
+from bqat_jax.storage import address_in, is_of_bucket, place, set_patience
 from bqat_jax.storage import explain as explain_bucket
-from bqat_jax.storage import is_of_bucket, place, set_patience
 
 MODES = ('train', 'evaluate', 'import', 'summary', 'diagnose', 'export', 'sweep')
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -92,7 +92,7 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, OSError) and (error.filename is not None or error.errno in DISK_ERRORS):
         remedy = 'Make room' if error.errno in FULL else 'Give a path that can be read and written'
         return f'{text}. {remedy}; run the same command again to go on.'
-    bucket = named_bucket(sys.argv[1:])
+    bucket = address_in(error) or named_bucket(sys.argv[1:])
     if bucket is not None and is_of_bucket(error):
         return f'A request to a bucket failed: {explain_bucket(error, bucket)}'
     if isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in text:

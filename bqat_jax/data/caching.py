@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import IO, Any
@@ -18,6 +19,8 @@ logger = logging.getLogger(__name__)
 DEFAULT = Path('~/.cache/bqat_jax')
 # In the folder of a data set: it is whole; and a lock that processes share which read it.
 COMPLETE, IN_USE = 'complete', 'in_use'
+# Folders of data sets have such names, in a folder of their own: nothing else is counted or removed.
+OWN, NAME = 'of_buckets', re.compile('[0-9a-f]{20}')
 # What a bucket calls the version of an object's content.
 TAGS = ('ETag', 'etag', 'md5Hash', 'generation')
 # Of folders that this process reads, so that no other process removes them; open as long as it lives.
@@ -54,12 +57,12 @@ class Cache:
         inside = source.relative_to(below).as_posix()
         tags = {name: next((str(facts[tag]) for tag in TAGS if facts.get(tag)), '') for name, facts in files.items()}
         known = json.dumps([str(source), sorted(tags.items()), sorted(sizes.items())])
-        root = self.directory.expanduser()
+        root = self.directory.expanduser() / OWN
         own = root / hashlib.sha256(known.encode()).hexdigest()[:20]
         try:
             root.mkdir(parents=True, exist_ok=True)
             with wait_for_lock(root / '.lock'):
-                if not (own / COMPLETE).is_file():
+                if not (own / COMPLETE).is_file() or not _is_whole(own / inside, sizes):
                     self._make_room(root, sum(sizes.values()), own, source)
                     own.mkdir(exist_ok=True)
                     logger.info('Fetching %s (%.1f MB) into %s.', source, sum(sizes.values()) / 1e6, own)
@@ -83,7 +86,7 @@ class Cache:
                 f'{source} has {needed / 1e9:.1f} GB, and data.cache_gb={self.most_bytes / 1e9:g}. Give more, or read '
                 'from gs:// directly, or from a local folder.'
             )
-        others = [path for path in root.iterdir() if path.is_dir() and path != own]
+        others = [path for path in root.iterdir() if NAME.fullmatch(path.name) and path.is_dir() and path != own]
         held = {path: _size_of(path) for path in others}
         for path in sorted(others, key=_last_use):
             if sum(held.values()) + needed <= self.most_bytes:
@@ -95,6 +98,10 @@ class Cache:
                 f'{source} has {needed / 1e9:.1f} GB, and of data.cache_gb={self.most_bytes / 1e9:g} other runs read '
                 f'{sum(held.values()) / 1e9:.1f} in {root}. Give more, or another folder (--config.data.cache_dir=DIR).'
             )
+
+
+def _is_whole(target: Path, sizes: dict[str, int]) -> bool:
+    return all((target / name).is_file() and (target / name).stat().st_size == size for name, size in sizes.items())
 
 
 def _fetch_files(source: Place, target: Path, sizes: dict[str, int]) -> None:

@@ -1,6 +1,7 @@
 """A request to stop (SIGTERM, or Ctrl-C once) is noted, and acted on at the next step."""
 
 import signal
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,7 +19,9 @@ class StopRequest:
     service notes the signal, and SIGINT interrupts.
     """
 
-    def __init__(self):
+    def __init__(self, on_request: Callable[[], None] = lambda: None):
+        """Takes what is called as soon as the request is noted."""
+        self._on_request = on_request
         self._signal_name: str | None = None
         self._before: dict[int, Any] = {}
         self._points = 0
@@ -39,6 +42,7 @@ class StopRequest:
             self._points += 1
             if multihost_utils.reached_preemption_sync_point(self._points):
                 self._signal_name = 'SIGTERM'
+                self._on_request()
         return self._signal_name is not None
 
     def check(self, where: str) -> None:
@@ -55,3 +59,4 @@ class StopRequest:
         if number == signal.SIGINT and self._signal_name is not None:
             raise KeyboardInterrupt
         self._signal_name = signal.Signals(number).name
+        self._on_request()

@@ -17,7 +17,17 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from bqat_jax.distributed.processes import is_first, wait_for_all
 from bqat_jax.errors import UserError
 from bqat_jax.experiment.integrity import arrays_of, digest, on_every_device, quiet
-from bqat_jax.storage import COMMIT_FILE, Place, chain_of, explain, is_local, is_refused, move_folder
+from bqat_jax.storage import (
+    COMMIT_FILE,
+    BucketError,
+    Place,
+    chain_of,
+    check_objects,
+    explain,
+    is_local,
+    is_refused,
+    move_folder,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +121,7 @@ class Checkpoints:
             except Exception as error:
                 if is_local(self.directory):
                     raise
-                raise UserError(
+                raise BucketError(
                     f'The checkpoints in {self.directory} cannot be listed: {explain(error, self.directory)}'
                 ) from error
 
@@ -254,6 +264,7 @@ class Checkpoints:
             UserError: if it may not be read.
         """
         problem: Exception
+        self._check_objects(step)
         with quiet():
             try:
                 return self._read_intact(step, target)
@@ -302,6 +313,22 @@ class Checkpoints:
             listed = '; '.join(differences[:3])
             raise _Different(f'step {step} has other arrays ({len(differences)} differ: {listed})')
 
+    def _check_objects(self, step: int) -> None:
+        """Checks that the objects of a checkpoint in a bucket can be read, whatever is in them.
+
+        TensorStore calls a refusal and a cut file by the same names, and many readings that fail at once end badly.
+
+        Raises:
+            UserError: if one cannot.
+        """
+        if not is_local(self.directory):
+            try:
+                check_objects(self.directory / str(step))
+            except FileNotFoundError:  # it is gone, or one of them is: the reading tells
+                pass
+            except Exception as error:
+                raise self._not_readable(step, error) from error
+
     def _diagnose(self, step: int, error: Exception) -> Exception:
         """What to raise for an error of Orbax or TensorStore."""
         directory, text = self.directory / str(step), f'{type(error).__name__}: {error!s}'
@@ -315,6 +342,10 @@ class Checkpoints:
             return error
         if not is_damage(error):
             return self._not_readable(step, error)
+        try:
+            self._check_objects(step)
+        except UserError as other:
+            return other
         first = text.partition('\n')[0][:200]
         return _Damaged(f'a file of it is missing, cut or changed ({first})')
 
@@ -323,7 +354,8 @@ class Checkpoints:
         why = f'{type(error).__name__}: {str(error)[:300]}'
         if not is_local(self.directory) and not isinstance(error, UserError):
             why = explain(error, self.directory)
-        return UserError(
+        kind = UserError if is_local(self.directory) else BucketError
+        return kind(
             f'The checkpoint of step {step} in {self.directory} may not be read, or {where}: {why} Nothing was moved: '
             'mend that, and run the same command again.'
         )
@@ -345,7 +377,8 @@ class Checkpoints:
 
     def _save_failed(self, error: Exception) -> UserError:
         if not is_local(self.directory):
-            return UserError(f'A checkpoint could not be written to {self.directory}: {explain(error, self.directory)}')
+            why = explain(error, self.directory)
+            return BucketError(f'A checkpoint could not be written to {self.directory}: {why}')
         return UserError(
             f'A checkpoint could not be written to {self.directory}: {type(error).__name__}: {str(error)[:500]}\n'
             'Is the disk full, or not writable? Run the same command again to go on from the last finished checkpoint.'
@@ -359,19 +392,25 @@ def _steps_in(directory: Place) -> list[Place]:
 def _check_copied(directory: Place) -> None:
     """Refuses a folder in a bucket whose checkpoints lack the file that makes them count.
 
-    Orbax would take them for saves that were broken off, and remove them. Those are told by their number: a save that
-    is broken off leaves an older checkpoint beside it, or is the first of all.
+    Orbax would take them for saves that were broken off, and remove them. A run makes one save after another: what was
+    broken off is one checkpoint behind the last that counts, or the first of all, of step 0. One before the last that
+    counts was being removed.
     """
     if is_local(directory):
         return
     steps = _steps_in(directory)
-    if any(step.name != '0' for step in steps) and not any((step / COMMIT_FILE).exists() for step in steps):
+    numbers = {int(step.name) for step in steps}
+    counting = {int(step.name) for step in steps if (step / COMMIT_FILE).exists()}
+    behind = sorted(number for number in numbers - counting if number > max(counting, default=-1))
+    if len(behind) > 1 or (behind and not counting and behind != [0]):
         raise UserError(
-            f'{directory} has checkpoints ({", ".join(step.name for step in steps)}), and none of them has the file '
-            f'{COMMIT_FILE}, without which a checkpoint in a bucket does not count: they were copied without it, or '
-            'from a local folder, where there is none. Copy them again with all files; or, if they are whole, put an '
-            f'empty file {COMMIT_FILE} into each, and into the folders in it; or take another --workdir.'
+            f'{directory} has the checkpoints {", ".join(map(str, behind))} without the file {COMMIT_FILE}. Without it '
+            'a checkpoint in a bucket does not count: they were copied without it. Copy them again with all files; or, '
+            f'if they are whole, put an empty file {COMMIT_FILE} into each and into the folders in it; or take another '
+            '--workdir.'
         )
+    for number in sorted(numbers - counting):
+        logger.info('The checkpoint of step %d in %s was not finished; it does not count.', number, directory)
 
 
 def _options_for(directory: Place) -> dict[str, Any]:

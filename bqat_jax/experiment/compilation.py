@@ -3,7 +3,7 @@
 import jax
 
 from bqat_jax.errors import UserError
-from bqat_jax.storage import place
+from bqat_jax.storage import check_reachable, place
 
 
 def keep_compiled(folder: str | None) -> None:
@@ -18,6 +18,7 @@ def keep_compiled(folder: str | None) -> None:
     if folder is None:
         return
     path = place(folder, 'compilation_cache')
+    check_reachable(path, 'compilation_cache')
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -38,7 +38,7 @@ from bqat_jax.export.stablehlo import export_stablehlo
 from bqat_jax.export.verification import fake_quantized
 from bqat_jax.networks import make_network
 from bqat_jax.registry import suggest
-from bqat_jax.storage import Place, write_bytes, write_json
+from bqat_jax.storage import Place, check_reachable, write_bytes, write_json
 
 
 def export_run(config: Config, workdir: Place) -> dict[str, Any]:
@@ -58,6 +58,7 @@ def export_run(config: Config, workdir: Place) -> dict[str, Any]:
     if jax.process_count() > 1:
         raise UserError('--mode=export runs in one process: leave config.distributed at its default, off.')
     console = rich.console.Console(markup=False)
+    check_reachable(workdir, '--workdir')
     experiment, finished = open_run(config, workdir, console)
     if not (workdir / 'result.json').is_file():
         raise UserError(

@@ -19,7 +19,7 @@ from bqat_jax.experiment.run_phase import open_checkpoints
 from bqat_jax.experiment.setup import make_experiment
 from bqat_jax.experiment.streams import Stream
 from bqat_jax.experiment.workdir import CONFIG, check_config, check_is_run
-from bqat_jax.storage import Place, check_reachable, read_json
+from bqat_jax.storage import Place, check_listed, read_json
 from bqat_jax.training.reestimation import reestimate_batch_stats
 
 
@@ -48,7 +48,6 @@ def open_run(config: Config, workdir: Place, console: rich.console.Console) -> t
     Raises:
         UserError: if the workdir holds no run of this config, or its checkpoint cannot be read.
     """
-    check_reachable(workdir, '--workdir')
     check_is_run(workdir)
     experiment = make_experiment(config, workdir, console)
     check_config(experiment)
@@ -99,6 +98,7 @@ def find_start(experiment: Experiment, partner: Partner) -> Start:
     source = experiment.init
     if source.workdir is None:
         return Start(partner.variables, None, None)
+    check_listed(source.workdir, 'init.workdir')
     config = _config_of(source.workdir, experiment)
     other, (other_partner, phase, restored) = open_run(config, source.workdir, experiment.console)
     where = f'init.workdir={str(source.workdir)!r}'
@@ -121,6 +121,6 @@ def _config_of(workdir: Place, experiment: Experiment) -> Config:
     config: Config = ml_collections.ConfigDict(completed(read_json(workdir / CONFIG), workdir))
     own = experiment.config
     config.mesh = ml_collections.ConfigDict(own['mesh'])
-    for key in ('dir', 'workers', 'on_device'):
+    for key in ('dir', 'cache_dir', 'cache_gb', 'workers', 'on_device'):
         config.data[key] = own['data'][key]
     return config

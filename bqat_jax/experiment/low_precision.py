@@ -84,6 +84,7 @@ def train_low_precision(
         else:
             prepared = _prepare(experiment, partner, start, data.train)
             quantization = prepared.quantization
+        experiment.hold.check()
         write_once(path, _describe(quantization))
         stop.check('after the quantizers were calibrated')
     phase = low_precision_phase(experiment, partner, quantization)

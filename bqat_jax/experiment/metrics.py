@@ -154,7 +154,7 @@ def _show(metrics: dict[str, float]) -> str:
 def _remove_after(path: Path, phase: str, start: int) -> None:
     if not path.exists():
         return
-    lines = path.read_text(encoding='utf-8').splitlines(keepends=True)
+    lines = path.read_text(encoding='utf-8', errors='replace').splitlines(keepends=True)
     kept = [line for line in lines if _belongs_before(line, phase, start)]
     if kept != lines:
         write_text(path, ''.join(kept))
@@ -163,8 +163,10 @@ def _remove_after(path: Path, phase: str, start: int) -> None:
 def _belongs_before(line: str, phase: str, start: int) -> bool:
     try:
         entry: dict[str, Any] = json.loads(line)
-    except json.JSONDecodeError:  # half a line, from a process that was killed
+        if not isinstance(entry['step'], int):
+            return False
+    except (ValueError, TypeError, KeyError):  # half a line, from a process that was killed, or none of ours
         return False
-    if entry['phase'] == phase and entry['step'] == start and STRENGTH in entry:  # it is measured again
+    if entry.get('phase') == phase and entry['step'] == start and STRENGTH in entry:  # it is measured again
         return False
-    return line.endswith('\n') and (entry['phase'] != phase or entry['step'] <= start)
+    return line.endswith('\n') and (entry.get('phase') != phase or entry['step'] <= start)

@@ -22,7 +22,7 @@ from bqat_jax.replacement.block_replacement import BlockReplacement
 from bqat_jax.replacement.objective import task_alone
 from bqat_jax.replacement.paths import Variables
 from bqat_jax.replacement.plans import Plan
-from bqat_jax.storage import COMMIT_FILE, Place, read_json, write_once
+from bqat_jax.storage import COMMIT_FILE, Place, check_listed, read_json, write_once
 from bqat_jax.training.spec import TrainSpec
 from bqat_jax.transform import FULL_PRECISION
 
@@ -158,6 +158,7 @@ def load_partner(experiment: Experiment, workdir: Place) -> Partner | None:
 
 
 def _take_from_workdir(experiment: Experiment, workdir: Place) -> Partner:
+    check_listed(workdir, 'partner.workdir')
     partner = load_partner(experiment, workdir)
     if partner is None:
         raise UserError(
@@ -192,6 +193,7 @@ def _keep(experiment: Experiment, partner: Partner) -> Partner:
         if checkpoints.latest_step is None:  # else a kill came between these two files
             checkpoints.save(0, partner.variables, {})
             checkpoints.wait()
+    experiment.hold.check()
     write_once(directory / FACTS, partner.facts)
     experiment.console.print(f'Partner: {partner.facts["source"]}.')
     return partner

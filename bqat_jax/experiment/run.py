@@ -25,7 +25,7 @@ from bqat_jax.experiment.partner import Partner, find_partner, partner_spec, pre
 from bqat_jax.experiment.reading import Data, load_data, load_split, make_evaluation
 from bqat_jax.experiment.setup import make_experiment
 from bqat_jax.experiment.workdir import check_config, opened, write_record
-from bqat_jax.storage import Place, check_reachable, write_once
+from bqat_jax.storage import Place, check_reachable, shorten_patience, write_once
 from bqat_jax.training.evaluation import Evaluation
 from bqat_jax.training.spec import NETWORK, QUANTIZERS
 
@@ -54,7 +54,7 @@ def train(
         UserError: for a config or a workdir that cannot work, with the remedy.
         Stopped: if SIGTERM or SIGINT came; a checkpoint is saved.
     """
-    with opened(workdir, config.storage.lease_seconds) as hold, StopRequest() as stop:
+    with opened(workdir, config.storage.lease_seconds) as hold, StopRequest(shorten_patience) as stop:
         experiment = make_experiment(config, workdir, console or _console(), hold=hold)
         check_config(experiment)
         write_record(experiment, name, overrides)
@@ -108,7 +108,7 @@ def import_partner(
             'partner.new_head=True: a new head knows no classes before it is trained, so there is no partner to '
             'evaluate. Train it, with --mode=train.'
         )
-    with opened(workdir, config.storage.lease_seconds) as hold, StopRequest() as stop:
+    with opened(workdir, config.storage.lease_seconds) as hold, StopRequest(shorten_patience) as stop:
         experiment = dataclasses.replace(experiment, hold=hold)
         check_config(experiment)
         write_record(experiment, name, overrides)
@@ -139,7 +139,7 @@ def prepare_partner(config: Config, workdir: Place, *, name: str, console: rich.
         UserError: for a config or a workdir that cannot work, with the remedy.
         Stopped: if SIGTERM or SIGINT came; a checkpoint is saved.
     """
-    with opened(workdir, config.storage.lease_seconds) as hold, StopRequest() as stop:
+    with opened(workdir, config.storage.lease_seconds) as hold, StopRequest(shorten_patience) as stop:
         experiment = make_experiment(config, workdir, console, hold=hold)
         check_config(experiment)
         write_record(experiment, name, {})
@@ -154,11 +154,12 @@ def evaluate_run(config: Config, workdir: Place) -> dict[str, Any]:
     Raises:
         UserError: if the workdir holds no run of this config.
     """
+    check_reachable(workdir, '--workdir')
     experiment, finished = open_run(config, workdir, _console())
     data = None
     if experiment.reestimation_batches:
         data = Data(load_split(experiment, experiment.data.images.train), None)
-    with StopRequest() as stop:
+    with StopRequest(shorten_patience) as stop:
         return _finish(experiment, finished, data, 'evaluation.json', stop)
 
 
@@ -170,6 +171,7 @@ def diagnose_run(config: Config, workdir: Place) -> dict[str, Any]:
     Raises:
         UserError: if the workdir holds no run of this config.
     """
+    check_reachable(workdir, '--workdir')
     experiment, (_, phase, restored) = open_run(config, workdir, _console())
     train = load_split(experiment, experiment.data.images.train)
     experiment.console.print('Measuring gradients, features and quantizers.')

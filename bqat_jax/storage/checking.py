@@ -7,10 +7,12 @@ import uuid
 from collections.abc import Iterator
 
 from bqat_jax.errors import UserError
-from bqat_jax.storage.patience import Unavailable
+from bqat_jax.storage.moving import files_below
+from bqat_jax.storage.patience import BucketError, Unavailable
 from bqat_jax.storage.places import Place, bucket_of, filesystem_of, is_local, scheme_of
 
 PROBE = '.probe-'
+MOST_TRIED = 8
 LIBRARIES = ('gcsfs', 's3fs', 'botocore', 'aiobotocore', 'aiohttp', 'google')
 # What the libraries' errors have in their texts, as regular expressions, by what is wrong.
 NO_CREDENTIALS = (
@@ -75,6 +77,31 @@ def check_reachable(directory: Place, name: str) -> None:
         system.rm_file(probe)
 
 
+def check_listed(directory: Place, name: str) -> None:
+    """Checks that a folder in a bucket can be listed, which is read and not written.
+
+    Raises:
+        UserError: naming what is wrong, and the remedy.
+    """
+    if not is_local(directory):
+        bucket = f'{scheme_of(directory)}://{bucket_of(directory)}'
+        with explained(f'{name}={str(directory)!r}: its bucket {bucket} cannot be listed', directory):
+            _list(filesystem_of(directory), bucket, str(directory))
+
+
+def check_objects(directory: Place) -> None:
+    """Reads the first byte of some objects below a folder in a bucket, the largest and the smallest.
+
+    Raises:
+        Exception: of the libraries, if one may not be read or its bucket does not answer.
+    """
+    sizes = {name: int(facts['size'] or 0) for name, facts in files_below(directory).items()}
+    names = sorted((name for name in sizes if sizes[name]), key=lambda name: sizes[name])
+    system = filesystem_of(directory)
+    for name in {*names[:MOST_TRIED], *names[-MOST_TRIED:]}:
+        system.cat_file(f'{directory}/{name}', 0, 1)
+
+
 def _check_exclusive(system, probe: str, given: str) -> None:
     """Checks that a file which is there cannot be made: so a run holds its folder alone."""
     try:
@@ -109,9 +136,10 @@ def explained(what: str, path: Place) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(f'{what}: {error}') from error
+        kind = BucketError if isinstance(error, BucketError) else UserError
+        raise kind(f'{what}: {error}') from error
     except Exception as error:  # every library of a bucket has errors of its own
-        raise UserError(f'{what}: {explain(error, path)}') from error
+        raise BucketError(f'{what}: {explain(error, path)}') from error
 
 
 def explain(error: BaseException, path: Place | str) -> str:
@@ -148,6 +176,12 @@ def chain_of(error: BaseException | None) -> Iterator[BaseException]:
             return
         yield error
         error = error.__cause__ or error.__context__
+
+
+def address_in(error: BaseException) -> str | None:
+    """Returns the address in a bucket that an error is of, as our file systems note it; None if it has no such note."""
+    notes = [note for part in chain_of(error) for note in getattr(part, '__notes__', [])]
+    return next((note.partition(': ')[0] for note in notes if note.startswith(('gs://', 's3://'))), None)
 
 
 def is_of_bucket(error: BaseException) -> bool:

@@ -103,8 +103,8 @@ class Lease:
         if max(self._numbers(), default=0) != number:
             raise self._in_use('it was quicker')
 
-    def _in_use(self, who: str) -> UserError:
-        return UserError(
+    def _in_use(self, who: str) -> 'InUse':
+        return InUse(
             f'{self._directory} is in use by another training process ({who}). Wait for it, or take another --workdir.'
         )
 
@@ -155,10 +155,14 @@ class Lease:
         except FileNotFoundError:
             return []
         names = [str(path).rpartition('/')[2] for path in paths]
-        return [int(name) for name in names if name.isdigit()]
+        return [int(name) for name in names if re.fullmatch('[0-9]+', name)]
 
     def _path(self, number: int) -> Place:
         return self._directory / FOLDER / f'{number:06}'
+
+
+class InUse(UserError):
+    """Another process holds a folder."""
 
 
 class Lost(UserError):

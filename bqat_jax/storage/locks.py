@@ -9,8 +9,8 @@ from pathlib import Path
 
 from bqat_jax.errors import UserError
 from bqat_jax.storage.checking import explain, is_of_bucket
-from bqat_jax.storage.leases import Hold, Lease, Lost
-from bqat_jax.storage.patience import Unavailable
+from bqat_jax.storage.leases import Hold, InUse, Lease, Lost
+from bqat_jax.storage.patience import BucketError, Unavailable
 from bqat_jax.storage.places import Place
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def held(directory: Place, lease_seconds: float) -> Iterator[Hold]:
             if not isinstance(error, Unavailable | Lost) and _is_lost(lease):
                 raise Lost() from error
             if not is_told:
-                raise UserError(f'A request to {directory} failed: {explain(error, directory)}') from error
+                raise BucketError(f'A request to {directory} failed: {explain(error, directory)}') from error
             raise
 
 
@@ -67,7 +67,7 @@ def _locked(directory: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(
+            raise InUse(
                 f'{directory} is in use by another training process. Wait for it, or take another --workdir.'
             ) from error
         except OSError as error:

@@ -86,13 +86,19 @@ def files_below(directory: Place) -> dict[str, dict[str, Any]]:
     system = filesystem_of(directory)
     found: Any = system.find(str(directory), detail=True)
     prefix = str(directory).partition('://')[2].rstrip('/') + '/'
-    return {name.removeprefix(prefix): facts for name, facts in found.items() if name.startswith(prefix)}
+    # Names that end with a slash are empty objects by which some programs mark folders.
+    return {
+        name.removeprefix(prefix): facts
+        for name, facts in found.items()
+        if name.startswith(prefix) and not name.endswith('/') and facts['type'] != 'directory'
+    }
 
 
 def move_folder(source: Place, target: Place) -> None:
-    """Moves a folder; in a bucket object by object, that which makes a checkpoint count first.
+    """Moves a folder; in a bucket all objects are copied before the first is removed.
 
-    A move that is broken off leaves in either place what does not count as a checkpoint.
+    A move that is broken off leaves the folder as it was, or, when the copy is whole, a part that does not count as a
+    checkpoint.
     """
     if isinstance(source, Path):
         Path(target).parent.mkdir(exist_ok=True)
@@ -100,8 +106,9 @@ def move_folder(source: Place, target: Place) -> None:
         return
     system = filesystem_of(source)
     names = sorted(files_below(source), key=lambda name: (name != COMMIT_FILE, name))
-    for name in names:
+    for name in reversed(names):
         system.copy(f'{source}/{name}', f'{target}/{name}')
+    for name in names:
         system.rm_file(f'{source}/{name}')
 
 

@@ -19,7 +19,11 @@ TRANSIENT_STATUS = (408, 425, 429, *range(500, 600))
 QUIET = 5.0
 
 
-class Unavailable(UserError):
+class BucketError(UserError):
+    """A bucket refuses, does not answer, or is not there: nothing that a run has done is wrong."""
+
+
+class Unavailable(BucketError):
     """A bucket did not answer for as long as the patience lasted."""
 
 
@@ -47,6 +51,17 @@ class Patient:
         What follows a slash after the path is left out of the keys, so that a folder's key ends with one.
         """
         raise NotImplementedError
+
+    async def _ls(self, path: str, detail: bool = True, **kwargs: Any) -> list[Any]:
+        """Lists a folder without the empty objects by which some programs mark folders, such as itself."""
+        entries = await super()._ls(path, detail=True, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        own = self._strip_protocol(path).rstrip('/')  # pyright: ignore[reportAttributeAccessIssue]
+        kept = [
+            entry
+            for entry in entries
+            if not entry['name'].endswith('/') and not (entry['name'] == own and entry['type'] == 'directory')
+        ]
+        return kept if detail else [entry['name'] for entry in kept]
 
     async def _exists(self, path: str, **kwargs: Any) -> bool:
         """Whether there is a file or a folder; one request, where the file systems below need two or three."""
@@ -83,6 +98,7 @@ class Patient:
                 return await request()
             except Exception as error:
                 if not self.is_transient(error):
+                    error.add_note(what)
                     raise
                 waited = time.monotonic() - began
                 pause = min(2.0**attempt, LONGEST_PAUSE) * random.uniform(0.5, 1.0)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 from pathlib import Path
 
 import fsspec
@@ -26,6 +27,8 @@ BUCKETS = {
     'gs': ('gcsfs', 'gcs', 'bqat_jax.storage.gcs.GCS'),
     's3': ('s3fs', 's3', 'bqat_jax.storage.s3.S3'),
 }
+# Seconds of patience once a process was told to end.
+GRACE = 10.0
 # What `storage.patience` says; file systems live as long as the process, and are made by others.
 _PATIENCE: dict[str, float] = {}
 # A transfer of TensorStore's that stands still for so many seconds is broken off and tried again.
@@ -55,6 +58,9 @@ def place(text: str | os.PathLike, name: str) -> Place:
             raise UserError(f'{given}: parts of an address in a bucket are not empty, and not . or ..; write it out.')
         _check_characters(rest, given)
         return epath.Path(f'{scheme}://{rest.rstrip("/")}')
+    if re.match(r'[A-Za-z][A-Za-z0-9+.-]+:/', str(text)):
+        address = str(text).replace(':/', '://', 1)
+        raise UserError(f'{given}: it looks like an address in which a slash is missing. Write {address}.')
     try:
         path = Path(text).expanduser().absolute()
     except RuntimeError as error:  # ~name of a user that there is not
@@ -94,6 +100,12 @@ def set_patience(seconds: float) -> None:
     """Sets for how long requests to buckets that fail are repeated, for all libraries of this process."""
     for scheme in BUCKETS:
         _PATIENCE[scheme] = seconds
+
+
+def shorten_patience(seconds: float = GRACE) -> None:
+    """Shortens the patience, as when the machine is about to be taken away; requests under way notice it."""
+    for scheme in BUCKETS:
+        _PATIENCE[scheme] = min(patience_of(scheme), seconds)
 
 
 def patience_of(scheme: str) -> float:

@@ -19,7 +19,19 @@ from bqat_jax.experiment.metrics import VALIDATION
 from bqat_jax.experiment.run import PARTNER, prepare_partner, train
 from bqat_jax.registry import load_plugins
 from bqat_jax.replacement.tasks import Metric, get_task
-from bqat_jax.storage import Place, Spool, check_reachable, held, place, read_json, write_json
+from bqat_jax.storage import (
+    BucketError,
+    Hold,
+    InUse,
+    Lost,
+    Place,
+    Spool,
+    check_reachable,
+    held,
+    place,
+    read_json,
+    write_json,
+)
 from bqat_jax.sweeps.definition import Overrides, Sweep, load_sweep, override
 from bqat_jax.sweeps.tables import write_tables
 
@@ -79,8 +91,8 @@ def run_sweep(config: Config, workdir: Place, *, name: str) -> dict[str, Any]:
                     )
     check_reachable(workdir, '--workdir')
     workdir.mkdir(parents=True, exist_ok=True)
-    with held(workdir, config.storage.lease_seconds), _compilation_cache(workdir / 'compiled'):
-        return _Execution(config, sweep, workdir, name, metric, rich.console.Console(markup=False)).execute()
+    with held(workdir, config.storage.lease_seconds) as hold, _compilation_cache(workdir / 'compiled'):
+        return _Execution(config, sweep, workdir, hold, name, metric, rich.console.Console(markup=False)).execute()
 
 
 def _metric_of(config: Config) -> Metric:
@@ -126,6 +138,7 @@ class _Execution:
     config: Config
     sweep: Sweep
     workdir: Place
+    hold: Hold
     name: str
     metric: Metric
     console: rich.console.Console
@@ -145,6 +158,7 @@ class _Execution:
                 entry = self._run_method(override(config, changes), folder / method)
                 entries[setting][method] = entry
                 runs, failed = runs + entry['runs'], failed + len(entry['failed'])
+                self.hold.check()
                 write_tables(self.workdir, self.sweep, entries, self.metric)
         files = ', '.join(str(self.workdir / f'sweep.{kind}') for kind in ('json', 'csv', 'md', 'png'))
         return {'runs': runs, 'failed': failed, 'tables': files}
@@ -210,10 +224,11 @@ class _Execution:
         try:
             with _log(run.workdir) as console:
                 result = train(run.config, run.workdir, name=self.name, console=console)
-        except (Stopped, KeyboardInterrupt):
+        except (Stopped, KeyboardInterrupt, BucketError, InUse, Lost):  # it says nothing of this run: it is made later
             raise
         except Exception as error:  # whatever it is, the others go on
             result = {'error': f'{type(error).__name__}: {error}', 'traceback': traceback.format_exc()}
+            self.hold.check()
             write_json(run.workdir / ERROR, result)
             self.console.print(f'  failed: {result["error"]}', markup=False)
         else:

@@ -58,3 +58,9 @@ def test_nothing_is_recorded_twice_where_the_first_step_was_not_saved(tmp_path):
         ('train', 0),
         ('train', 5),
     ]
+
+
+def test_lines_that_are_none_of_ours_are_left_out(tmp_path):
+    (tmp_path / 'metrics.jsonl').write_bytes(b'5\n{}\n[]\n\xff\xfe\n{"phase": "train", "step": 1, "loss": 2.0}\n')
+    record(tmp_path, 'train', 1, [2])
+    assert [line['step'] for line in read(tmp_path)] == [1, 2]

@@ -1,4 +1,5 @@
 import os
+import uuid
 
 import pytest
 
@@ -34,6 +35,6 @@ def bucket(server, monkeypatch, request):
     set_patience(2.0)
     server.fault = None
     server.requests.clear()
-    yield place(f'{server.scheme}://{BUCKET}/{request.node.name.partition("[")[0]}', '--workdir')
+    yield place(f'{server.scheme}://{BUCKET}/{request.node.name.partition("[")[0]}-{uuid.uuid4().hex[:6]}', '--workdir')
     server.fault = None
     set_patience(600.0)

@@ -11,7 +11,7 @@ import pytest
 from bqat_jax.data.caching import COMPLETE, Cache
 from bqat_jax.data.sources import ImageOptions, load_images
 from bqat_jax.errors import UserError
-from bqat_jax.storage import place, write_text
+from bqat_jax.storage import filesystem_of, place, write_text
 
 SIZE = 1000
 
@@ -82,12 +82,6 @@ def fill(folder, name, size=SIZE):
     write_text(folder / name / 'inner' / 'b', name)
 
 
-def fetched_names(cache):
-    return sorted(
-        path.relative_to(path.parents[1]).parts[0] for path in cache.directory.glob('*/*') if path.is_dir()
-    )  # fmt: skip
-
-
 def test_the_cache_fetches_once_and_anew_where_an_object_changed(bucket, cache, server):
     fill(bucket, 'one')
     local = cache.fetch(bucket / 'one', bucket)
@@ -105,7 +99,7 @@ def test_a_fetch_that_was_broken_off_goes_on(bucket, cache, server):
     server.fault = lambda method, path: 403 if path.endswith('b') or '%2Fb' in path else None
     with pytest.raises(Exception, match=r'Forbidden|as the test says'):
         cache.fetch(bucket / 'one', bucket)
-    assert not list(cache.directory.glob(f'*/{COMPLETE}'))
+    assert not list(cache.directory.glob(f'*/*/{COMPLETE}'))
     server.fault = None
     server.requests.clear()
     local = cache.fetch(bucket / 'one', bucket)
@@ -125,7 +119,7 @@ def test_the_cache_removes_what_was_not_used_for_longest_and_no_process_reads(bu
         'for name in ("one", "two"):\n    Cache(Path(sys.argv[2]), 1e9).fetch(folder / name, folder)\n'
     )
     subprocess.run([sys.executable, '-c', command, str(bucket), str(tmp_path)], check=True)
-    kept = lambda: {path.name for folder in tmp_path.iterdir() if folder.is_dir() for path in folder.iterdir()}  # noqa: E731
+    kept = lambda: {path.name for path in tmp_path.glob('*/*/*')}  # noqa: E731
     assert {'one', 'two'} <= kept()
     cache.fetch(bucket / 'three', bucket)
     assert {'two', 'three'} <= kept() and 'one' not in kept()
@@ -135,6 +129,18 @@ def test_the_cache_removes_what_was_not_used_for_longest_and_no_process_reads(bu
         cache.fetch(bucket / 'one', bucket)
     with pytest.raises(UserError, match=r'has 0\.0 GB, and data\.cache_gb'):
         Cache(tmp_path, SIZE / 2).fetch(bucket / 'two', bucket)
+
+
+def test_the_cache_touches_nothing_of_others_and_mends_its_own(bucket, tmp_path):
+    fill(bucket, 'one')
+    (tmp_path / 'thesis').mkdir()
+    (tmp_path / 'thesis' / 'a').write_text('x' * 10 * SIZE)
+    filesystem_of(bucket).pipe_file(f'{bucket}/one/inner/', b'')  # by which some programs mark folders
+    cache = Cache(tmp_path, 2 * SIZE)
+    local = cache.fetch(bucket / 'one', bucket)
+    (local / 'one' / 'a').write_text('cut')
+    assert cache.fetch(bucket / 'one', bucket) == local and (local / 'one' / 'a').read_text() == 'x' * SIZE
+    assert (tmp_path / 'thesis' / 'a').exists()
 
 
 def test_a_cache_that_cannot_be_written_is_told(bucket, tmp_path):

@@ -75,6 +75,7 @@ def test_the_home_folder_is_written_out(monkeypatch):
         ('', 'empty'),
         ('  ', 'empty'),
         ('az://bucket/run', 'Give a local path, or one that begins with gs:// or s3://'),
+        ('s3:/bucket/run', 'a slash is missing. Write s3://bucket/run'),
         ('s3://', 'names no bucket'),
         ('s3:///run', 'names no bucket'),
         ('s3://bucket//run', 'not empty'),

@@ -347,6 +347,55 @@ def test_a_copy_without_commit_files_is_refused(quick, bucket, server):
     assert set(before) <= set(objects_in(bucket / 'copy'))
 
 
+STATE = {f'kernel {number}': jax.numpy.ones((17, number + 1)) for number in range(4)}
+SHAPES = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), STATE)
+
+
+def fill(directory, *steps):
+    with Checkpoints(directory, keep=3) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, STATE, {'step': step})
+
+
+def test_empty_objects_that_mark_folders_do_no_harm(bucket, server):
+    """Consoles and other programs make them; one was taken for a checkpoint that was not finished, and all removed."""
+    fill(bucket / 'checkpoints', 0, 4, 8)
+    for folder in ('', 'checkpoints/', 'checkpoints/8/', 'checkpoints/8/state/'):
+        fsspec.filesystem(server.scheme).pipe_file(f'{bucket}/{folder}', b'')
+    with Checkpoints(bucket / 'checkpoints', keep=3) as checkpoints:
+        assert checkpoints.restore_latest(SHAPES).step == 8
+    assert {path.name for path in (bucket / 'checkpoints').iterdir()} == {'0', '4', '8'}
+
+
+def test_several_checkpoints_without_commit_files_are_refused_and_one_was_broken_off(bucket, server):
+    fill(bucket, 4, 8, 12)
+    (bucket / '12' / 'commit_success.txt').unlink()
+    before = objects_in(bucket)
+    (bucket / '8' / 'commit_success.txt').unlink()
+    with pytest.raises(UserError, match='checkpoints 8, 12 without the file'):
+        Checkpoints(bucket, keep=3)
+    assert set(before) - set(objects_in(bucket)) == {f'{bucket.name}/8/commit_success.txt'}
+    (bucket / '8' / 'commit_success.txt').write_text('')
+    with Checkpoints(bucket, keep=3) as checkpoints:
+        assert checkpoints.restore_latest(SHAPES).step == 8
+
+
+@pytest.mark.parametrize('status', [400, 412, 416])
+def test_answers_that_say_nothing_of_the_files_move_nothing(bucket, server, status):
+    fill(bucket / 'checkpoints', 4, 8)
+    wanted = ('8/state/d/', '8%2Fstate%2Fd%2F')
+    server.fault = lambda method, path: status if method == 'GET' and any(part in path for part in wanted) else None
+    with (
+        Checkpoints(bucket / 'checkpoints', keep=3) as checkpoints,
+        pytest.raises(UserError, match='Nothing was moved'),
+    ):
+        checkpoints.restore_latest(SHAPES)
+    server.fault = None
+    assert not (bucket / 'damaged').exists()
+    with Checkpoints(bucket / 'checkpoints', keep=3) as checkpoints:
+        assert checkpoints.restore_latest(SHAPES).step == 8
+
+
 def test_requests_of_a_checkpoint(bucket, server):
     """No more than the first version made, 90 in S3 and 120 in Google Cloud Storage; old ones are removed in these."""
     state = {f'kernel {number}': jax.numpy.ones((17, number + 1)) for number in range(100)}

@@ -14,7 +14,7 @@ from scipy import stats
 
 from bqat_jax.errors import UserError
 from bqat_jax.experiment.configuration import to_plain
-from bqat_jax.storage import write_json
+from bqat_jax.storage import BucketError, InUse, Lost, write_json
 from bqat_jax.sweeps import Sweep, execution
 from bqat_jax.sweeps.definition import load_sweep, override
 from bqat_jax.sweeps.tables import paired_difference
@@ -158,6 +158,17 @@ def test_a_failed_run_is_recorded_and_stops_no_other(config, training, tmp_path)
     count = len(training.ran)
     run(config, tmp_path / 'sweep')
     assert len(training.ran) == count  # nor is it tried again
+
+
+@pytest.mark.parametrize('error', [BucketError('refused'), Lost(), InUse('in use')])
+def test_what_a_bucket_does_is_no_failure_of_a_run(config, training, tmp_path, monkeypatch, error):
+    def train(*args, **options):
+        raise error
+
+    monkeypatch.setattr(execution, 'train', train)
+    with pytest.raises(type(error)):
+        run(config, tmp_path)
+    assert not list(tmp_path.rglob('error.json'))
 
 
 def test_a_method_that_always_fails_leaves_a_row(config, training, tmp_path):
