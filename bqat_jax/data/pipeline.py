@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 # In a batch of a reading that skips: the number of an example that could not be read, or that it is intact.
 DAMAGED, INTACT = 'damaged', -1
+# What ArrayRecord says where the server of a bucket, and not a file, is at fault.
+NOT_READ = 'Could not read from the underlying reader'
 # So many one after another are no accident.
 MOST_DAMAGED = 10
 # Batches that reading threads keep ready in each process, when examples are decoded on the way.
@@ -181,6 +183,9 @@ class _ReadExample:
         except WrongExample as error:
             raise self.source.wrong(number, error) from error
         except Exception as error:  # ArrayRecord, Pillow and TensorFlow Datasets raise many kinds for damaged files
+            if 'gs://' in str(error) and NOT_READ in str(error):  # it says nothing of the example, and none is skipped
+                remedy = 'Its bucket refuses or does not answer. Run the same command again to go on.'
+                raise unreadable(self.source.where(number), error, remedy) from error
             raise _DamagedExample(error) from error
         return example if self.crop is None else {**example, 'label': np.int32(example['label'])}
 

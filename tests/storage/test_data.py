@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from bqat_jax.data.caching import COMPLETE, Cache
+from bqat_jax.data.pipeline import Split
 from bqat_jax.data.sources import ImageOptions, load_images
 from bqat_jax.errors import UserError
 from bqat_jax.storage import filesystem_of, place, write_text
@@ -70,6 +71,16 @@ def test_data_that_cannot_be_reached_is_told_soon(prepared, server, cache, fault
     with pytest.raises(UserError, match=r'storage\.patience|is refused'):
         load_images('digits', prepared, ImageOptions(cache=cache))
     assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize('server', ['gs'], indirect=True)
+def test_a_refusal_while_examples_are_read_skips_none(bucket, server):
+    images = load_images('digits', f'{server.scheme}://bucket/tfds')
+    split = Split(images.train, None, skips_damaged=True)
+    server.fault = lambda method, path: 403 if 'array_record' in path else None
+    with pytest.raises(UserError, match='Its bucket refuses or does not answer'):
+        list(split.training_batches(0, 8, 0, 2))
+    assert not split.damaged
 
 
 def test_a_data_set_that_is_not_there_is_told(bucket, server):
