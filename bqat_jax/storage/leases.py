@@ -87,7 +87,8 @@ class Lease:
         theirs = before.get('seconds')
         seconds = max(self._seconds, theirs if isinstance(theirs, int | float) else 0)  # by which it is renewed
         logger.info(
-            '%s was last held by %s. If its lease is not renewed for %g s (storage.lease_seconds), it is taken over.',
+            '%s is held by %s. Waiting to see whether its lease is renewed; after %g s (storage.lease_seconds) it is '
+            'taken over.',
             self._directory,
             _name(before),
             seconds,

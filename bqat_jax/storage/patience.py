@@ -110,7 +110,10 @@ class Patient:
                         'again to go on.'
                     ) from error
                 if waited > QUIET and not is_told:
-                    logger.warning('%s fails (%s); it is tried again.', what, f'{type(error).__name__}: {error}'[:200])
+                    why = f'{type(error).__name__}: {error}'[:200]
+                    logger.warning(
+                        '%s fails (%s). It is tried again for up to %g s (storage.patience).', what, why, patience
+                    )
                     is_told = True
                 attempt += 1
                 await asyncio.sleep(pause)
