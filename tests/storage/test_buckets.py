@@ -80,10 +80,10 @@ def test_a_spool_sends_what_has_changed(bucket, server):
 
 
 def test_a_folder_is_held_once_and_given_back(bucket):
-    with held(bucket, 2) as hold:
+    with held(bucket, 8) as hold:
         assert hold.is_held()
         hold.check()
-        with pytest.raises(UserError, match='in use by another training process'), held(bucket, 2):
+        with pytest.raises(UserError, match='in use by another training process'), held(bucket, 8):
             pass
         assert hold.is_held()
     began = time.monotonic()
