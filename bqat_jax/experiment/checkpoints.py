@@ -442,6 +442,8 @@ def is_damage(error: BaseException) -> bool:
 
 
 def _has_readable_score(checkpoint: Place) -> bool:
+    if not is_local(checkpoint) and not (checkpoint / COMMIT_FILE).exists():
+        return True  # it does not count, and is not read
     path = checkpoint / 'metrics' / 'metrics'
     try:
         return not path.exists() or isinstance(json.loads(path.read_bytes())['score'], float)

@@ -177,7 +177,7 @@ def test_processes_share_a_workdir_there_and_go_on_after_a_kill(command, server,
             port = free_port()
             processes = [run(workdir, number, port) for number in range(2)]
             if attempt < kills:
-                wait_until(processes[0], lambda: newest(bucket, 'train') >= 5)
+                wait_until(processes[0], lambda: newest(bucket, 'train') >= 5, patience=400)
                 for process in processes:
                     kill(process)
         for process in processes:
@@ -371,6 +371,7 @@ def test_empty_objects_that_mark_folders_do_no_harm(bucket, server):
 def test_several_checkpoints_without_commit_files_are_refused_and_one_was_broken_off(bucket, server):
     fill(bucket, 4, 8, 12)
     (bucket / '12' / 'commit_success.txt').unlink()
+    (bucket / '12' / 'metrics' / 'metrics').write_text('')  # it was broken off: its score says nothing
     before = objects_in(bucket)
     (bucket / '8' / 'commit_success.txt').unlink()
     with pytest.raises(UserError, match='checkpoints 8, 12 without the file'):
@@ -379,6 +380,7 @@ def test_several_checkpoints_without_commit_files_are_refused_and_one_was_broken
     (bucket / '8' / 'commit_success.txt').write_text('')
     with Checkpoints(bucket, keep=3) as checkpoints:
         assert checkpoints.restore_latest(SHAPES).step == 8
+    assert not (bucket.parent / 'damaged').exists()
 
 
 @pytest.mark.parametrize('status', [400, 412, 416])
