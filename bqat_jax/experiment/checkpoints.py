@@ -3,7 +3,6 @@
 import gc
 import json
 import logging
-import re
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,29 +15,20 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from bqat_jax.distributed.processes import is_first, wait_for_all
 from bqat_jax.errors import UserError
-from bqat_jax.experiment.integrity import arrays_of, digest, on_every_device, quiet
+from bqat_jax.experiment.integrity import arrays_of, digest, is_damage, on_every_device, quiet
 from bqat_jax.storage import (
     COMMIT_FILE,
     BucketError,
     Place,
-    chain_of,
     check_objects,
     explain,
     is_local,
-    is_refused,
     move_folder,
 )
 
 logger = logging.getLogger(__name__)
 
 DAMAGED = 'damaged'
-# Codes of TensorStore's errors, and those that a file that is missing, cut or changed leads to.
-STATUS = re.compile(
-    r'\b(CANCELLED|UNKNOWN|INVALID_ARGUMENT|DEADLINE_EXCEEDED|NOT_FOUND|ALREADY_EXISTS|PERMISSION_DENIED|ABORTED|'
-    r'RESOURCE_EXHAUSTED|FAILED_PRECONDITION|OUT_OF_RANGE|UNIMPLEMENTED|INTERNAL|UNAVAILABLE|DATA_LOSS|'
-    r'UNAUTHENTICATED): '
-)
-DAMAGE = {'NOT_FOUND', 'DATA_LOSS', 'INVALID_ARGUMENT', 'OUT_OF_RANGE', 'FAILED_PRECONDITION'}
 # Another process that trains may prune a checkpoint while it is read; so often another is tried.
 TRIES = 5
 REMEDY = (
@@ -421,24 +411,6 @@ def _options_for(directory: Place) -> dict[str, Any]:
 
     check_version(directory)
     return options_for(directory)
-
-
-def is_damage(error: BaseException) -> bool:
-    """Returns whether an error of reading means that files are missing, cut or changed.
-
-    Whatever else is raised, as by a disk or a network that does not answer or refuses, says nothing of the files.
-    """
-    parts = list(chain_of(error))
-    if any(isinstance(part, UserError) or is_refused(str(part)) for part in parts):
-        return False
-    codes = {code for part in parts for code in STATUS.findall(str(part))}
-    if codes:
-        return codes <= DAMAGE
-    of_files = FileNotFoundError | NotADirectoryError | IsADirectoryError
-    if any(isinstance(part, OSError) and not isinstance(part, of_files) for part in parts):
-        return False
-    of_content = ValueError | LookupError | TypeError | AttributeError | AssertionError | EOFError
-    return any(isinstance(part, of_files | of_content) for part in parts)
 
 
 def _has_readable_score(checkpoint: Place) -> bool:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -11,6 +12,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
+
+from bqat_jax.errors import UserError
+from bqat_jax.storage import chain_of, is_refused
+
+# Codes of TensorStore's errors, and those that a file that is missing, cut or changed leads to.
+STATUS = re.compile(
+    r'\b(CANCELLED|UNKNOWN|INVALID_ARGUMENT|DEADLINE_EXCEEDED|NOT_FOUND|ALREADY_EXISTS|PERMISSION_DENIED|ABORTED|'
+    r'RESOURCE_EXHAUSTED|FAILED_PRECONDITION|OUT_OF_RANGE|UNIMPLEMENTED|INTERNAL|UNAVAILABLE|DATA_LOSS|'
+    r'UNAUTHENTICATED): '
+)
+DAMAGE = {'NOT_FOUND', 'DATA_LOSS', 'INVALID_ARGUMENT', 'OUT_OF_RANGE', 'FAILED_PRECONDITION'}
 
 
 def digest(tree: Any) -> jax.Array:
@@ -79,3 +91,21 @@ def _key_data(leaf: Any) -> Any:
     """Random keys are saved as the numbers that they consist of."""
     is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     return jax.eval_shape(jax.random.key_data, leaf) if is_key else leaf
+
+
+def is_damage(error: BaseException) -> bool:
+    """Returns whether an error of reading means that files are missing, cut or changed.
+
+    Whatever else is raised, as by a disk or a network that does not answer or refuses, says nothing of the files.
+    """
+    parts = list(chain_of(error))
+    if any(isinstance(part, UserError) or is_refused(str(part)) for part in parts):
+        return False
+    codes = {code for part in parts for code in STATUS.findall(str(part))}
+    if codes:
+        return codes <= DAMAGE
+    of_files = FileNotFoundError | NotADirectoryError | IsADirectoryError
+    if any(isinstance(part, OSError) and not isinstance(part, of_files) for part in parts):
+        return False
+    of_content = ValueError | LookupError | TypeError | AttributeError | AssertionError | EOFError
+    return any(isinstance(part, of_files | of_content) for part in parts)
