@@ -236,6 +236,7 @@ class Checkpoints:
             UserError: if it cannot, so that no run goes on whose checkpoints are lost.
         """
         self.wait()
+        wait_for_all(f'saved {self.directory} {step}')  # the first process writes what makes it count
         try:
             self._read(step, target)
         except (_Damaged, _Gone, _Different) as problem:
