@@ -1,9 +1,11 @@
 """Checkpoints: Orbax's, with a checksum of their own, so that a damaged one is noticed and the one before is used."""
 
+import contextlib
 import gc
 import json
 import logging
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,24 +98,41 @@ class Checkpoints:
         policies: list[Any] = [preservation_policy.LatestN(keep)]
         if has_scores:
             policies.append(preservation_policy.BestN(get_metric_fn=_score, n=1))
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
-            best_fn=_score if has_scores else None,
-            read_only=read_only,
-            create=not read_only,
-            cleanup_tmp_directories=not read_only,
-            **_options_for(self.directory),
-        )
-        handlers: Any = {'state': ocp.StandardCheckpointHandler(), 'facts': ocp.JsonCheckpointHandler()}
+        self._policy = preservation_policy.AnyPreservationPolicy(policies)
         with quiet():
             try:
-                self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+                self._manager = self._make_manager(read_only)
             except Exception as error:
                 if is_local(self.directory):
                     raise
                 raise BucketError(
                     f'The checkpoints in {self.directory} cannot be listed: {explain(error, self.directory)}'
                 ) from error
+
+    def _make_manager(self, read_only: bool) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=self._policy,
+            best_fn=_score if self._has_scores else None,
+            read_only=read_only,
+            create=not read_only,
+            cleanup_tmp_directories=not read_only,
+            **_options_for(self.directory),
+        )
+        handlers: Any = {'state': ocp.StandardCheckpointHandler(), 'facts': ocp.JsonCheckpointHandler()}
+        return ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+
+    @contextlib.contextmanager
+    def _reader(self) -> Iterator[ocp.CheckpointManager]:
+        """The manager to read with.
+
+        Of several processes the first one alone finishes a save in a bucket, and the managers of the others go on
+        taking it for unfinished; a new one sees what is there.
+        """
+        if is_local(self.directory) or jax.process_count() == 1:
+            yield self._manager
+            return
+        with self._make_manager(read_only=True) as manager:
+            yield manager
 
     def __enter__(self) -> 'Checkpoints':
         return self
@@ -153,7 +172,7 @@ class Checkpoints:
             raise self._save_failed(error) from error
 
     def wait(self) -> None:
-        """Waits until every save is finished.
+        """Waits until every save is finished, in all of several processes.
 
         Raises:
             UserError: if one could not be written.
@@ -162,6 +181,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
         except Exception as error:
             raise self._save_failed(error) from error
+        wait_for_all(f'saved {self.directory}')  # the first one writes what makes a checkpoint in a bucket count
 
     def restore_latest(self, target: Any) -> Restored | None:
         """Returns the newest intact checkpoint, or None if the directory has none at all; to go on training from.
@@ -236,7 +256,6 @@ class Checkpoints:
             UserError: if it cannot, so that no run goes on whose checkpoints are lost.
         """
         self.wait()
-        wait_for_all(f'saved {self.directory} {step}')  # the first process writes what makes it count
         try:
             self._read(step, target)
         except (_Damaged, _Gone, _Different) as problem:
@@ -258,7 +277,8 @@ class Checkpoints:
         self._check_objects(step)
         with quiet():
             try:
-                return self._read_intact(step, target)
+                with self._reader() as manager:
+                    return self._read_intact(manager, step, target)
             except (_Damaged, _Different, MemoryError):
                 raise
             except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
@@ -266,8 +286,8 @@ class Checkpoints:
             gc.collect()  # what is left of the reading complains when it is collected
         raise problem
 
-    def _read_intact(self, step: int, target: Any) -> Restored:
-        self._check_arrays(step, target)
+    def _read_intact(self, manager: ocp.CheckpointManager, step: int, target: Any) -> Restored:
+        self._check_arrays(manager, step, target)
         sharding = on_every_device(jax.tree.leaves(target)[0].sharding)
         count = len(jax.tree.leaves(target))
         sealed_target = {
@@ -275,7 +295,7 @@ class Checkpoints:
             'digest': jax.ShapeDtypeStruct((count,), jnp.uint32, sharding=sharding),
         }
         content = ocp.args.Composite(state=ocp.args.StandardRestore(sealed_target), facts=ocp.args.JsonRestore())
-        items: Any = self._manager.restore(step, args=content)
+        items: Any = manager.restore(step, args=content)
         read, sealed = items.state, items.facts
         if zlib.crc32(sealed['text'].encode()) != sealed['crc32']:
             raise _Damaged('its facts are not what was written: their checksum does not match')
@@ -286,9 +306,9 @@ class Checkpoints:
             raise _Damaged('its arrays are not what was written: their checksum does not match')
         return Restored(step, read['state'], json.loads(sealed['text']))
 
-    def _check_arrays(self, step: int, target: Any) -> None:
+    def _check_arrays(self, manager: ocp.CheckpointManager, step: int, target: Any) -> None:
         """Raises _Different if a checkpoint has other arrays than the target."""
-        metadata: Any = self._manager.item_metadata(step)
+        metadata: Any = manager.item_metadata(step)
         if metadata['state'] is None:
             raise _Damaged('what its files say of its arrays is missing or changed')
         stored = arrays_of(metadata['state'].tree['state'])
