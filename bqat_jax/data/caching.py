@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from bqat_jax.errors import UserError
-from bqat_jax.storage import Place, files_below, filesystem_of, wait_for_lock
+from bqat_jax.storage import Place, files_below, filesystem_of, is_of_bucket, wait_for_lock
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +34,12 @@ class Cache:
     Attributes:
         directory: of all data sets; made if it is not there.
         most_bytes: what it may hold; what was not used for longest is removed.
+        is_wished: whether it is used for data that could be read directly too.
     """
 
     directory: Path = DEFAULT
     most_bytes: float = 200e9
+    is_wished: bool = True
 
     def fetch(self, source: Place, below: Place) -> Path:
         """Returns a local folder in which a data set lies as it does in a bucket.
@@ -71,7 +73,7 @@ class Cache:
                 os.utime(own / COMPLETE)
                 _keep(own)
         except OSError as error:
-            if error.filename is None and error.errno is None:  # the bucket's, not this machine's
+            if is_of_bucket(error):
                 raise
             raise UserError(
                 f'{source} cannot be fetched into {root}: {error}. Make room, or give another folder '
@@ -98,6 +100,10 @@ class Cache:
                 f'{source} has {needed / 1e9:.1f} GB, and of data.cache_gb={self.most_bytes / 1e9:g} other runs read '
                 f'{sum(held.values()) / 1e9:.1f} in {root}. Give more, or another folder (--config.data.cache_dir=DIR).'
             )
+
+
+# The default: for data that cannot be read directly.
+NOT_WISHED = Cache(is_wished=False)
 
 
 def _is_whole(target: Path, sizes: dict[str, int]) -> bool:

@@ -20,7 +20,7 @@ from etils import epath
 from tensorflow_datasets.core.constants import DATA_DIR
 from tensorflow_datasets.core.naming import parse_builder_name_kwargs
 
-from bqat_jax.data.caching import Cache
+from bqat_jax.data.caching import NOT_WISHED, Cache
 from bqat_jax.errors import UserError
 from bqat_jax.registry import suggest
 from bqat_jax.storage import explain, explained, filesystem_of, is_local, scheme_of, upload, wait_for_lock
@@ -46,7 +46,7 @@ THREADS = 16
 MESSAGE_LENGTH = 300
 
 
-def open_builder(name: str, directory: str | None, registered: Mapping[str, Any], cache: Cache | None = None) -> Any:
+def open_builder(name: str, directory: str | None, registered: Mapping[str, Any], cache: Cache = NOT_WISHED) -> Any:
     """Returns the builder of a prepared data set; prepares one that is registered.
 
     Args:
@@ -54,7 +54,7 @@ def open_builder(name: str, directory: str | None, registered: Mapping[str, Any]
         directory: where prepared data sets lie, a local folder or one in a bucket; None for TensorFlow Datasets'
             default.
         registered: builder classes of data sets that prepare themselves, by name.
-        cache: where data sets of buckets are kept; None for the default where they cannot be read directly.
+        cache: where data sets of buckets are kept.
 
     Raises:
         UserError: if there is no such data set, or it is not prepared as ArrayRecord, or cannot be.
@@ -101,10 +101,10 @@ def open_builder(name: str, directory: str | None, registered: Mapping[str, Any]
         )
     if is_local(builder.data_path):
         return builder
-    if cache is None and scheme_of(builder.data_path) in DIRECT:
+    if scheme_of(builder.data_path) in DIRECT and not cache.is_wished:
         return builder
     with explained(f'data.dir={directory!r}: the files of {builder.data_path} cannot be fetched', builder.data_path):
-        local = (cache or Cache()).fetch(builder.data_path, epath.Path(str(directory)))
+        local = cache.fetch(builder.data_path, epath.Path(str(directory)))
     return _make_builder(name, str(local), registered.get(match['name']))
 
 

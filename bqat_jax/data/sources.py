@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import tensorflow_datasets as tfds
 
-from bqat_jax.data.caching import Cache
+from bqat_jax.data.caching import NOT_WISHED, Cache
 from bqat_jax.data.crops import Crop
 from bqat_jax.data.digits import Digits
 from bqat_jax.data.digits_segmentation import DigitsSegmentation
@@ -185,7 +185,7 @@ class ImageOptions:
         validation_split: split that choices are made on, or a slice of one; None to hold out a fraction.
         train_examples: how many of the training images to take, before some are held out; None for all.
         value_range: lowest and highest value of float pixels, which become 0 and 1; None to look at a sample.
-        cache: where data sets of buckets are kept; None for the default where they cannot be read directly.
+        cache: where data sets of buckets are kept.
         ignore: a label beside the declared ones that the task does not count; None for no such label.
     """
 
@@ -197,7 +197,7 @@ class ImageOptions:
     train_examples: int | None = None
     value_range: tuple[float, float] | None = None
     ignore: int | None = None
-    cache: Cache | None = None
+    cache: Cache = NOT_WISHED
 
 
 def load_images(name: str, directory: str | None, options: ImageOptions = ImageOptions()) -> ImageData:

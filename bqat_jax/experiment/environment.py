@@ -28,7 +28,10 @@ NUMERICS = (
     'jax_threefry_partitionable',
 )
 # What may differ between the processes of a run: which one it is, and where things lie on its machine.
-OF_ONE_PROCESS = ('distributed', 'compilation_cache', 'data.dir', 'data.workers', 'data.cache_dir', 'plugins')
+OF_ONE_PROCESS = (
+    *('distributed', 'compilation_cache', 'plugins'),
+    *('data.dir', 'data.workers', 'data.cache_dir', 'data.cache_gb'),
+)
 # Before it, the state of training had other names.
 FIRST_READABLE = (0, 3)
 

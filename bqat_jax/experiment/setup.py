@@ -228,10 +228,10 @@ def _open_images(config: Config, ignore: int | None) -> ImageData:
     return load_images(data.name, None if data.dir is None else str(place(data.dir, 'data.dir')), options)
 
 
-def _make_cache(data: Config) -> Cache | None:
-    """Where data sets of buckets are kept; None for the default, and to read directly what can be."""
+def _make_cache(data: Config) -> Cache:
+    """Where data sets of buckets are kept; what can be read directly is, if no folder is given."""
     if data.cache_dir is None:
-        return None
+        return Cache(most_bytes=data.cache_gb * 1e9, is_wished=False)
     directory = place(data.cache_dir, 'data.cache_dir')
     if not isinstance(directory, Path):
         raise UserError(f'data.cache_dir={data.cache_dir!r}: it must be a local folder.')

@@ -26,9 +26,10 @@ NO_CREDENTIALS = (
 )
 EXPIRED = ('ExpiredToken', 'token has expired', 'Token has expired', 'invalid_grant', 'InvalidToken')
 REFUSED = (
-    *(r'\(40[13]\)', r', 40[13]\b', r'HTTP (response code: )?40[13]', 'Forbidden', 'Access ?Denied', 'Unauthorized'),
-    *('Unauthenticated', 'PERMISSION_DENIED', 'UNAUTHENTICATED', 'Permission denied', 'PermissionError'),
-    *('InvalidAccessKeyId', 'SignatureDoesNotMatch', 'AllAccessDisabled', 'AccountProblem', r'does not have storage\.'),
+    *(r'occurred \(40[13]\)', r', 40[13]$', r'HTTP (response code: )?40[13]', 'Forbidden', 'Access ?Denied'),
+    *('Unauthorized', 'Unauthenticated', 'UNAUTHENTICATED', 'PERMISSION_DENIED', 'PermissionError'),
+    *('Permission denied', r'does not have storage\.', 'InvalidAccessKeyId', 'SignatureDoesNotMatch'),
+    *('AllAccessDisabled', 'AccountProblem'),
 )
 REGION = ('PermanentRedirect', 'AuthorizationHeaderMalformed', 'IllegalLocationConstraint', 'is wrong; expecting')
 MISSING = ('NoSuchBucket', 'bucket does not exist', 'FileNotFoundError')
@@ -59,12 +60,9 @@ def check_reachable(directory: Place, name: str) -> None:
         return
     system, probe = filesystem_of(directory), f'{directory}/{PROBE}{uuid.uuid4().hex}'
     content = b'Whether this folder can be written. It may be deleted.'
-    bucket = f'{scheme_of(directory)}://{bucket_of(directory)}'
-    with explained(f'{name}={str(directory)!r}: its bucket {bucket} cannot be listed', directory):
-        _list(system, bucket, str(directory))
+    check_listed(directory, name)
     with explained(f'{name}={str(directory)!r}: no file can be written there', directory):
         system.pipe_file(probe, content)
-    with explained(f'{name}={str(directory)!r}: no file can be written there', directory):
         _check_exclusive(system, probe, f'{name}={str(directory)!r}')
     with explained(f'{name}={str(directory)!r}: a file that was written there cannot be read', directory):
         found = system.cat_file(probe)
@@ -150,11 +148,11 @@ def explain(error: BaseException, path: Place | str) -> str:
         path: in the bucket.
     """
     scheme, bucket = scheme_of(path), bucket_of(path)
-    text = ' '.join(f'{type(part).__name__}: {part}' for part in chain_of(error))
+    texts = [f'{type(part).__name__}: {part}' for part in chain_of(error)]
     said = f'({type(error).__name__}: {" ".join(str(error).split())[:200]})'
 
     def has(marks: tuple[str, ...]) -> bool:
-        return re.search('|'.join(marks), text) is not None
+        return any(re.search('|'.join(marks), text) for text in texts)
 
     if has(NO_CREDENTIALS):
         return f'no credentials were found {said}. {CREDENTIALS[scheme]}'

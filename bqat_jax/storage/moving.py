@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bqat_jax.storage.files import write_bytes
 from bqat_jax.storage.places import Place, filesystem_of
 
 # Orbax counts a checkpoint in a bucket only if it has this file; it is written last.
@@ -58,11 +57,8 @@ class Spool:
 
 
 def upload(file: Path, target: Place) -> None:
-    """Copies a local file to a place, whole or not at all."""
-    if isinstance(target, Path):
-        write_bytes(target, file.read_bytes())
-    else:
-        filesystem_of(target).put_file(str(file), str(target))
+    """Copies a local file into a bucket, whole or not at all."""
+    filesystem_of(target).put_file(str(file), str(target))
 
 
 @contextlib.contextmanager

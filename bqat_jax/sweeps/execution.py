@@ -260,8 +260,14 @@ def _log(workdir: Place) -> Iterator[rich.console.Console]:
         spool.fetch(LOG)
         with (spool.local / LOG).open('a', encoding='utf-8') as file:
             yield rich.console.Console(file=file, width=LOG_WIDTH, markup=False)
-    finally:
+    except Lost:  # another process writes there now
+        raise
+    except BaseException:
         spool.send()
+        raise
+    else:
+        spool.send()
+    finally:
         spool.close()
 
 

@@ -16,6 +16,16 @@ from tests.conftest import ONE_DEVICE, ROOT
 from tests.experiment.test_run import last_state
 
 STEPS = 30
+FLAGS = (
+    '--config.network.width=4',
+    '--config.replacement.plan=prefix_sampled',
+    '--config.train.batch_size=32',
+    f'--config.train.steps={STEPS}',
+    '--config.train.log_every_steps=4',
+    '--config.partner.steps=10',
+    '--config.partner.optimizer.warmup_steps=2',
+    '--config.checkpoint.every_steps=1',
+)
 
 
 @pytest.fixture(scope='module')
@@ -27,21 +37,10 @@ def command(digits_dir, tmp_path_factory):
         'JAX_COMPILATION_CACHE_DIR': str(tmp_path_factory.mktemp('cache')),
         'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     }
-    flags = [
-        f'--config.data.dir={digits_dir}',
-        '--config.network.width=4',
-        '--config.replacement.plan=prefix_sampled',
-        '--config.train.batch_size=32',
-        f'--config.train.steps={STEPS}',
-        '--config.train.log_every_steps=4',
-        '--config.partner.steps=10',
-        '--config.partner.optimizer.warmup_steps=2',
-        '--config.checkpoint.every_steps=1',
-    ]
 
     def start(workdir, *more):
         return subprocess.Popen(
-            [sys.executable, 'main.py', f'--workdir={workdir}', *flags, *more],
+            [sys.executable, 'main.py', f'--workdir={workdir}', f'--config.data.dir={digits_dir}', *FLAGS, *more],
             cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
 

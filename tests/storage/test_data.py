@@ -58,7 +58,7 @@ def test_files_with_other_numbers_of_records_are_told(prepared, server, cache):
     try:
         system.pipe_file(f'{folder}/dataset_info.json', info.replace(b'"1437"', b'"1438"'))
         with pytest.raises(UserError, match=r'has 1437 records, and dataset_info\.json beside it says 1438'):
-            load_images('digits', prepared, ImageOptions(cache=cache if server.scheme == 's3' else None))
+            load_images('digits', prepared, ImageOptions(cache=cache))
     finally:
         system.pipe_file(f'{folder}/dataset_info.json', info)
 
@@ -166,7 +166,8 @@ def test_a_cache_is_a_local_folder(bucket, digits_dir):
     from tests.experiment.test_run import shortened
 
     config = shortened(digits_dir)
-    assert _make_cache(config.data) is None
+    config.data.cache_gb = 3.0
+    assert _make_cache(config.data) == Cache(most_bytes=3e9, is_wished=False)
     config.data.cache_dir = str(bucket)
     with pytest.raises(UserError, match='must be a local folder'):
         _make_cache(config.data)
