@@ -32,7 +32,7 @@ from bqat_jax.quantizers.estimators import get_estimator
 from bqat_jax.quantizers.oscillations import init_tracker, track
 from bqat_jax.quantizers.rounding import EVALUATION, Context
 from bqat_jax.replacement.block_replacement import Batch
-from bqat_jax.replacement.paths import Variables, run_backbone, run_teacher
+from bqat_jax.replacement.paths import Variables, bind_partner, run_backbone, run_teacher
 from bqat_jax.training.loss import task_loss_alone, total_loss
 from bqat_jax.training.spec import TrainSpec
 from bqat_jax.training.state import TrainState, floats_of
@@ -199,7 +199,7 @@ def measure_features(
     @jax.jit
     def measure(variables, partner, inputs):
         low = run_backbone(network, quantization, variables, inputs, train=False)
-        full = run_teacher(network, partner, inputs)
+        full = run_teacher(bind_partner(network, partner), inputs)
         return [
             {'cka': linear_cka(h, g), 'relative_error': relative_error(h, g)}
             for h, g in zip(map(first_float, low.features), map(first_float, full.features), strict=True)

@@ -21,7 +21,9 @@ FULL_PRECISION_BITS = 32
 TABLE_WIDTH = 140
 
 
-def summarize(network: BlockNetwork, layers: Layers, settings: Mapping[str, LayerSettings]) -> dict[str, Any]:
+def summarize(
+    network: BlockNetwork, variables: Any, layers: Layers, settings: Mapping[str, LayerSettings]
+) -> dict[str, Any]:
     """Returns the summary of a network as JSON; nothing is computed.
 
     Per layer: 'path', 'block', 'kind', 'kernel' (its shape), 'weights' and 'activations' (quantizer and bits, or None),
@@ -34,15 +36,15 @@ def summarize(network: BlockNetwork, layers: Layers, settings: Mapping[str, Laye
 
     Args:
         network: the network; it knows its inputs.
+        variables: its variables, or their shapes.
         layers: what `find_layers` found in it.
         settings: what `assign_quantizers` said of them.
     """
-    variables: Any = network.shapes()
 
     def run(variables, x):
         return network.apply(variables, x, train=False)[0]
 
-    blocks = blocks_of_layers(network, variables)
+    blocks = blocks_of_layers(network, variables, layers)
     macs = count_macs(run, variables, network.batch_of(1))
     flat: Any = traverse_util.flatten_dict(variables['params'], sep='/')
     rows, saved_bits = [], 0

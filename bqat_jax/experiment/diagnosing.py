@@ -40,7 +40,7 @@ def diagnose_phase(experiment: Experiment, phase: Phase, split: Split, state: Tr
     seed, prepare = experiment.seeds[0], jax.jit(phase.spec.prepare, static_argnums=2)
     raw = plain_batches(experiment, split, seed, Stream.DIAGNOSIS, settings.batches)
     batches = [prepare(batch, split.arrays, None) for batch in raw]
-    blocks = blocks_of_layers(experiment.network, experiment.shapes)
+    blocks = blocks_of_layers(experiment.network, experiment.shapes, experiment.layers)
     diagnosis = diagnose(phase.spec, state, phase.partner, blocks, batches, settings)
     if settings.oscillation_steps:
         diagnosis['oscillating'] = _watch_oscillations(experiment, phase, split, state)

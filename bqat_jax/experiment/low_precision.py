@@ -30,8 +30,8 @@ from bqat_jax.transform import (
     Quantization,
     build_quantization,
     calibrate,
-    init_quantizers,
     prepare_layers,
+    quantizer_shapes,
 )
 
 QUANTIZERS_FILE = 'quantizers.json'
@@ -114,14 +114,17 @@ def low_precision_phase(experiment: Experiment, partner: Partner, quantization: 
         microbatches=experiment.microbatches,
         batch_norm_groups=experiment.batch_norm_groups,
     )
-    quantizer_shapes = _quantizer_shapes(experiment, quantization)
     return Phase(
         name='train',
         stream=Stream.TRAINING,
         spec=spec,
         optimizer=experiment.training.optimizer,
         partner=partner.variables,
-        shapes=Variables(experiment.shapes['params'], quantizer_shapes, other_collections(experiment.shapes)),
+        shapes=Variables(
+            experiment.shapes['params'],
+            quantizer_shapes(quantization, experiment.shapes['params']),
+            other_collections(experiment.shapes),
+        ),
         directory=experiment.workdir / CHECKPOINTS,
         replicas=experiment.replicas,
     )
@@ -209,17 +212,6 @@ def _calibration_batches(experiment: Experiment, partner: Partner, split: Split,
         experiment, split, experiment.seeds[replica], Stream.CALIBRATION, experiment.calibration_batches
     )
     return [images_of(batch, split.arrays) for batch in batches]
-
-
-def _quantizer_shapes(experiment: Experiment, quantization: Quantization) -> Any:
-    """Shapes and dtypes of the quantizers' parameters."""
-    batch = experiment.network.batch_of(1)
-
-    def init(variables, batch):
-        run = experiment.network.as_function(variables, train=False)
-        return init_quantizers(quantization, variables['params'], run, batch)
-
-    return jax.eval_shape(init, experiment.shapes, batch)
 
 
 def _describe(quantization: Quantization) -> dict[str, Any]:

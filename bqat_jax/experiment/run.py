@@ -243,7 +243,7 @@ def _of_seeds(seeds: range, name: str, values: list[float]) -> dict[str, Any]:
 
 
 def _summarize(experiment: Experiment) -> dict[str, Any]:
-    summary = summarize(experiment.network, experiment.layers, experiment.quantizers)
+    summary = summarize(experiment.network, experiment.shapes, experiment.layers, experiment.quantizers)
     write_once(experiment.workdir / 'summary.json', summary)
     title = f'{experiment.partner_source.network_name}, {len(experiment.network.blocks)} blocks'
     print_summary(experiment.console, title, summary)

@@ -159,7 +159,9 @@ def make_experiment(
 
 
 def _rules_of_names(network: BlockNetwork, parts: int) -> tuple[Rule, ...]:
-    """Sharding rules for parameters whose axes the module names."""
+    """Sharding rules for parameters whose axes the module names; none where nothing is sharded."""
+    if parts == 1:
+        return ()
     boxed: Any = jax.eval_shape(network.init_boxed, jax.random.key(0))
     names: Any = traverse_util.flatten_dict(nn.get_partition_spec(boxed[PARAMS]), sep='/')
     shapes: Any = traverse_util.flatten_dict(nn.meta.unbox(boxed[PARAMS]), sep='/')

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from bqat_jax.blocks.block_network import BlockNetwork
 from bqat_jax.blocks.chain import CUTS
 from bqat_jax.blocks.switch import make_call
-from bqat_jax.networks.layers import computation
+from bqat_jax.networks.layers import computation, traced_once
 from bqat_jax.networks.registry import register_network
 
 MLP_RATIO = 4
 STAGES = 2
-WEIGHT_INIT = nn.initializers.normal(0.02)
+WEIGHT_INIT = traced_once(nn.initializers.normal(0.02))
 _CUT = re.compile(r'layers\[\d+\](,layers\[\d+\])*')
 
 

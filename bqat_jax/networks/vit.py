@@ -9,14 +9,14 @@ import jax.numpy as jnp
 
 from bqat_jax.blocks.block_network import BlockNetwork
 from bqat_jax.blocks.chain import split_chain
-from bqat_jax.networks.layers import block_class, computation
+from bqat_jax.networks.layers import block_class, computation, traced_once
 from bqat_jax.networks.registry import register_network
 
 # Width and heads (Touvron et al., arXiv 2012.12877, table 1).
 SIZES = {'tiny': (192, 3), 'small': (384, 6), 'base': (768, 12)}
 NUM_BLOCKS, BLOCKS_PER_STAGE = 12, 3
 MLP_RATIO = 4
-WEIGHT_INIT = nn.initializers.truncated_normal(0.02)
+WEIGHT_INIT = traced_once(nn.initializers.truncated_normal(0.02))
 
 
 @register_network('vit')

@@ -12,7 +12,7 @@ from bqat_jax.blocks.block_network import PARAMS, BlockNetwork, other_collection
 from bqat_jax.blocks.exploring import with_inputs
 from bqat_jax.quantizers.rounding import Context
 from bqat_jax.replacement.objective import Objective
-from bqat_jax.replacement.paths import Features, Outputs, Variables, run_backbone, run_paths, run_teacher
+from bqat_jax.replacement.paths import Features, Outputs, Variables, bind_partner, run_backbone, run_paths, run_teacher
 from bqat_jax.replacement.plans import Plan
 from bqat_jax.replacement.tasks import Task
 from bqat_jax.transform import Quantization, prepare
@@ -117,9 +117,10 @@ class BlockReplacement:
             train=True,
             context=context._replace(key=key),
         )
-        teacher = run_teacher(self.network, partner, batch.inputs) if self.needs_partner else NO_TEACHER
+        bound = bind_partner(self.network, partner)
+        teacher = run_teacher(bound, batch.inputs) if self.needs_partner else NO_TEACHER
         features = Features(backbone.alive, teacher.alive, backbone.run_block)
-        path_outputs = run_paths(self.network, self.plan, partner, mask, features)
+        path_outputs = run_paths(bound, self.plan, mask, features)
         loss, metrics = self.objective(batch.targets, backbone, teacher, path_outputs, path_weights, context.progress)
         metrics |= self.task.training_metrics(backbone.logits, batch.targets)
         if self.plan.is_drawn:

@@ -27,8 +27,8 @@ def network_unquantized_share(network: BlockNetwork, variables: Any, layers: Lay
     return unquantized_share(_run(network), layers.others, variables['params'], network.batch_of(1), variables)
 
 
-def blocks_of_layers(network: BlockNetwork, variables: Any) -> dict[str, str]:
-    """Returns 'block 1', ... or 'head' for the path of every layer; arguments as `find_network_layers`.
+def blocks_of_layers(network: BlockNetwork, variables: Any, layers: Layers) -> dict[str, str]:
+    """Returns 'block 1', ... or 'head' for the path of every layer; arguments as `network_unquantized_share`.
 
     A layer that runs in several of them, as the stack of an `nn.scan` that is cut between its iterations, has the first
     and the last: 'block 1 - head'.
@@ -36,7 +36,7 @@ def blocks_of_layers(network: BlockNetwork, variables: Any) -> dict[str, str]:
     pieces = network.trace(variables, None, train=False, size=1).modules()
     labels = [*(f'block {number}' for number in range(1, len(pieces))), 'head']
     blocks = {}
-    for path in find_network_layers(network, variables).quantizable:
+    for path in layers.quantizable:
         own = [label for label, paths in zip(labels, pieces, strict=True) if path in paths]
         blocks[path] = ' - '.join(dict.fromkeys((own[0], own[-1]))) if own else labels[0]
     return blocks

@@ -131,25 +131,33 @@ def run_backbone(
     return Backbone(run.outputs, run.features, run.alive, {**variables.collections, **run.state}, run_block)
 
 
-def run_teacher(network: BlockNetwork, partner: Any, inputs: Any) -> Outputs:
+def bind_partner(network: BlockNetwork, partner: Any) -> BoundNetwork:
+    """Returns the partner, frozen; teacher and paths of one step share it, so that it is traced once.
+
+    Args:
+        network: the network, divided into blocks.
+        partner: the partner's variables by collection, {'params': ..., 'batch_stats': ...}; they get no gradient.
+    """
+    return network.bind(jax.lax.stop_gradient(partner), train=False)
+
+
+def run_teacher(partner: BoundNetwork, inputs: Any) -> Outputs:
     """Returns the partner's outputs z_F and features g_1 .. g_n, without a gradient.
 
     Args:
-        network: the network, divided into blocks.
-        partner: the partner's variables by collection, {'params': ..., 'batch_stats': ...}.
+        partner: what `bind_partner` returns.
         inputs: as the network takes them.
     """
-    run = network.bind(partner, train=False).run(inputs)
+    run = partner.run(inputs)
     return jax.lax.stop_gradient(Outputs(run.outputs, run.features, run.alive))
 
 
-def run_paths(network: BlockNetwork, plan: Plan, partner: Any, mask: jax.Array, features: Features) -> list[Any]:
+def run_paths(partner: BoundNetwork, plan: Plan, mask: jax.Array, features: Features) -> list[Any]:
     """Returns the outputs of the MP models, a tree for each; [] where the plan has none.
 
     Args:
-        network: the network, divided into blocks.
+        partner: what `bind_partner` returns.
         plan: the plan.
-        partner: the partner's variables; they get no gradient.
         mask: the plan's draw, bool (paths, blocks).
         features: of the backbone and, where the plan needs them, of the partner.
 
@@ -160,10 +168,10 @@ def run_paths(network: BlockNetwork, plan: Plan, partner: Any, mask: jax.Array, 
         return []
     if plan.needs_partner_features and (not features.fp or features.run_block is None):
         raise ValueError(f'The plan {plan.name!r} runs LP blocks on FP features: give `fp` and `run_block`.')
-    blocks = _Blocks(network.bind(jax.lax.stop_gradient(partner), train=False), features)
+    blocks = _Blocks(partner, features)
     if plan.is_drawn:
         return _run_drawn(blocks, plan, mask)
-    if all(crossing.can_merge for cut in network.crossings for crossing in cut):
+    if all(crossing.can_merge for cut in partner.network.crossings for crossing in cut):
         return _run_merged(blocks, plan)
     return [_run_alone(blocks, model) for model in plan.models]
 

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from bqat_jax.training.regularizers import oscillation_metrics
 from bqat_jax.training.state import TrainState
@@ -22,12 +21,23 @@ class StepFacts(NamedTuple):
         after: the state after it.
         gradients: with respect to `before.params`, in the same structure.
         learning_rate: of the network in this step.
+        l2_params: the norm of `after.params`.
     """
 
     before: TrainState
     after: TrainState
     gradients: Any
     learning_rate: jax.Array
+    l2_params: jax.Array
+
+
+def l2_norm(tree: Any) -> jax.Array:
+    """Returns the Euclidean norm of all numbers of a tree of real arrays, float32; 0 for an empty one.
+
+    `optax.tree.norm` gives the same, in four times as many operations: it squares an imaginary part too.
+    """
+    squares = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)]
+    return jnp.sqrt(sum(squares, jnp.float32(0)))
 
 
 def step_metrics(step: StepFacts) -> dict[str, jax.Array]:
@@ -35,8 +45,8 @@ def step_metrics(step: StepFacts) -> dict[str, jax.Array]:
     return {
         'first_bad_step': step.after.first_bad_step,
         'learning_rate': step.learning_rate,
-        'l2_gradients': optax.tree.norm(step.gradients),
-        'l2_params': optax.tree.norm(step.after.params),
-        'l2_updates': optax.tree.norm(jax.tree.map(jnp.subtract, step.after.params, step.before.params)),
+        'l2_gradients': l2_norm(step.gradients),
+        'l2_params': step.l2_params,
+        'l2_updates': l2_norm(jax.tree.map(jnp.subtract, step.after.params, step.before.params)),
         **oscillation_metrics(step.after.trackers),
     }

@@ -13,7 +13,7 @@ from bqat_jax.distributed.sharding import replicated
 from bqat_jax.quantizers.rounding import Context
 from bqat_jax.replacement.block_replacement import Batch
 from bqat_jax.training.loss import total_loss
-from bqat_jax.training.metrics import StepFacts, step_metrics
+from bqat_jax.training.metrics import StepFacts, l2_norm, step_metrics
 from bqat_jax.training.microbatches import accumulate
 from bqat_jax.training.optimizer import LearningRate
 from bqat_jax.training.spec import NETWORK, QUANTIZERS, TrainSpec
@@ -66,8 +66,8 @@ def train_step(
             quantization, state.trackers, variables_of(params, collections), progress
         )
         # A norm beyond float32's range counts as infinite too; those of the parameters are metrics anyway.
-        norms = [optax.tree.norm(tree) for tree in (params, floats_of(collections)) if jax.tree.leaves(tree)]
-        is_sound = jnp.all(jnp.isfinite(jnp.stack([loss, *norms])))
+        l2_params = l2_norm(params)
+        is_sound = jnp.all(jnp.isfinite(jnp.stack([loss, l2_params, l2_norm(floats_of(collections))])))
         is_bad = (state.first_bad_step < 0) & ~is_sound
         new_state = dataclasses.replace(
             state,
@@ -78,7 +78,7 @@ def train_step(
             trackers=trackers,
             first_bad_step=jnp.where(is_bad, state.step, state.first_bad_step),
         )
-        facts = StepFacts(state, new_state, gradients, learning_rate(state.opt_state, state.step))
+        facts = StepFacts(state, new_state, gradients, learning_rate(state.opt_state, state.step), l2_params)
         return new_state, metrics | step_metrics(facts)
 
     return step

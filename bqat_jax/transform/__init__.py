@@ -5,6 +5,7 @@ from bqat_jax.transform.calibration import (
     find_signed_inputs,
     init_quantizers,
     mean_of_trees,
+    quantizer_shapes,
 )
 from bqat_jax.transform.layers import LAYER_TYPES, WEIGHT_NAME, KernelLayout, Layer, Layers, find_layers, register_layer
 from bqat_jax.transform.operations import count_macs, unquantized_share
@@ -42,6 +43,7 @@ __all__ = [
     'mean_of_trees',
     'prepare',
     'prepare_layers',
+    'quantizer_shapes',
     'register_layer',
     'rescale',
     'unquantized_share',

@@ -167,6 +167,27 @@ def init_quantizers(
     return initial
 
 
+def quantizer_shapes(quantization: Quantization, params: Any) -> dict[str, Any]:
+    """Returns shapes and dtypes of what `init_quantizers` returns; the network is not traced.
+
+    Args:
+        quantization: the quantizers.
+        params: the network's 'params' collection, arrays or shapes.
+    """
+    flat: Any = traverse_util.flatten_dict(params, sep='/')
+    shapes: dict[str, Any] = {path: {} for path in quantization.layers}
+    for path, layer in quantization.layers.items():
+        if layer.weights is not None:
+            kernel = flat[quantization.weight_path(path)]
+            shapes[path]['weights'] = jax.eval_shape(layer.init_weights, kernel)
+        if layer.activations is not None:
+            of_one, stack = jax.eval_shape(layer.activations.init, layer.layer.input), layer.layer.stack
+            shapes[path]['activations'] = jax.tree.map(
+                lambda x, stack=stack: jax.ShapeDtypeStruct((*stack, *x.shape), x.dtype), of_one
+            )
+    return shapes
+
+
 def _init_and_quantize(quantizer: Quantizer, x: jax.Array) -> jax.Array:
     return quantizer.fake_quantize(quantizer.init(x), x)
 

@@ -50,8 +50,10 @@ def unquantized_share(run: Callable[..., Any], others: Iterable[str], params: An
         params: the network's 'params' collection; arrays or `jax.ShapeDtypeStruct`s.
         *arguments: the same.
     """
-    program = jax.make_jaxpr(lambda *arguments: run(*arguments))(params, *arguments)
     others = set(others)
+    if not others:
+        return 0.0
+    program = jax.make_jaxpr(lambda *arguments: run(*arguments))(params, *arguments)
     paths = [jax.tree_util.keystr(keys, simple=True, separator='/') for keys, _ in jax.tree.leaves_with_path(params)]
     kinds = [{UNREACHED} if path in others else set() for path in paths]
     kinds += [{DATA}] * (len(program.jaxpr.invars) - len(kinds))

@@ -16,7 +16,7 @@ from bqat_jax.analysis.measures import decibels, linear_cka, products, relative_
 from bqat_jax.blocks.block_network import other_collections
 from bqat_jax.quantizers.rounding import Context
 from bqat_jax.replacement.block_replacement import Batch
-from bqat_jax.replacement.network_layers import blocks_of_layers
+from bqat_jax.replacement.network_layers import blocks_of_layers, find_network_layers
 from bqat_jax.replacement.paths import Variables
 from bqat_jax.training.loss import total_loss
 from bqat_jax.training.optimizer import OptimizerSpec, make_optimizer
@@ -25,7 +25,7 @@ from bqat_jax.training.state import init_state
 from tests.training.test_step import NETWORK, VARIABLES, in_full_precision, make_spec
 
 X, Y = (jax.random.normal(jax.random.key(i), (40, 4, 3)) for i in range(2))
-BLOCKS = blocks_of_layers(NETWORK, VARIABLES)
+BLOCKS = blocks_of_layers(NETWORK, VARIABLES, find_network_layers(NETWORK, VARIABLES))
 KEYS = jax.random.split(jax.random.key(2), 3)
 BATCHES = [Batch(jax.random.normal(key, (32, 8, 8, 1)), jax.random.randint(key, (32,), 0, 10)) for key in KEYS]
 

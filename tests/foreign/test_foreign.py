@@ -94,7 +94,7 @@ def test_no_weight_goes_unmentioned(name):
     layers = bq.find_layers(
         network.as_function(variables, train=True, key=KEY), variables['params'], network.batch_of(2)
     )
-    summary = summarize(network, layers, assign_quantizers(tuple(layers.quantizable), **W4A4, rules=()))
+    summary = summarize(network, variables, layers, assign_quantizers(tuple(layers.quantizable), **W4A4, rules=()))
     quantized = {row['path'] for row in summary['layers']}
     left = summary['not_quantizable']
     assert all(reason for reason in left.values())

@@ -10,7 +10,7 @@ from bqat_jax.blocks.block_network import other_collections
 from bqat_jax.blocks.exploring import with_inputs
 from bqat_jax.networks.cifar_resnet import cifar_resnet
 from bqat_jax.replacement.objective import Objective
-from bqat_jax.replacement.paths import Features, Variables, run_backbone, run_paths, run_teacher
+from bqat_jax.replacement.paths import Features, Variables, bind_partner, run_backbone, run_paths, run_teacher
 from bqat_jax.replacement.plans import PLANS as REGISTERED
 from bqat_jax.replacement.plans import Plan, register_plan
 from bqat_jax.replacement.schedules import Constant
@@ -26,14 +26,15 @@ SETTINGS = {'name': 'lsq', 'bits': 2}
 
 def make_variables(seed):
     """Variables of a network that has seen data: its stored statistics fit."""
+    step = jax.jit(lambda variables: NETWORK.apply(variables, X, train=True)[1])
     variables = NETWORK.init(jax.random.key(seed), (8, 8, 3))
     for _ in range(30):
-        _, state = NETWORK.apply(variables, X, train=True)
-        variables |= state
+        variables |= step(variables)
     return variables
 
 
 PARTNER = make_variables(1)
+BOUND = bind_partner(NETWORK, PARTNER)
 PLANS = {
     'prefix': Plan('prefix', BLOCKS),
     'prefix and last': Plan('prefix', BLOCKS, include_last=True),
@@ -65,8 +66,9 @@ def full_precision(train):
 
 
 def our_paths(plan, lp, partner, mask):
-    alive = run_teacher(NETWORK, partner, X).alive
-    return jnp.stack(run_paths(NETWORK, plan, partner, mask, Features(lp.alive, alive, lp.run_block)))
+    bound = bind_partner(NETWORK, partner)
+    alive = run_teacher(bound, X).alive
+    return jnp.stack(run_paths(bound, plan, mask, Features(lp.alive, alive, lp.run_block)))
 
 
 def paths_by_hand(plan, lp, partner, mask):
@@ -82,7 +84,8 @@ def paths_by_hand(plan, lp, partner, mask):
 
 def loss_with(paths, plan, trainable, partner, mask, weights):
     lp = backbone(*trainable)
-    return Objective()(LABELS, lp, run_teacher(NETWORK, partner, X), paths(plan, lp, partner, mask), weights)[0]
+    teacher = run_teacher(bind_partner(NETWORK, partner), X)
+    return Objective()(LABELS, lp, teacher, paths(plan, lp, partner, mask), weights)[0]
 
 
 @pytest.mark.parametrize('name', PLANS)
@@ -157,7 +160,7 @@ def test_a_path_gives_gradients_to_its_lp_blocks_and_to_no_other(name):
 def test_with_identity_quantizers_and_equal_weights_every_path_is_the_partner(name):
     plan = PLANS[name]
     lp = full_precision(train=False)
-    teacher = run_teacher(NETWORK, PARTNER, X).logits
+    teacher = run_teacher(BOUND, X).logits
     np.testing.assert_array_equal(lp.logits, teacher)
     mask, _ = plan.draw(jax.random.key(5))
     for logits in our_paths(plan, lp, PARTNER, mask):
@@ -207,11 +210,11 @@ def test_models_of_a_users_plan_may_go_back_and_forth(is_drawn, registries):
 def test_a_plan_that_lacks_what_it_needs_is_refused():
     lp = backbone(PARTNER['params'], low_precision()[1])
     with pytest.raises(ValueError, match='run_block'):
-        run_paths(NETWORK, PLANS['single'], PARTNER, PLANS['single'].draw(jax.random.key(0))[0], Features(lp.alive))
+        run_paths(BOUND, PLANS['single'], PLANS['single'].draw(jax.random.key(0))[0], Features(lp.alive))
 
 
 def test_the_teacher_gives_no_gradient():
-    gradient = jax.grad(lambda x: jnp.sum(run_teacher(NETWORK, PARTNER, x).logits))(X)
+    gradient = jax.grad(lambda x: jnp.sum(run_teacher(BOUND, x).logits))(X)
     np.testing.assert_array_equal(gradient, jnp.zeros_like(X))
 
 
@@ -234,7 +237,7 @@ def test_what_is_drawn_stays_a_conditional(name, devices):
     over_batch, everywhere = NamedSharding(mesh, PartitionSpec('data')), NamedSharding(mesh, PartitionSpec())
     lp = backbone(PARTNER['params'], low_precision()[1])
     features = jax.device_put(lp.alive, over_batch)
-    partner_features = jax.device_put(list(run_teacher(NETWORK, PARTNER, X).alive), over_batch)
+    partner_features = jax.device_put(list(run_teacher(BOUND, X).alive), over_batch)
     partner, mask = jax.device_put((PARTNER, plan.draw(jax.random.key(0))[0]), everywhere)
 
     def forward(features, partner_features, partner, mask):
@@ -243,7 +246,7 @@ def test_what_is_drawn_stays_a_conditional(name, devices):
         def run_block(number, alive):
             return lp.run_pieces(number, number, alive)
 
-        outputs = run_paths(NETWORK, plan, partner, mask, Features(features, partner_features, run_block))
+        outputs = run_paths(bind_partner(NETWORK, partner), plan, mask, Features(features, partner_features, run_block))
         return sum(jnp.sum(logits**2) for logits in outputs)
 
     for function, passes in ((forward, 1), (jax.grad(forward), 2)):
@@ -255,7 +258,7 @@ def test_each_partner_block_runs_once_for_all_prefixes():
     """Counted in the traced program: the convolutions of blocks 2 .. n, each once."""
     lp = backbone(PARTNER['params'], low_precision()[1])
     mask, _ = PLANS['prefix'].draw(jax.random.key(0))
-    program = jax.make_jaxpr(lambda f: run_paths(NETWORK, PLANS['prefix'], PARTNER, mask, Features(f)))(lp.alive)
+    program = jax.make_jaxpr(lambda f: run_paths(BOUND, PLANS['prefix'], mask, Features(f)))(lp.alive)
     convolutions = count_operations(program.jaxpr, 'conv_general_dilated')
     names = ('stage2_block1', 'stage3_block1')
     expected = sum(1 for name in names for key in PARTNER['params'][name] if 'conv' in key)
