@@ -22,8 +22,6 @@ from bqat_jax.distributed.processes import initialize
 from bqat_jax.errors import UserError
 from bqat_jax.experiment.command_line import CommandLine, read_command_line, unset
 from bqat_jax.experiment.compilation import keep_compiled
-from bqat_jax.experiment.environment import check_processes
-from bqat_jax.experiment.run import diagnose_run, evaluate_run, import_partner, summarize_network, train
 from bqat_jax.registry import loaded_plugins, place_in_plugins
 from bqat_jax.storage import address_in, is_of_bucket, place, set_patience
 from bqat_jax.storage import explain as explain_bucket
@@ -53,6 +51,10 @@ def main(argv: list[str], given: CommandLine) -> None:
     """Dispatches on --mode."""
     if len(argv) > 1:
         raise UserError(f'{" ".join(argv[1:])!r} is not understood; write flags as --name=value.')
+    # Imported here, as what a run needs takes a second to load: --help and a mistyped flag are answered without it.
+    from bqat_jax.experiment import run as runs
+    from bqat_jax.experiment.environment import check_processes
+
     config, mode, name = flags.FLAGS.config, flags.FLAGS.mode, given.recipe.stem
     unset(config, given.unset)
     set_patience(config.storage.patience)
@@ -63,24 +65,23 @@ def main(argv: list[str], given: CommandLine) -> None:
     changes = {**config_flags.get_override_values(flags.FLAGS['config']), **dict.fromkeys(given.unset)}
     record = {'name': name, 'overrides': changes}
     if mode == 'train':
-        result = train(config, workdir, **record)
+        result = runs.train(config, workdir, **record)
     elif mode == 'import':
-        result = import_partner(config, workdir, **record)
+        result = runs.import_partner(config, workdir, **record)
     elif mode == 'summary':
-        result = summarize_network(config, workdir)
+        result = runs.summarize_network(config, workdir)
     elif mode == 'diagnose':
-        result = diagnose_run(config, workdir)
+        result = runs.diagnose_run(config, workdir)
     elif mode == 'export':
         from bqat_jax.experiment.exporting import export_run
 
         result = export_run(config, workdir)
     elif mode == 'sweep':
-        # Only here: its plots take a second to load.
         from bqat_jax.sweeps.execution import run_sweep
 
         result = run_sweep(config, workdir, name=name)
     else:
-        result = evaluate_run(config, workdir)
+        result = runs.evaluate_run(config, workdir)
     print('\n'.join(f'{key}: {value}' for key, value in result.items()))
 
 

@@ -17,6 +17,14 @@ _KEY = jax.make_user_context(None)
 Interceptor = Callable[[Callable[..., Any], Any, Any, Any], Any]
 
 
+def without_modules() -> contextlib.AbstractContextManager:
+    """Returns a context for functions that call no module: JAX's caches serve them as they do outside interceptors.
+
+    Without it every function of `jax.numpy` is traced again in every layer.
+    """
+    return _KEY(None)
+
+
 @contextlib.contextmanager
 def intercept_methods(interceptor: Interceptor, key: Hashable = None) -> Iterator[None]:
     """Within it `interceptor(call, args, kwargs, context)` replaces every call of a module's method.

@@ -12,7 +12,6 @@ from typing import Any
 
 import rich.console
 import rich.progress
-from tensorboardX import SummaryWriter
 
 from bqat_jax.distributed.processes import is_first
 from bqat_jax.storage import Hold, Place, Spool, write_text
@@ -58,7 +57,7 @@ class Recorder:
         path = self._spool.local / METRICS_FILE
         _remove_after(path, phase, -1 if start is None else start)
         self._file = path.open('a', encoding='utf-8')
-        self._events = SummaryWriter(str(self._spool.local / 'tensorboard' / phase), purge_step=self._start)
+        self._events: Any = None
         self._sent = time.monotonic()
         self._began = time.monotonic()
         self._progress = None
@@ -83,7 +82,8 @@ class Recorder:
     def __exit__(self, *exception) -> None:
         if self._progress:
             self._progress.stop()
-        self._events.close()
+        if self._events is not None:
+            self._events.close()
         self._file.close()
         try:
             self._send_if_held()
@@ -98,9 +98,10 @@ class Recorder:
         """Writes the metrics of a step, counted from 1, and shows the progress."""
         self._file.write(json.dumps({'phase': self._phase, 'step': step, **metrics}) + '\n')
         self._file.flush()
+        events = self._open_events()
         for name, value in metrics.items():
-            self._events.add_scalar(name, value, step)
-        self._events.flush()
+            events.add_scalar(name, value, step)
+        events.flush()
         if time.monotonic() - self._sent > SEND_EVERY:
             self._send_if_held()
         if self._progress:
@@ -118,6 +119,14 @@ class Recorder:
         """Sends to a bucket what was recorded; to be called before a checkpoint is saved, by who holds it."""
         self._spool.send()
         self._sent = time.monotonic()
+
+    def _open_events(self) -> Any:
+        if self._events is None:
+            # Imported here, after the first step: where PyTorch is installed tensorboardX takes seconds to load it.
+            from tensorboardX import SummaryWriter
+
+            self._events = SummaryWriter(str(self._spool.local / 'tensorboard' / self._phase), purge_step=self._start)
+        return self._events
 
     def _send_if_held(self) -> None:
         if self._place.hold.is_held():

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bqat_jax.interception import intercept_methods
+from bqat_jax.interception import intercept_methods, without_modules
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -118,7 +118,8 @@ def _normalize_parts(norm: nn.BatchNorm, x: jax.Array, count: int) -> jax.Array:
     channels = x.shape[-1:]
     scale: Any = norm.get_variable('params', 'scale') if norm.use_scale else jnp.ones(channels)
     bias: Any = norm.get_variable('params', 'bias') if norm.use_bias else jnp.zeros(channels)
-    normalized: Any = normalize(parts, scale.astype(jnp.float32), bias.astype(jnp.float32), norm.epsilon)
+    with without_modules():
+        normalized: Any = normalize(parts, scale.astype(jnp.float32), bias.astype(jnp.float32), norm.epsilon)
     y, mean, variance = normalized
     if norm.is_mutable_collection('batch_stats'):
         for name, value in (('mean', mean), ('var', variance)):

@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bqat_jax.interception import without_modules
+
 LAYOUT = ('NHWC', 'HWIO', 'NHWC')
 # Size of what `kernel_gradient` lays side by side at once. On one CPU with 2 MiB of cache for each core, sizes from
 # 2 to 9 MB differed by no more than the measurements did, and 19 MB were worse.
@@ -60,7 +62,8 @@ def conv_general_dilated(
         return jax.lax.platform_dependent(*saved, gradient, cpu=gradients_on_cpu, default=gradients_of_plain)
 
     convolve.defvjp(forward, backward)
-    return convolve(lhs, rhs)
+    with without_modules():
+        return convolve(lhs, rhs)
 
 
 def input_gradient(

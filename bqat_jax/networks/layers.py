@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from bqat_jax.interception import without_modules
 from bqat_jax.networks.batch_norm import BatchNorm
 
 # PyTorch's defaults, with which most public weights were made; Linen counts the momentum the other way round.
@@ -40,7 +41,13 @@ def traced_once(init: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     Flax traces the initializer of every parameter whenever a network is traced, to compare shapes: for a ResNet-20 that
     was nearly half of the time.
     """
-    return jax.jit(init, static_argnums=(1, 2))
+    jitted = jax.jit(init, static_argnums=(1, 2))
+
+    def initialize(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
+        with without_modules():
+            return jitted(key, tuple(shape), dtype)
+
+    return initialize
 
 
 KAIMING = traced_once(nn.initializers.kaiming_normal())

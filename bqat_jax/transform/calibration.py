@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from bqat_jax.interception import without_modules
 from bqat_jax.quantizers import Quantizer
 from bqat_jax.transform.layers import Layer, intercept_layers
 from bqat_jax.transform.quantization import Quantization
@@ -53,8 +54,10 @@ def observe_inputs(
         if path not in statistics:
             return call(x)
         place = module.get_variable('params', PLACE)
-        tag(names.index(path), (place, *jax.tree.leaves(statistics[path](x))))
-        return call(transforms.get(path, _pass)(x))
+        with without_modules():
+            tag(names.index(path), (place, *jax.tree.leaves(statistics[path](x))))
+            transformed = transforms.get(path, _pass)(x)
+        return call(transformed)
 
     def watched(params, batch):
         flat: Any = traverse_util.flatten_dict(params, sep='/')

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from bqat_jax.interception import without_modules
 from bqat_jax.quantizers import Quantizer
 from bqat_jax.quantizers.oscillations import Tracker, hold
 from bqat_jax.quantizers.rounding import EVALUATION, Context, Estimator
@@ -156,8 +157,11 @@ class Quantization:
                     'the parameters that `quantize_params` returns.'
                 )
             if look is not None:
-                look(path, layer.activations.encode(slot['parameters'], x))
-            return call(layer.activations.fake_quantize(slot['parameters'], x, _from_slot(slot)))
+                with without_modules():
+                    look(path, layer.activations.encode(slot['parameters'], x))
+            with without_modules():
+                quantized = layer.activations.fake_quantize(slot['parameters'], x, _from_slot(slot))
+            return call(quantized)
 
         return intercept_layers(quantize, self._key if look is None else None)
 
