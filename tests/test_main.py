@@ -40,3 +40,16 @@ def test_what_is_mistyped_is_refused_in_plain_words(flags, message, tmp_path):
     assert code != 0
     assert message in output
     assert 'Traceback' not in output, output
+
+
+@pytest.mark.parametrize(
+    ('module', 'absent'),
+    [
+        ('main', ('tensorboardX', 'torch', 'matplotlib', 'tensorflow_datasets', 'orbax', 'grain')),
+        ('bqat_jax.experiment.run', ('tensorboardX', 'torch', 'matplotlib')),
+    ],
+)
+def test_what_takes_long_to_load_is_loaded_where_it_is_needed(module, absent):
+    code = f'import sys, {module}; print([name for name in {absent} if name in sys.modules])'
+    process = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert process.stdout.strip() == '[]'

@@ -109,7 +109,9 @@ def damage(path, how):
         path.unlink()
 
 
-@pytest.mark.parametrize('how', ['flip', 'cut', 'zero', 'delete'])
+@pytest.mark.parametrize(
+    'how', ['flip', 'delete', *(pytest.param(how, marks=pytest.mark.slow) for how in ('cut', 'zero'))]
+)
 def test_whatever_is_damaged_what_is_restored_is_right(tmp_path, how, caplog):
     """Each file of the newest checkpoint in turn: either it is read as it was, or the one before is used."""
     options = {'keep': 2, 'has_scores': True}

@@ -29,6 +29,7 @@ def shortened(digits_dir):
     config = DIGITS.get_config()
     config.data.dir = digits_dir
     config.network.width = 4
+    config.mesh.data = 1  # of the devices that tests have: eight wait for each other on two cores
     config.train.steps, config.train.batch_size, config.train.log_every_steps = 12, 32, 4
     config.partner.steps = 12
     config.partner.optimizer.warmup_steps = 2
@@ -353,6 +354,7 @@ def test_zero_steps_evaluate_the_calibrated_network(config, finished, tmp_path):
     ],
 )
 def test_values_that_cannot_work_are_refused_before_training(config, tmp_path, key, value, message):
+    config.mesh.data = -1  # all devices: some of the messages are about them
     *sections, name = key.split('.')
     target = config
     for section in sections:

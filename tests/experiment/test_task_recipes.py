@@ -34,7 +34,7 @@ def data_dir(tmp_path_factory):
         yield str(tmp_path_factory.mktemp('data'))
 
 
-@pytest.fixture(params=RECIPES)
+@pytest.fixture(params=['bytes_gpt', pytest.param('digits_segmentation', marks=pytest.mark.slow)])
 def recipe(request, data_dir):
     """Name, config and metric."""
     metric, network = RECIPES[request.param]

@@ -10,7 +10,8 @@ from tests.storage.servers import BUCKET, SCHEMES, environment, serving, why_not
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     for item in items:
-        if item.get_closest_marker('slow_on_s3') and item.callspec.params['server'] == 's3':
+        marker = item.get_closest_marker('slow_on')
+        if marker and item.callspec.params['server'] in marker.args:
             item.add_marker(pytest.mark.slow)
 
 

@@ -104,6 +104,7 @@ def start(command, server, bucket):
     return lambda workdir: command(workdir, **environment(server.scheme, server.url))
 
 
+@pytest.mark.slow_on('gs')
 def test_a_run_that_is_killed_ends_as_a_local_one(start, bucket, local):
     """At a random moment of each phase, and while a checkpoint is being sent."""
     kill_and_resume(start, bucket, local, kills=3)
@@ -136,7 +137,7 @@ def kill_and_resume(start, bucket, local, kills):
     assert not [name for name in objects_in(bucket) if '/damaged/' in name or 'probe' in name]
 
 
-@pytest.mark.slow_on_s3
+@pytest.mark.slow_on('s3')
 def test_a_second_run_is_refused_and_a_suspended_holder_stops_without_writing(start, bucket, local):
     first = start(bucket)
     wait_until(first, lambda: newest(bucket, 'train') >= 2)
@@ -207,7 +208,7 @@ def quick_local(digits_dir, tmp_path_factory):
     return workdir
 
 
-@pytest.mark.slow_on_s3
+@pytest.mark.slow
 def test_everything_that_follows_training_works_there(quick, bucket, server, quick_local, tmp_path):
     """Data from the bucket too; then every mode, a sweep, and partner and weights that lie there."""
     config = quick.copy_and_resolve_references()
@@ -231,7 +232,7 @@ def test_everything_that_follows_training_works_there(quick, bucket, server, qui
     assert train(config, bucket / 'continued', name='digits')['init'] == str(workdir)
 
 
-@pytest.mark.slow_on_s3
+@pytest.mark.slow
 def test_weights_plugins_and_sweeps_lie_there(quick, bucket, tmp_path, registries):
     safetensors = pytest.importorskip('safetensors.numpy')
     weights = tmp_path / 'weights.safetensors'
@@ -289,7 +290,8 @@ def failing(server, fault, after, seconds):
     assert len(began) > 1
 
 
-@pytest.mark.parametrize('fault', [503, 'drop', pytest.param(1.0, marks=pytest.mark.slow)])
+@pytest.mark.slow_on('s3')
+@pytest.mark.parametrize('fault', [503, *(pytest.param(fault, marks=pytest.mark.slow) for fault in ('drop', 1.0))])
 def test_trouble_that_passes_costs_time_alone(quick, bucket, server, quick_local, fault):
     set_patience(60.0)
     with failing(server, fault, after=150, seconds=3):
@@ -297,7 +299,8 @@ def test_trouble_that_passes_costs_time_alone(quick, bucket, server, quick_local
     assert_same(bucket, quick_local)
 
 
-@pytest.mark.parametrize('fault', [503, pytest.param(401, marks=pytest.mark.slow), 403])
+@pytest.mark.slow_on('gs')
+@pytest.mark.parametrize('fault', [403, *(pytest.param(fault, marks=pytest.mark.slow) for fault in (401, 503))])
 def test_trouble_that_stays_ends_the_run_and_nothing_good_is_lost(quick, bucket, server, quick_local, fault):
     with failing(server, fault, after=200, seconds=1e9), pytest.raises(UserError) as told:
         train(quick, bucket, name='digits')
@@ -315,6 +318,7 @@ def test_trouble_that_stays_ends_the_run_and_nothing_good_is_lost(quick, bucket,
     assert_same(bucket, quick_local)
 
 
+@pytest.mark.slow_on('s3')
 def test_a_checkpoint_that_is_damaged_is_told_from_one_that_may_not_be_read(quick, bucket, server):
     train(quick, bucket, name='digits')
     system = fsspec.filesystem(server.scheme)
@@ -333,6 +337,7 @@ def test_a_checkpoint_that_is_damaged_is_told_from_one_that_may_not_be_read(quic
     assert [name for name in objects_in(bucket) if '/damaged/' in name]
 
 
+@pytest.mark.slow_on('s3')
 def test_a_copy_without_commit_files_is_refused(quick, bucket, server):
     train(quick, bucket / 'run', name='digits')
     system = fsspec.filesystem(server.scheme)
