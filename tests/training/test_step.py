@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -34,10 +35,16 @@ ARRAYS = {
 }
 
 
-def make_spec(plan, distillation=1.0, bits=4):
+@functools.cache
+def prepared(bits):
+    """What no plan changes."""
     x = jnp.asarray(ARRAYS['image'][:32], jnp.float32) / 127.5 - 1
     run, given = NETWORK.as_function(VARIABLES, train=True), {'name': 'lsq', 'bits': bits}
-    quantization, parameters = prepare(run, VARIABLES['params'], [x], weights=given, activations=given)
+    return prepare(run, VARIABLES['params'], [x], weights=given, activations=given)
+
+
+def make_spec(plan, distillation=1.0, bits=4):
+    quantization, parameters = prepared(bits)
     objective = Objective(distillation=distillation, path_distillation=distillation)
     return TrainSpec(BlockReplacement(NETWORK, quantization, Plan(plan, 3), objective), PREPROCESSING, 20), parameters
 
