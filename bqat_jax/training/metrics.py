@@ -34,7 +34,7 @@ class StepFacts(NamedTuple):
 def l2_norm(tree: Any) -> jax.Array:
     """Returns the Euclidean norm of all numbers of a tree of real arrays, float32; 0 for an empty one.
 
-    `optax.tree.norm` gives the same, in four times as many operations: it squares an imaginary part too.
+    `optax.tree.norm` gives the same, in twice as many operations: it squares an imaginary part too.
     """
     squares = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)]
     return jnp.sqrt(sum(squares, jnp.float32(0)))

@@ -156,11 +156,11 @@ class Quantization:
                     f'The layer {path} has a quantizer for its input but no parameters for it: run the network with '
                     'the parameters that `quantize_params` returns.'
                 )
-            if look is not None:
-                with without_modules():
-                    look(path, layer.activations.encode(slot['parameters'], x))
             with without_modules():
+                codes = None if look is None else layer.activations.encode(slot['parameters'], x)
                 quantized = layer.activations.fake_quantize(slot['parameters'], x, _from_slot(slot))
+            if look is not None:
+                look(path, codes)
             return call(quantized)
 
         return intercept_layers(quantize, self._key if look is None else None)

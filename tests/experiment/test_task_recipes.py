@@ -23,6 +23,9 @@ RECIPES = {
 }
 
 
+SLOW = {'digits_segmentation'}
+
+
 @pytest.fixture(scope='module')
 def data_dir(tmp_path_factory):
     """Where the data sets are prepared; instead of Python's library, of some files like it."""
@@ -34,7 +37,7 @@ def data_dir(tmp_path_factory):
         yield str(tmp_path_factory.mktemp('data'))
 
 
-@pytest.fixture(params=['bytes_gpt', pytest.param('digits_segmentation', marks=pytest.mark.slow)])
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in RECIPES])
 def recipe(request, data_dir):
     """Name, config and metric."""
     metric, network = RECIPES[request.param]

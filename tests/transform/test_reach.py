@@ -6,8 +6,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bqat_jax.quantizers import QUANTIZERS
 from bqat_jax.quantizers.rounding import Context
-from bqat_jax.transform import calibrate, count_macs, find_layers, prepare
+from bqat_jax.transform import (
+    build_quantization,
+    calibrate,
+    count_macs,
+    find_layers,
+    init_quantizers,
+    prepare,
+    quantizer_shapes,
+)
+from bqat_jax.transform.rules import assign_quantizers
 
 LSQ = {'name': 'lsq', 'bits': 3, 'estimator': 'identity'}
 PER_CHANNEL = {**LSQ, 'granularity': 'channel'}
@@ -134,6 +144,30 @@ class Rematerialised(nn.Module):
         stack = nn.scan(nn.remat(Block), variable_axes={'params': 0}, split_rngs={'params': True}, length=3)
         x, _ = stack(name='blocks')(x, None)
         return nn.Dense(2, name='head')(x)
+
+
+@pytest.mark.parametrize('role', ['weights', 'activations'])
+@pytest.mark.parametrize('name', list(QUANTIZERS))
+def test_shapes_of_quantizers_are_those_of_their_start(name, role):
+    """In a stack and outside of one; checkpoints are read by these shapes."""
+    module, x = Scanned(), jnp.ones((8, 4))
+    params = module.init(jax.random.key(0), x)['params']
+
+    def run(params, x):
+        return module.apply({'params': params}, x)
+
+    layers = find_layers(run, params, x).quantizable
+    settings = {'weights': LSQ, 'activations': LSQ, role: {'name': name, 'bits': 1 if name == 'binary' else 2}}
+    try:
+        quantization = build_quantization(
+            layers, assign_quantizers(tuple(layers), **settings, rules=()), dict.fromkeys(layers, False)
+        )
+    except ValueError as error:
+        pytest.skip(f'{name} is none of {role}: {error}')
+    started = jax.eval_shape(lambda params, x: init_quantizers(quantization, params, run, x), params, x)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), quantizer_shapes(quantization, params)) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), started
+    )
 
 
 @pytest.mark.parametrize('module', [Scanned(), Rematerialised()], ids=['scan', 'scan of remat'])
