@@ -157,10 +157,9 @@ class Quantization:
                     'the parameters that `quantize_params` returns.'
                 )
             with without_modules():
-                codes = None if look is None else layer.activations.encode(slot['parameters'], x)
                 quantized = layer.activations.fake_quantize(slot['parameters'], x, _from_slot(slot))
             if look is not None:
-                look(path, codes)
+                look(path, layer.activations.encode(slot['parameters'], x))
             return call(quantized)
 
         return intercept_layers(quantize, self._key if look is None else None)
