@@ -67,6 +67,7 @@ def main(argv: list[str]) -> None:
     bare: list[float] = []
     runs: list[dict[str, float]] = []
     worker = Worker('the bare step', Case('recipe', arguments))
+    worker.wait()
     try:
         with tempfile.TemporaryDirectory() as folder:
             kept = f'--config.compilation_cache={folder}/compiled'

@@ -9,13 +9,15 @@ A matrix product of 2048 x 2048 is measured in each process before the turns: th
 compared with. Operations are those that XLA counts; PyTorch's are not counted. Images and labels are random.
 
 Variants: fp; lsq (plain QAT); distillation; a plan such as prefix or prefix_sampled; estimator:NAME (plain QAT with
-it); recipe (as the config has it); bf16:VARIANT; replicas:N (of plain QAT, each with a batch of its own); torch_fp and
-torch_lsq.
+it); recipe (as the config has it); bf16:VARIANT; replicas:N (of plain QAT, each with a batch of its own), as a run has
+them, replicas_in_turns:N (one after another) and replicas_together:N (vectorized); torch_fp, torch_lsq, and
+torch_compiled_fp and torch_compiled_lsq (torch.compile; on a GPU with CUDA graphs).
 """
 
 import json
 import logging
 import os
+import re
 import resource
 import statistics
 import subprocess
@@ -29,19 +31,21 @@ from absl import app, flags
 
 PLANS = ('prefix', 'prefix_sampled', 'single', 'single_sampled', 'suffix', 'bernoulli')
 VARIANTS = 'fp,lsq,distillation,prefix,prefix_sampled,single_sampled'
+REPLICAS = re.compile(r'replicas(?P<way>_in_turns|_together)?:(?P<count>\d+)')
+# PyTorch records its CUDA graphs in the first steps.
+WARM_UP = 4
 CEILING_SIZE, CEILING_REPEATS = 2048, 5
 
 
 def expected_units(variant: str, blocks: int) -> float | None:
     """Returns what a step costs in forward passes of the network if its blocks are equal (docs/method.md), or None."""
-    plain = {'fp': 3.0, 'lsq': 3.0, 'torch_fp': 3.0, 'torch_lsq': 3.0, 'distillation': 4.0}
-    plans = {'prefix': 4.0 + blocks - 1, 'prefix_sampled': 5.0}
+    units = {'fp': 3.0, 'lsq': 3.0, 'distillation': 4.0, 'prefix': 4.0 + blocks - 1, 'prefix_sampled': 5.0}
     variant = variant.removeprefix('bf16:')
-    if variant.startswith('replicas:'):
-        return 3.0 * int(variant.removeprefix('replicas:'))
-    if variant.startswith('estimator:'):
+    if match := REPLICAS.fullmatch(variant):
+        return 3.0 * int(match['count'])
+    if variant.startswith(('estimator:', 'torch_')):
         return 3.0
-    return {**plain, **plans}.get(variant)
+    return units.get(variant)
 
 
 def change_config(config: Any, variant: str) -> Any:
@@ -66,20 +70,25 @@ def change_config(config: Any, variant: str) -> Any:
         config.replacement.plan, config.replacement.distillation = variant, 1.0
     elif variant.startswith('estimator:'):
         config.quant.weights.estimator = config.quant.activations.estimator = variant.removeprefix('estimator:')
-    elif variant.startswith('replicas:'):
-        config.train.replicas = int(variant.removeprefix('replicas:'))
+    elif match := REPLICAS.fullmatch(variant):
+        config.train.replicas = int(match['count'])
     elif variant != 'lsq':
         raise ValueError(f'There is no variant {variant!r}.')
     return config
 
 
-def make_jax_runner(config: Any) -> tuple[Callable[[int], None], dict[str, Any]]:
+def make_jax_runner(config: Any, variant: str) -> tuple[Callable[[int], None], dict[str, Any]]:
     """Returns a function that makes so many steps and waits for them, and what is known of the step."""
     import jax
     import jax.numpy as jnp
 
     from benchmarks.bench import make_bench, peak_bytes
+    from bqat_jax.distributed.replicas import Replicas
 
+    config = change_config(config, variant)
+    match = REPLICAS.fullmatch(variant)
+    if match and match['way']:
+        Replicas.take_turns = match['way'] == '_in_turns'  # pyright: ignore[reportAttributeAccessIssue]
     product = jax.jit(lambda a: a @ a)
     square = jnp.ones((CEILING_SIZE, CEILING_SIZE), config.network.dtype)
     ceiling = _ceiling(lambda: jax.block_until_ready(product(square)))
@@ -126,8 +135,10 @@ def make_torch_runner(config: Any, variant: str) -> tuple[Callable[[int], None],
     cuda = torch.cuda.is_available()
     square = torch.ones(CEILING_SIZE, CEILING_SIZE, device='cuda' if cuda else 'cpu')
     ceiling = _ceiling(lambda: (square @ square).sum().item())
-    bits = 0 if variant == 'torch_fp' else config.quant.weights.bits
+    bits = 0 if variant.endswith('_fp') else config.quant.weights.bits
     step = Step(network.depth, network.width, bits, config.train.batch_size)
+    if variant.startswith('torch_compiled_'):
+        step.compile()
     name = torch.cuda.get_device_name() if cuda else 'cpu'
     facts = {'ceiling': ceiling, 'images': config.train.batch_size, 'device': f'PyTorch {torch.__version__}, {name}'}
 
@@ -154,8 +165,8 @@ def work(config: Any, variant: str) -> None:
     if variant.startswith('torch'):
         run, facts = make_torch_runner(config, variant)
     else:
-        run, facts = make_jax_runner(change_config(config, variant))
-    run(2)
+        run, facts = make_jax_runner(config, variant)
+    run(WARM_UP)
     print(json.dumps(facts), flush=True)
     for line in sys.stdin:
         began = time.perf_counter()
@@ -183,7 +194,7 @@ class Worker:
     """A process that has compiled and warmed up a case, and makes steps when asked."""
 
     def __init__(self, name: str, case: Case):
-        """Starts it, and waits until it is ready; `facts` is what it knows of its step."""
+        """Starts it; `wait` must come before `ask`."""
         self._name = name
         command = [sys.executable, '-m', 'benchmarks.step', *case.arguments, f'--work={case.variant}']
         flags_of_xla = os.environ.get('XLA_FLAGS', '')
@@ -193,7 +204,10 @@ class Worker:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
-        self.facts = self._answer()
+
+    def wait(self) -> dict[str, Any]:
+        """Waits until the process is ready, and returns what it knows of its step."""
+        return self._answer()
 
     def ask(self, steps: int) -> dict[str, float]:
         """Returns the 'seconds' that so many steps took, and the most memory the process has had, 'resident'."""
@@ -215,14 +229,24 @@ class Worker:
         return json.loads(line)
 
 
-def measure(cases: Mapping[str, Case], turns: int, steps: int) -> dict[str, dict[str, Any]]:
-    """Returns what was measured of every case: its facts, and 'seconds' per step of every turn."""
+def measure(cases: Mapping[str, Case], turns: int, steps: int, *, together: bool = False) -> dict[str, dict[str, Any]]:
+    """Returns what was measured of every case: its facts, and 'seconds' per step of every turn.
+
+    Args:
+        cases: by their names.
+        turns: of every case.
+        steps: of a turn.
+        together: whether all processes start at once, so that their ceilings and compile times disturb each other.
+    """
     measured: dict[str, dict[str, Any]] = {}
     workers: dict[str, Worker] = {}
     try:
         for name, case in cases.items():
             workers[name] = Worker(name, case)
-            measured[name] = {**workers[name].facts, 'seconds': []}
+            if not together:
+                measured[name] = {**workers[name].wait(), 'seconds': []}
+        if together:
+            measured = {name: {**worker.wait(), 'seconds': []} for name, worker in workers.items()}
         for _ in range(turns):
             for name, worker in workers.items():
                 answer = worker.ask(steps)
@@ -279,7 +303,7 @@ def main(argv: list[str]) -> None:
         work(given.config, given.work)
         return
     cases = {variant: Case(variant, config_arguments()) for variant in given.variants.split(',')}
-    measured = measure(cases, given.turns, given.steps)
+    measured = measure(cases, given.turns, given.steps, together=given.together)
     text = table(measured)
     print(text)
     if given.output:
@@ -297,6 +321,7 @@ if __name__ == '__main__':
     )
     flags.DEFINE_integer('turns', 9, 'Turns of every variant.', lower_bound=1)
     flags.DEFINE_integer('steps', 3, 'Steps of a turn.', lower_bound=1)
+    flags.DEFINE_bool('together', False, 'Starts all processes at once, which many cores do sooner.')
     flags.DEFINE_string('output', None, 'A JSON file for all numbers; the table goes beside it.')
     flags.DEFINE_string('work', None, 'For the processes of variants.')
     app.run(main)
