@@ -48,10 +48,11 @@ class Replicas:
     def take_turns(self) -> bool:
         """Whether the replicas of a device run one after another within a step.
 
-        On a CPU they do: one of them keeps it busy, and convolutions with a kernel for each replica are slow there (two
-        replicas of a ResNet-20 took 4 times as long as one, JAX 0.10.2).
+        On CPUs and GPUs they do, as convolutions with a kernel for each replica are slow there: two replicas of a
+        ResNet-20 took 4 times as long as one on a CPU (JAX 0.10.2), 8.0 ms in turns and 9.5 together on an H100, and
+        eight 26.4 either way, together with twelve times the memory (JAX 0.11.2). TPUs were not measured.
         """
-        return self.mesh.devices.flat[0].platform == 'cpu'
+        return self.mesh.devices.flat[0].platform in ('cpu', 'gpu')
 
     def over(self, function: Callable[..., Any], in_axes: Sequence[int | None]) -> Callable[..., Any]:
         """Returns the function of one replica as one of all; `in_axes` says which arguments have the leading axis."""
