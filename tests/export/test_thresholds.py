@@ -18,7 +18,8 @@ def quantizers_of_inputs():
         for signed in (True, False):
             for bits in (1, 2, 3, 4):
                 try:
-                    yield pytest.param(cls(bits, signed, batch_axis=0), id=f'{name}-{bits}-{"s" if signed else "u"}')
+                    quantizer, marks = cls(bits, signed, batch_axis=0), [pytest.mark.slow] if bits == 3 else []
+                    yield pytest.param(quantizer, id=f'{name}-{bits}-{"s" if signed else "u"}', marks=marks)
                 except ValueError:
                     continue
 
