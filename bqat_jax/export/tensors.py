@@ -17,6 +17,8 @@ from bqat_jax.transform.quantization import LayerQuantizers, rescale_factor
 
 # Inputs of so many bits have thresholds, so that no program can round them otherwise.
 BITS_BY_THRESHOLDS = 4
+# How many codes there are in up to 4 and in up to 8 bits.
+FEW_CODES, ALL_CODES = 16, 256
 
 
 def freeze_weights(own: LayerQuantizers, parameters: Any, kernel: Any) -> Weights:
@@ -99,17 +101,19 @@ def _inverse_step(quantizer: Quantizer, parameters: Any, thresholds: np.ndarray)
 def _decoding(quantizer: Any, prepared: Any, factor: Any, layout: KernelLayout, shape: tuple[int, ...]) -> Decoding:
     """How codes of one tensor stand for values; by a table of levels where (code + shift) · scale is not the same."""
     codes = np.arange(quantizer.lower, quantizer.upper + 1)
+    # Filled up by the largest code: JAX compiles an eager `decode` for every shape.
+    filled = np.pad(codes, (0, (FEW_CODES if len(codes) <= FEW_CODES else ALL_CODES) - len(codes)), mode='edge')
     channels = [shape[axis] for axis in layout.permutation[len(shape) - layout.outputs :]]
     per_channel = quantizer.channel_axis is not None
     # All codes, one after another, in a tensor with all output channels, as the quantizer sees it.
     ndim = 2 if layout.is_matrix else len(shape)
-    given = codes.reshape(-1, *(1,) * (ndim - 1))
+    given = filled.reshape(-1, *(1,) * (ndim - 1))
     if per_channel:
         given = np.repeat(given, math.prod(channels), axis=-1)
     table = np.asarray(quantizer.decode(prepared, jnp.asarray(given, code_dtype(quantizer.lower))))
     if factor is not None:
         table = table * np.asarray(factor, np.float32)
-    table = table.reshape(len(codes), -1)  # (codes, channels)
+    table = table.reshape(len(filled), -1)[: len(codes)]  # (codes, channels)
 
     def place(values):
         """Values, () or one for each channel, to broadcast against the kernel."""
@@ -140,6 +144,8 @@ def _single(own: LayerQuantizers) -> LayerQuantizers:
 
 def _unstack(stack: tuple[int, ...], trees: Any) -> list[Any]:
     """The trees of every layer of a stack, whose axes come first."""
+    if not stack:
+        return [jax.tree.map(jnp.asarray, trees)]
     depth, count = len(stack), math.prod(stack)
     flat = jax.tree.map(lambda x: jnp.asarray(x).reshape(count, *x.shape[depth:]), trees)
     return [jax.tree.map(lambda x: x[number], flat) for number in range(count)]  # noqa: B023

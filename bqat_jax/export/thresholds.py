@@ -11,6 +11,8 @@ import numpy as np
 
 # Codes are looked for among all floats but NaN, -inf to +inf.
 _FIRST, _LAST = -np.inf, np.inf
+# What is encoded is filled up to a multiple of this: JAX compiles an eager `encode` for every shape.
+_WIDTH = 16
 
 
 def find_thresholds(encode: Callable[[np.ndarray], np.ndarray], lower: int, upper: int) -> np.ndarray:
@@ -25,13 +27,18 @@ def find_thresholds(encode: Callable[[np.ndarray], np.ndarray], lower: int, uppe
         upper: the largest code.
     """
     codes = np.arange(lower + 1, upper + 1)
-    ends = np.asarray(encode(np.array([[_FIRST, _LAST]], np.float32)))
+    width = -(-max(codes.size, 2) // _WIDTH) * _WIDTH
+
+    def encode_filled(x):
+        return np.asarray(encode(np.pad(x, ((0, 0), (0, width - x.shape[1])), mode='edge')))[:, : x.shape[1]]
+
+    ends = encode_filled(np.array([[_FIRST, _LAST]], np.float32))
     channels = ends.shape[0]
     low = np.full((channels, codes.size), order(np.float32(_FIRST)), np.int64)  # its code is below
     high = np.full((channels, codes.size), order(np.float32(_LAST)), np.int64)  # its code is there or above
     while np.any(high - low > 1):
         middle = (low + high) // 2
-        reached = np.asarray(encode(from_order(middle))) >= codes
+        reached = encode_filled(from_order(middle)) >= codes
         low, high = np.where(reached, low, middle), np.where(reached, middle, high)
     # An end of the line is the threshold itself if its code is there already.
     high = np.where(ends[:, :1] >= codes, order(np.float32(_FIRST)), high)

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 
 from bqat_jax.interception import without_modules
@@ -217,7 +218,7 @@ def calibrate(
     mean = mean_of_trees(of_batches)
     for path, roles in jax.device_get(mean).items():
         for role, parameters in roles.items():
-            if not all(jnp.all(jnp.isfinite(x)) for x in parameters.values()):
+            if not all(np.isfinite(x).all() for x in parameters.values()):
                 raise ValueError(
                     f'The {role} of layer {path} gave no finite scale: there is a NaN or an infinite number in them, '
                     'or the layer is in a branch that is not taken. Look at the partner and at the calibration data.'

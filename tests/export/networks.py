@@ -14,7 +14,7 @@ from bqat_jax.blocks.exploring import with_inputs
 from bqat_jax.export.freezing import freeze
 from bqat_jax.export.frozen import Frozen
 from bqat_jax.networks import make_network
-from tests.foreign.cases import draw_variables
+from tests.foreign.cases import CASES, cut, draw_variables
 
 BATCH = 6
 
@@ -35,7 +35,11 @@ def images(shape, seed=0):
 
 def quantize(network, inputs, weights, activations, rules=(), **options):
     """Calibrates quantizers on one batch and freezes the network."""
-    variables = draw_variables(network)
+    return quantize_variables(network, draw_variables(network), inputs, weights, activations, rules, **options)
+
+
+def quantize_variables(network, variables, inputs, weights, activations, rules=(), **options):
+    """Of a network with variables."""
     run = network.as_function(variables, train=False)
     prepared = bq.prepare(
         run, variables['params'], [inputs], weights=weights, activations=activations, rules=rules, allow_unquantized=1.0
@@ -60,6 +64,30 @@ def of_family(name):
         inputs = jnp.asarray(np.random.default_rng(0).integers(0, 10, (BATCH, *shape)), jnp.int32)
     eight = [{'layers': rule, 'weights': lsq(8), 'activations': lsq(8)} for rule in rules]
     return quantize(network, inputs, lsq(2, granularity='channel'), lsq(4), eight)
+
+
+@functools.cache
+def of_stranger(name):
+    """A network that strangers wrote, under the settings that JAX has by itself."""
+    with jax.numpy_rank_promotion('allow'), jax.numpy_dtype_promotion('standard'):
+        return quantize_variables(*cut(name), CASES[name].batch(), lsq(4), lsq(4))
+
+
+class Two(nn.Module):
+    """Two dense layers."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2, name='last')(nn.relu(nn.Dense(self.width, name='first')(x)))
+
+
+def of_two(width, weights, activations, is_signed=False):
+    """`Two` on four numbers, positive ones if not told otherwise; settings are names and bits."""
+    network = bq.split_after(Two(width), ('first', 'last'), jax.ShapeDtypeStruct((4,), jnp.float32))
+    own, of_inputs = ({'name': name, 'bits': bits} for name, bits in (weights, activations))
+    return quantize(network, images((4,)) if is_signed else jnp.abs(images((4,))), own, of_inputs)
 
 
 FAMILIES: dict[str, Any] = {

@@ -9,7 +9,7 @@ import pytest
 
 from bqat_jax.export import logits_function, read_checkpoint, write_checkpoint
 from bqat_jax.export.checkpoint import KEY, digest_of, to_bytes
-from tests.export.networks import everything, of_family
+from tests.export.networks import everything, of_family, of_two
 
 
 @pytest.fixture
@@ -146,6 +146,6 @@ def test_a_write_that_fails_leaves_the_old_file(path, monkeypatch):
 
     monkeypatch.setattr('os.fsync', fail)
     with pytest.raises(OSError, match='No space left'):
-        write_checkpoint(path, of_family('unet').frozen)
+        write_checkpoint(path, of_two(16, ('lsq', 2), ('lsq_plus', 3)).frozen)
     assert path.read_bytes() == before
     assert [x.name for x in path.parent.iterdir()] == [path.name]

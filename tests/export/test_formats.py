@@ -15,8 +15,8 @@ from bqat_jax.export.__main__ import find_images, main
 from bqat_jax.export.onnx import export_onnx
 from bqat_jax.export.watching import Watch
 from tests.conftest import ONE_DEVICE
-from tests.export.networks import everything, of_family, quantize
-from tests.foreign.cases import CASES
+from tests.export.networks import everything, of_family, of_stranger, of_two
+from tests.export.test_inference import check
 
 # Programs for a process of their own, in which the project cannot be imported.
 ALONE = """
@@ -83,7 +83,7 @@ def test_onnx_runs_without_the_project_and_without_jax(quantized, level, opset, 
 
 
 @pytest.mark.parametrize('batch', [0, 2])
-@pytest.mark.parametrize('name', ['unet', 'decoder'])
+@pytest.mark.parametrize('name', ['cifar_resnet', 'decoder'])
 def test_programs_for_any_or_one_number_of_examples_give_the_same(name, batch, tmp_path):
     quantized = of_family(name)
     inputs, expected = quantized.inputs[:2], expected_of(quantized)[:2]
@@ -104,7 +104,7 @@ def test_programs_for_any_or_one_number_of_examples_give_the_same(name, batch, t
 
 
 def test_one_program_runs_on_all_platforms():
-    quantized = of_family('unet')
+    quantized = of_family('cifar_resnet')
     content = export_stablehlo(quantized.frozen, quantized.network)
     assert jax.export.deserialize(bytearray(content)).platforms == ('cpu', 'cuda', 'tpu')
 
@@ -129,29 +129,24 @@ def test_qcdq_gives_the_answers_of_the_network(name):
 
 def test_what_qcdq_cannot_say_is_refused_by_name():
     pytest.importorskip('onnx')
-    refused = {
-        ('lsq', 'lsq_plus', 3, 2): 'its input has an offset',
-        ('statsq', 'ewgs_range', 2, 2): 'its input has an offset',
-    }
-    for settings, reason in refused.items():
-        quantized = everything(*settings)
-        with pytest.raises(ValueError, match=f'The layer conv cannot be written as QCDQ: {reason}. Export it to onnx'):
+    for settings in ((('lsq', 2), ('lsq_plus', 3)), (('statsq', 2), ('ewgs_range', 2))):
+        quantized, reason = of_two(16, *settings, is_signed=True), 'its input has an offset'
+        with pytest.raises(ValueError, match=f'The layer first cannot be written as QCDQ: {reason}. Export it to onnx'):
             export_onnx(quantized.frozen, quantized.network, qcdq=True)
 
 
 def test_an_opset_that_is_not_known_is_refused():
     pytest.importorskip('onnx')
-    quantized = of_family('unet')
+    quantized = of_family('cifar_resnet')
     with pytest.raises(ValueError, match='opset=20: ONNX export writes opsets 21 to 25'):
         export_onnx(quantized.frozen, quantized.network, opset=20)
 
 
 def test_trees_of_inputs_go_through_every_format(tmp_path):
-    """Tokens and their lengths, through the loops of a recurrent network."""
-    case = CASES['bilstm']
-    lsq = {'name': 'lsq', 'bits': 4}
+    """Tokens and their lengths, through the loops of a recurrent network, which answers as its fake-quantized one."""
     with jax.numpy_rank_promotion('allow'), jax.numpy_dtype_promotion('standard'):
-        quantized = quantize(case.split(), case.batch(), lsq, lsq)
+        quantized = of_stranger('bilstm')
+        check(quantized)
         expected = expected_of(quantized)
         path = tmp_path / 'model.stablehlo'
         path.write_bytes(export_stablehlo(quantized.frozen, quantized.network))
@@ -171,7 +166,7 @@ def test_trees_of_inputs_go_through_every_format(tmp_path):
 
 
 def test_a_network_that_does_not_fit_is_refused(tmp_path):
-    quantized, other = of_family('cifar_resnet'), of_family('unet')
+    quantized, other = of_family('cifar_resnet'), of_two(16, ('lsq', 2), ('lsq_plus', 3))
     with pytest.raises(TypeError, match='network is a '):
         logits_function(quantized.frozen, quantized.network.module)
     with pytest.raises(ValueError, match='is not this one: the network has parameters that the exported one has not'):
@@ -208,7 +203,7 @@ def test_files_that_are_none_are_refused_in_words(tmp_path):
 
 def test_without_onnx_it_is_said_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, 'onnx', None)
-    quantized = of_family('unet')
+    quantized = of_family('cifar_resnet')
     with pytest.raises(ImportError, match='pip install onnx onnxruntime'):
         export_onnx(quantized.frozen, quantized.network)
 

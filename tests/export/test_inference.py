@@ -1,12 +1,10 @@
 """A frozen network gives the fake-quantized one's answers, by whatever arithmetic."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import bqat_jax as bq
 from bqat_jax.export import logits_function
 from bqat_jax.export.freezing import freeze_layer
 from bqat_jax.export.frozen import EXACT_IN_FLOAT32, INTEGER, LOOKUP
@@ -16,7 +14,7 @@ from bqat_jax.export.verification import Run, compare, fake_quantized
 from bqat_jax.quantizers import MinMax
 from bqat_jax.transform.layers import KernelLayout, Layer
 from bqat_jax.transform.quantization import LayerQuantizers
-from tests.export.networks import FAMILIES, everything, images, lsq, of_family, quantize
+from tests.export.networks import FAMILIES, everything, of_family, of_stranger, of_two
 from tests.foreign.cases import CASES
 
 # Some parts of these are the same as others', at a multiple of the cost.
@@ -56,11 +54,12 @@ def test_every_family_gives_the_answers_of_its_fake_quantized_network(name):
     [
         pytest.param('lsq', 'lsq', 4, 3, marks=pytest.mark.slow),
         ('lsq', 'lsq_plus', 3, 2),  # offsets, with borders of true zeros
-        ('statsq', 'ewgs_range', 2, 2),  # half shifts on both sides, by channel
+        # Half shifts on both sides, by channel.
+        pytest.param('statsq', 'ewgs_range', 2, 2, marks=pytest.mark.slow),
         pytest.param('binary', 'binary', 1, 1, marks=pytest.mark.slow),
         pytest.param('apot', 'nulsq', 4, 4, marks=pytest.mark.slow),  # look-ups
         pytest.param('lcq', 'lsq', 8, 3, marks=pytest.mark.slow),
-        ('lsq', 'minmax', 8, 8),
+        pytest.param('lsq', 'minmax', 8, 8, marks=pytest.mark.slow),
     ],
 )
 def test_every_kind_of_layer_gives_the_answers_of_the_fake_quantized_one(weights, activations, bits, weight_bits):
@@ -72,11 +71,11 @@ def test_every_kind_of_layer_gives_the_answers_of_the_fake_quantized_one(weights
     assert {layer.mode for layer in layers.values()} == {LOOKUP if looks_up else INTEGER}
 
 
-@pytest.mark.parametrize('name', [pytest.param(x, marks=pytest.mark.slow) if x != 'bilstm' else x for x in CASES])
+@pytest.mark.slow  # one of them is checked in test_formats.py
+@pytest.mark.parametrize('name', CASES)
 def test_networks_of_strangers_give_the_answers_of_their_fake_quantized_ones(name):
-    case = CASES[name]
     with jax.numpy_rank_promotion('allow'), jax.numpy_dtype_promotion('standard'):
-        check(quantize(case.split(), case.batch(), lsq(4), lsq(4)))
+        check(of_stranger(name))
 
 
 def test_sums_beyond_float32_are_put_together_from_digits():
@@ -96,22 +95,17 @@ def test_sums_beyond_float32_are_put_together_from_digits():
         np.testing.assert_array_equal(got, (sign * x @ kernel).astype(np.float32))
 
 
-class Two(nn.Module):
-    width: int
-
-    @nn.compact
-    def __call__(self, x):
-        return nn.Dense(2, name='last')(nn.relu(nn.Dense(self.width, name='first')(x)))
-
-
 @pytest.mark.parametrize(
     ('weights', 'activations', 'bits'),
-    [('apot', 'nulsq', 4), ('lcq', 'apot', 3), ('binary', 'binary', 1), ('statsq', 'n2uq', 2)],
+    [
+        ('apot', 'nulsq', 4),
+        pytest.param('lcq', 'apot', 3, marks=pytest.mark.slow),
+        ('binary', 'binary', 1),
+        ('statsq', 'n2uq', 2),
+    ],
 )
 def test_every_way_of_multiplying_gives_the_answers_of_the_fake_quantized_network(weights, activations, bits):
-    network = bq.split_after(Two(16), ('first', 'last'), jax.ShapeDtypeStruct((4,), jnp.float32))
-    inputs = jnp.abs(images((4,)))
-    quantized = quantize(network, inputs, {'name': weights, 'bits': bits}, {'name': activations, 'bits': bits})
+    quantized = of_two(16, (weights, bits), (activations, bits))
     check(quantized)
     is_integer = weights in ('binary', 'statsq')
     assert {layer.mode for layer in quantized.frozen.layers.values()} == {INTEGER if is_integer else LOOKUP}
@@ -119,8 +113,7 @@ def test_every_way_of_multiplying_gives_the_answers_of_the_fake_quantized_networ
 
 def test_eight_bits_by_eight_are_exact_where_float32_is_not():
     """A wide layer: its sums pass 2^24, and integers and digits agree bit for bit."""
-    network = bq.split_after(Two(3000), ('first', 'last'), jax.ShapeDtypeStruct((4,), jnp.float32))
-    quantized = quantize(network, jnp.abs(images((4,))), {'name': 'minmax', 'bits': 8}, {'name': 'minmax', 'bits': 8})
+    quantized = of_two(3000, ('minmax', 8), ('minmax', 8))
     layer = quantized.frozen.layers['last']
     assert layer.largest_sum >= EXACT_IN_FLOAT32
     check(quantized)
@@ -154,7 +147,7 @@ def test_a_batch_of_one_gives_its_row():
 
 def test_a_batch_norm_is_the_product_and_sum_of_its_definition():
     """(x - mean) / sqrt(var + epsilon) · scale + bias, in float64."""
-    frozen, variables = everything().frozen, everything().variables
+    frozen, variables = (quantized := everything('lsq', 'lsq_plus', 3, 2)).frozen, quantized.variables
     params, stats = variables.params['norm'], variables.collections['batch_stats']['norm']
     x = np.random.default_rng(0).normal(size=(5, 6))
     given = (stats['mean'], stats['var'], params['scale'], params['bias'])

@@ -50,7 +50,10 @@ def model_of(run, arrays, inputs, **options):
     return build_model(run, arrays, inputs, OnnxOptions(**options))
 
 
-@pytest.mark.parametrize('case', NETWORKS)
+SLOW = ('cifar_resnet A', 'mobilenet_v2', 'resnet18')  # their operations are those of others, and of modules below
+
+
+@pytest.mark.parametrize('case', [pytest.param(x, marks=pytest.mark.slow) if x in SLOW else x for x in NETWORKS])
 def test_networks(case):
     name, options = NETWORKS[case]
     shape = SHAPES.get(case, (32, 32, 3))

@@ -151,7 +151,7 @@ class Spectral(nn.Module):
         return nn.Dense(4, name='b')(nn.relu(y))
 
 
-@pytest.mark.parametrize('activations', ['lsq', 'lsq_plus'])
+@pytest.mark.parametrize('activations', [pytest.param('lsq', marks=pytest.mark.slow), 'lsq_plus'])
 @pytest.mark.parametrize('name', CASES)
 def test_answers_are_those_of_the_fake_quantized_network(name, activations):
     with jax.numpy_rank_promotion('allow'), jax.numpy_dtype_promotion('standard'):

@@ -1,6 +1,7 @@
 """The networks of this folder as a table: how each is divided into blocks, and how its own code is called."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -85,6 +86,13 @@ def draw_variables(network: BlockNetwork) -> Any:
 def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
     """Describes an array."""
     return jax.ShapeDtypeStruct(shape, dtype)
+
+
+@functools.cache
+def cut(name: str) -> tuple[BlockNetwork, Any]:
+    """Returns a network of the table, divided, and variables of it."""
+    network = CASES[name].split()
+    return network, draw_variables(network)
 
 
 IMAGE = array(8, 8, 3)

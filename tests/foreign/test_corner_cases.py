@@ -1,5 +1,7 @@
 """Ways to write a network that are allowed, and that a tool which looks at modules from outside can get wrong."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ import pytest
 
 import bqat_jax as bq
 from bqat_jax.transform.layers import LAYER_TYPES
+from tests.foreign.cases import draw_variables
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(4, 8)), jnp.float32)
 KEY = jax.random.key(0)
@@ -41,19 +44,23 @@ class JittedCall(nn.Module):
         return x + nn.Dense(8)(nn.relu(nn.Dense(8)(x)))
 
 
+@functools.cache
+def replaced(block):
+    """(logits, quantizers) of a network of such blocks with 8 and with 2 bits."""
+    network = bq.split_after(Blocks(block), ['block0', 'block1', 'block2'], (8,))
+    variables, runs = draw_variables(network), []
+    for number in (8, 2):
+        replacement, trained = bq.replace_blocks(network, variables, [X], bits(number), 'prefix')
+        runs.append((replacement.logits(trained, X), trained.quantizers))
+    return runs
+
+
 @pytest.mark.parametrize('block', [nn.jit(Block), JittedCall], ids=['class', 'method'])
 def test_jitted_modules_are_quantized_as_others(block):
     """JAX traces one of them for all; each has its own quantizers, again in a second preparation."""
-    variables = Blocks().init(KEY, X)
-    for number in (8, 2):
-        logits, quantizers = [], []
-        for kind in (Block, block):
-            network = bq.split_after(Blocks(kind), ['block0', 'block1', 'block2'], (8,))
-            replacement, trained = bq.replace_blocks(network, variables, [X], bits(number), 'prefix')
-            logits.append(replacement.logits(trained, X))
-            quantizers.append(trained.quantizers)
-        jax.tree.map(np.testing.assert_array_equal, *quantizers)
-        np.testing.assert_allclose(*logits, atol=1e-6)
+    for (expected, wanted), (logits, quantizers) in zip(replaced(Block), replaced(block), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, quantizers, wanted)
+        np.testing.assert_allclose(logits, expected, atol=1e-6)
 
 
 def test_a_jitted_function_is_looked_into_again():

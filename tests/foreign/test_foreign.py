@@ -11,12 +11,14 @@ import bqat_jax as bq
 from bqat_jax.analysis.summary import summarize
 from bqat_jax.blocks.block_network import stream_keys
 from bqat_jax.transform.rules import assign_quantizers
-from tests.foreign.cases import CASES, draw_variables
+from tests.foreign.cases import CASES, cut
 
 KEY = jax.random.key(5)
 W4A4 = {'weights': {'name': 'lsq', 'bits': 4}, 'activations': {'name': 'lsq', 'bits': 4}}
 STEPS = 10
-SLOW = ('convnext', 'mixer')  # to train them asks nothing that the others do not
+# To train these asks nothing that training the others does not.
+SLOW = ('bert', 'bilstm', 'convnext', 'efficientnet', 'gnn', 'mixer')
+EAGERLY = 'gnn'
 
 
 def run_all(network, variables, train, inputs):
@@ -29,27 +31,36 @@ def run_all(network, variables, train, inputs):
 
 @pytest.mark.parametrize('name', list(CASES))
 def test_a_network_that_is_cut_computes_what_it_computes_by_itself(name):
+    """In two compiled programs; one network eagerly too, as others are in tests/blocks."""
     case = CASES[name]
-    network, inputs = case.split(), case.batch()
-    variables, equal = draw_variables(network), np.testing.assert_array_equal
+    (network, variables), inputs, equal = cut(name), case.batch(), np.testing.assert_array_equal
     if case.is_divided:
         equal = lambda got, wanted: np.testing.assert_allclose(got, wanted, atol=1e-5, rtol=1e-5)  # noqa: E731
-    for train in (True, False):
+
+    def run_whole(variables, inputs):
         keys = stream_keys(KEY, network.streams)
-        mutable = list(network.mutable) if train else []
-        expected, state = case.apply(variables, inputs, train, rngs=keys, mutable=mutable)
-        outputs, own_state, rest = run_all(network, variables, train, inputs)
-        for got in (outputs, *rest):
-            jax.tree.map(equal, got, expected)
-        for collection, tree in state.items():
-            jax.tree.map(equal, own_state[collection], tree)
+        return [
+            case.apply(variables, inputs, train, rngs=keys, mutable=list(network.mutable) if train else [])
+            for train in (True, False)
+        ]
+
+    def run_pieces(variables, inputs):
+        return [run_all(network, variables, train, inputs) for train in (True, False)]
+
+    for transform in (jax.jit, lambda function: function) if name == EAGERLY else (jax.jit,):
+        whole, pieces = transform(run_whole)(variables, inputs), transform(run_pieces)(variables, inputs)
+        for (expected, state), (outputs, own_state, rest) in zip(whole, pieces, strict=True):
+            for got in (outputs, *rest):
+                jax.tree.map(equal, got, expected)
+            for collection, tree in state.items():
+                jax.tree.map(equal, own_state[collection], tree)
 
 
 @pytest.mark.parametrize('name', [pytest.param(x, marks=pytest.mark.slow) if x in SLOW else x for x in CASES])
 def test_a_network_trains_with_weights_and_activations_of_four_bits(name):
     case = CASES[name]
-    network, inputs = case.split(), case.batch()
-    partner, targets = draw_variables(network), case.targets(inputs)
+    (network, partner), inputs = cut(name), case.batch()
+    targets = case.targets(inputs)
     task = bq.get_task(case.task) if isinstance(case.task, str) else case.task
     objective = bq.Objective(task=task)
     replacement, variables = bq.replace_blocks(network, partner, [inputs], W4A4, case.plan, objective=objective)
@@ -89,8 +100,7 @@ def test_a_network_trains_with_weights_and_activations_of_four_bits(name):
 
 @pytest.mark.parametrize('name', list(CASES))
 def test_no_weight_goes_unmentioned(name):
-    case, network = CASES[name], CASES[name].split()
-    variables = draw_variables(network)
+    case, (network, variables) = CASES[name], cut(name)
     layers = bq.find_layers(
         network.as_function(variables, train=True, key=KEY), variables['params'], network.batch_of(2)
     )

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -126,39 +127,65 @@ def check(module, ends, transform, is_exact):
     def equal(got, expected):
         np.testing.assert_allclose(got, expected, rtol=0 if is_exact else 1e-5, atol=0 if is_exact else 1e-5)
 
-    for train in (True, False):
+    def run_whole(variables, inputs):
+        rngs = stream_keys(KEY, network.streams)
+        return [
+            module.apply(variables, *inputs, train=train, rngs=rngs, mutable=list(network.mutable) if train else [])
+            for train in (True, False)
+        ]
 
-        def run_whole(variables, inputs, train=train):
-            rngs, mutable = stream_keys(KEY, network.streams), list(network.mutable) if train else []
-            return module.apply(variables, *inputs, train=train, rngs=rngs, mutable=mutable)
-
-        def run_cut(variables, inputs, train=train):
+    def run_cut(variables, inputs):
+        runs = []
+        for train in (True, False):
             bound = network.bind(variables, train=train, key=KEY)
             run = bound.run(inputs)
             rest = [bound.run_pieces(number + 1, last, alive) for number, alive in enumerate(run.alive)]
             by_one = run.alive[0]
             for number in range(1, last + 1):
                 by_one = bound.run_pieces(number, number, by_one)
-            return run.outputs, run.state, [*rest, by_one]
+            runs.append((run.outputs, run.state, [*rest, by_one]))
+        return runs
 
-        expected, updated = transform(run_whole)(variables, inputs)
-        outputs, state, rest = transform(run_cut)(variables, inputs)
+    whole, cut = transform(run_whole)(variables, inputs), transform(run_cut)(variables, inputs)
+    for (expected, updated), (outputs, state, rest) in zip(whole, cut, strict=True):
         for got in (outputs, *rest):
             jax.tree.map(equal, got, expected)
         for name, tree in updated.items():
             jax.tree.map(equal, state[name], tree)
 
 
-@settings(max_examples=8, **QUICK)
-@given(networks())
-def test_a_random_network_that_is_cut_equals_itself(case):
+def check_eagerly(case):
     module, ends = case
     check(module, ends, lambda function: function, is_exact=not any('[' in end for end in ends))
 
 
 @settings(max_examples=2, **QUICK)
 @given(networks())
+def test_a_random_network_that_is_cut_equals_itself(case):
+    check_eagerly(case)
+
+
+@pytest.mark.slow
+@settings(max_examples=20, **QUICK)
+@given(networks())
+def test_many_random_networks_that_are_cut_equal_themselves(case):
+    check_eagerly(case)
+
+
+@settings(max_examples=1, **QUICK)
+@given(networks())
 def test_a_random_network_that_is_cut_equals_itself_when_compiled(case):
+    check_compiled(case)
+
+
+@pytest.mark.slow
+@settings(max_examples=10, **QUICK)
+@given(networks())
+def test_many_random_networks_that_are_cut_equal_themselves_when_compiled(case):
+    check_compiled(case)
+
+
+def check_compiled(case):
     def compile_quickly(function):
         return jax.jit(function, compiler_options={'xla_backend_optimization_level': 0})
 

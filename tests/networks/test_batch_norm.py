@@ -9,10 +9,9 @@ import pytest
 from bqat_jax.networks.batch_norm import BatchNorm, batch_norm_in_groups, normalize
 from tests.training.test_step import FULL_PRECISION_SPEC, run_steps
 
-X = 3 * jax.random.normal(jax.random.key(0), (12, 5, 5, 4)) + 1
+X = jnp.asarray(3 * np.random.default_rng(0).normal(size=(12, 5, 5, 4)) + 1, jnp.float32)
 NORM = nn.BatchNorm(use_running_average=False, momentum=0.9)
 OWN = BatchNorm(use_running_average=False, momentum=0.9)
-VARIABLES = NORM.init(jax.random.key(1), X)
 VARIABLES = {
     'params': {'scale': jnp.arange(1.0, 5.0), 'bias': jnp.arange(4.0)},
     'batch_stats': {'mean': jnp.arange(4.0), 'var': jnp.arange(2.0, 6.0)},
@@ -62,8 +61,13 @@ def test_values_and_gradients_are_the_papers(x):
     scale, bias = VARIABLES['params'].values()
     gradient = jax.random.normal(jax.random.key(2), x.shape)
     parts = x[None]
-    (y, mean, variance), pullback = jax.vjp(lambda *given: normalize(*given, 1e-3), parts, scale, bias)
-    of_x, of_scale, of_bias = pullback((gradient[None], jnp.zeros_like(mean), jnp.zeros_like(variance)))
+
+    @jax.jit
+    def run(*given):
+        (y, mean, variance), pullback = jax.vjp(lambda *given: normalize(*given, 1e-3), *given)
+        return y, mean, variance, *pullback((gradient[None], jnp.zeros_like(mean), jnp.zeros_like(variance)))
+
+    y, mean, variance, of_x, of_scale, of_bias = run(parts, scale, bias)
     expected = formula(x, scale, bias, 1e-3, gradient)
     tolerance = tolerance_for(x, 1e-3)
     for got, wanted in zip((y, mean, variance, of_x, of_scale, of_bias), expected, strict=True):
@@ -81,7 +85,10 @@ def test_it_is_linens_layer(x):
         y, updates = norm.apply({**VARIABLES, 'params': params}, x, mutable=['batch_stats'])
         return jnp.sum(jnp.sin(y)), (y, updates)
 
-    own, linens = (jax.value_and_grad(loss, (0, 1), has_aux=True)(VARIABLES['params'], x, norm) for norm in (OWN, NORM))
+    own, linens = (
+        jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True), static_argnums=2)(VARIABLES['params'], x, norm)
+        for norm in (OWN, NORM)
+    )
     tolerance = tolerance_for(x, NORM.epsilon)
     for one, other in zip(jax.tree.leaves(own), jax.tree.leaves(linens), strict=True):
         np.testing.assert_allclose(one, other, **tolerance)
@@ -107,7 +114,7 @@ def test_the_second_derivative_is_linens():
 
         return jax.grad(lambda x: jnp.sum(jax.grad(loss)(x) * jnp.cos(x)))(x)
 
-    own, linens = (np.asarray(curvature(X[:3], norm)) for norm in (OWN, NORM))
+    own, linens = (np.asarray(jax.jit(curvature, static_argnums=1)(X[:3], norm)) for norm in (OWN, NORM))
     np.testing.assert_allclose(own, linens, atol=1e-4 * np.abs(linens).max())
 
 
@@ -136,7 +143,7 @@ def test_the_gradient_is_that_of_the_parts():
         parts = [NORM.apply(VARIABLES, part, mutable=['batch_stats'])[0] for part in jnp.split(x, 3)]
         return sum(jnp.sum(part**3) for part in parts)
 
-    np.testing.assert_allclose(jax.grad(loss)(X), jax.grad(alone)(X), rtol=1e-3, atol=2e-3)
+    np.testing.assert_allclose(*(jax.jit(jax.grad(f))(X) for f in (loss, alone)), rtol=1e-3, atol=2e-3)
 
 
 def test_stored_statistics_normalise_as_ever():

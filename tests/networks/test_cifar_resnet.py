@@ -4,7 +4,11 @@ import numpy as np
 import pytest
 
 from bqat_jax.blocks.chain import CUTS
+from bqat_jax.blocks.exploring import with_inputs
 from bqat_jax.networks.cifar_resnet import ResidualBlock, cifar_resnet
+from tests.foreign.cases import draw_variables
+
+KEY = jax.random.key(0)
 
 
 def count(tree):
@@ -24,27 +28,27 @@ def test_parameter_counts_are_those_of_the_paper(depth, millions):
 @pytest.mark.parametrize('granularity', CUTS)
 def test_the_network_is_its_module(shortcut, granularity):
     network = cifar_resnet(10, depth=14, width=4, shortcut=shortcut, cut=granularity)
-    variables = network.init(jax.random.key(0), (8, 8, 3))
-    x = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
-    np.testing.assert_array_equal(network.apply(variables, x, train=False)[0], network.module.apply(variables, x))
+    variables = draw_variables(with_inputs(network, (8, 8, 3)))
+    x = np.random.default_rng(1).normal(size=(2, 8, 8, 3)).astype(np.float32)
+    own = jax.jit(lambda variables: network.apply(variables, x, train=False)[0])(variables)
+    np.testing.assert_array_equal(own, jax.jit(lambda variables: network.module.apply(variables, x))(variables))
     ends = ('stage1_block2', 'stage2_block2', 'stage3_block2')
     assert network.blocks == (ends if granularity == 'stage' else tuple(n for n, _ in network.module.parts[1:-1]))
 
 
 def test_the_cut_does_not_change_the_parameters():
-    networks = [cifar_resnet(10, depth=14, width=4, cut=cut) for cut in CUTS]
-    trees = [network.init(jax.random.key(0), (8, 8, 3)) for network in networks]
+    networks = [cifar_resnet(10, depth=8, width=4, cut=cut) for cut in CUTS]
+    trees = [jax.jit(lambda key, network=network: network.init(key, (8, 8, 3)))(KEY) for network in networks]
     jax.tree.map(np.testing.assert_array_equal, *trees)
 
 
 def test_training_updates_all_statistics_and_evaluation_none():
     network = cifar_resnet(10, depth=8, width=4)
-    variables = network.init(jax.random.key(0), (8, 8, 3))
-    x = jax.random.normal(jax.random.key(1), (4, 8, 8, 3))
-    _, state = network.apply(variables, x, train=True)
+    variables = draw_variables(with_inputs(network, (8, 8, 3)))
+    x = np.random.default_rng(1).normal(size=(4, 8, 8, 3)).astype(np.float32)
+    state, unchanged = jax.jit(lambda v: [network.apply(v, x, train=train)[1] for train in (True, False)])(variables)
     pairs = zip(*map(jax.tree.leaves, (state['batch_stats'], variables['batch_stats'])), strict=True)
     assert not any(np.array_equal(*pair) for pair in pairs)
-    _, unchanged = network.apply(variables, x, train=False)
     jax.tree.map(np.testing.assert_array_equal, unchanged['batch_stats'], variables['batch_stats'])
 
 

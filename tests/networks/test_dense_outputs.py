@@ -7,9 +7,10 @@ import pytest
 
 from bqat_jax.blocks.exploring import with_inputs
 from bqat_jax.networks import make_network
+from tests.foreign.cases import draw_variables
 
-TOKENS = jax.random.randint(jax.random.key(0), (3, 8), 0, 50)
-IMAGES = jax.random.normal(jax.random.key(1), (3, 8, 8, 1))
+TOKENS = np.random.default_rng(0).integers(0, 50, (3, 8)).astype(np.int32)
+IMAGES = np.random.default_rng(1).normal(size=(3, 8, 8, 1)).astype(np.float32)
 CASES = {
     'decoder': ('decoder', {'depth': 4, 'width': 8, 'heads': 2}, TOKENS),
     'unet': ('unet', {'width': 4, 'levels': 2}, IMAGES),
@@ -25,12 +26,17 @@ def build(case, cut='stage', **options):
 @pytest.mark.parametrize('case', CASES)
 def test_blocks_are_the_network(case, cut):
     network, x = build(case, cut)
-    variables = network.init(jax.random.key(2))
-    whole, _ = network.apply(variables, x, train=False)
-    bound = network.bind(variables, train=False)
-    run = bound.run(x)
     last = len(network.blocks)
-    outputs = [run.outputs, *(bound.run_pieces(number, last, run.alive[number - 1]) for number in range(1, last + 1))]
+
+    @jax.jit
+    def run_pieces(variables):
+        bound = network.bind(variables, train=False)
+        run = bound.run(x)
+        return [run.outputs, *(bound.run_pieces(number, last, run.alive[number - 1]) for number in range(1, last + 1))]
+
+    variables = draw_variables(network)
+    whole = jax.jit(lambda variables: network.apply(variables, x, train=False)[0])(variables)
+    outputs = run_pieces(variables)
     for output in outputs:
         np.testing.assert_allclose(output, whole, rtol=1e-4, atol=1e-5)
     assert whole.shape == (*x.shape[:3], 50) and whole.dtype == jnp.float32
@@ -38,9 +44,9 @@ def test_blocks_are_the_network(case, cut):
 
 def test_no_token_sees_a_later_one():
     network, _ = build('decoder')
-    variables = network.init(jax.random.key(2))
-    logits = network.apply(variables, TOKENS, train=False)[0]
-    changed = network.apply(variables, TOKENS.at[:, 5:].add(1), train=False)[0]
+    variables = draw_variables(network)
+    run = jax.jit(lambda tokens: network.apply(variables, tokens, train=False)[0])
+    logits, changed = run(TOKENS), run(np.concatenate([TOKENS[:, :5], TOKENS[:, 5:] + 1], axis=1))
     np.testing.assert_allclose(changed[:, :5], logits[:, :5], rtol=1e-5, atol=1e-6)
     assert not np.allclose(changed[:, 5:], logits[:, 5:])
 

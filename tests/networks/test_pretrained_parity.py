@@ -132,7 +132,9 @@ def test_logits_in_inference(case, tmp_path):
     assert_same_logits(logits, expected)
 
 
-@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize(
+    'case', [pytest.param(x, marks=pytest.mark.slow) if x in ('resnet50', 'mobilenet_v2_torch') else x for x in CASES]
+)
 def test_logits_and_statistics_in_training(case, tmp_path):
     model, images = made(case)
     before = {name: value.clone() for name, value in model.state_dict().items()}
