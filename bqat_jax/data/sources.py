@@ -172,6 +172,16 @@ class ImageData:
         """Shape and dtype of what a network gets of one example."""
         return jax.ShapeDtypeStruct(self.image_shape, np.int32 if self.is_tokens else np.float32)
 
+    @property
+    def example(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of one example as it is read and, if need be, cropped."""
+        if self.is_tokens:
+            return {'tokens': jax.ShapeDtypeStruct((self.image_shape[0] + 1,), np.uint8)}
+        return {
+            'image': jax.ShapeDtypeStruct(self.image_shape, self.dtype),
+            'label': jax.ShapeDtypeStruct(self.label_shape, np.int32),
+        }
+
 
 @dataclasses.dataclass(frozen=True)
 class ImageOptions:

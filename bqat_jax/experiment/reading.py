@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from bqat_jax.data.pipeline import Share, Split, read_whole
 from bqat_jax.data.sources import Subset
@@ -65,6 +66,18 @@ def training_batches(
         for seed in experiment.seeds[: replicas.count]
     ]
     return replicas.batches(readings)
+
+
+def batch_shapes(experiment: Experiment, split: Split, replicas: Replicas) -> Any:
+    """Returns shapes, dtypes and shardings of what `training_batches` yields in a run of one process; reads nothing."""
+    images = experiment.data.images
+    example = images.example if split.arrays is None else {'index': jax.ShapeDtypeStruct((), np.int32)}
+    axes = (experiment.data.batch_size,) if replicas.count == 1 else (replicas.count, experiment.data.batch_size)
+    sharding = over_batch(replicas.mesh)
+    return {
+        name: jax.ShapeDtypeStruct((*axes, *x.shape), x.dtype, sharding=sharding)
+        for name, x in {**example, 'mask': jax.ShapeDtypeStruct((), np.bool_)}.items()
+    }
 
 
 def plain_batches(

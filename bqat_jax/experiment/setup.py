@@ -14,7 +14,7 @@ from flax import traverse_util
 
 from bqat_jax.analysis.measurement import DiagnosisSettings
 from bqat_jax.blocks.block_network import PARAMS, BlockNetwork
-from bqat_jax.blocks.exploring import with_inputs
+from bqat_jax.blocks.exploring import explore
 from bqat_jax.data.caching import Cache
 from bqat_jax.data.preprocessing import Augmentation
 from bqat_jax.data.sources import ImageData, ImageOptions, load_images
@@ -90,8 +90,8 @@ def make_experiment(
             {key: value for key, value in config.network.items() if key != 'name'},
             conv_general_dilated if mesh.devices.size == 1 else None,
         )
-        network = with_inputs(network, images.inputs)
-        shapes: Any = network.shapes()
+        shapes: Any
+        network, shapes = explore(network, images.inputs)
         rules = parse_rules(config.mesh.rules) + _rules_of_names(network, mesh.shape[FSDP_AXIS])
         placement = Placement(mesh, rules, config.mesh.min_shard_elements)
         layers = find_network_layers(network, shapes)
