@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from bqat_jax.data.pipeline import Share, Split, read_whole
+from bqat_jax.data.decoded import read_decoded
+from bqat_jax.data.pipeline import Share, Split
 from bqat_jax.data.sources import Subset
 from bqat_jax.distributed.processes import put_batch
 from bqat_jax.distributed.replicas import Replicas
@@ -42,7 +43,7 @@ def load_split(experiment: Experiment, subset: Subset) -> Split:
     data, arrays = experiment.data, None
     if data.on_device:
         experiment.console.print(f'Reading {len(subset)} examples onto the device.')
-        arrays = jax.device_put(read_whole(subset), replicated(experiment.placement.mesh))
+        arrays = jax.device_put(read_decoded(subset, data.kept), replicated(experiment.placement.mesh))
     share = Share(jax.process_index(), jax.process_count())
     return Split(subset, arrays, data.workers, data.images.crop, share, data.skips_damaged)
 
