@@ -37,6 +37,11 @@ def with_inputs(network: BlockNetwork, inputs: Any) -> BlockNetwork:
         ValueError: if the network cannot be run on them or be cut so, if it was made for other inputs, or if an
             `nnx.Module` is in it.
     """
+    return explore(network, inputs)[0]
+
+
+def explore(network: BlockNetwork, inputs: Any) -> tuple[BlockNetwork, dict[str, Any]]:
+    """Returns what `with_inputs` does, and shapes and dtypes of the network's variables; arguments as `with_inputs`."""
     inputs = describe_inputs(inputs)
     if network.inputs is not None:
         if network.inputs != inputs:
@@ -44,7 +49,7 @@ def with_inputs(network: BlockNetwork, inputs: Any) -> BlockNetwork:
                 f'The network was made for inputs like {short(network.inputs)}, and these are like {short(inputs)} '
                 '(shapes without the batch axis). Make it for these.'
             )
-        return network
+        return network, network.shapes()
     network = dataclasses.replace(network, inputs=inputs)
     key = jax.eval_shape(lambda: jax.random.key(0))
     try:
@@ -68,7 +73,7 @@ def with_inputs(network: BlockNetwork, inputs: Any) -> BlockNetwork:
             f'The network asks for a mapped axis ({error}), which only pmap or vmap bind. A batch is whole here, also '
             'where devices share it: leave axis_name out.'
         ) from error
-    return network
+    return network, variables
 
 
 def _trace_training(network: BlockNetwork, variables: Any, key: Any) -> tuple[BlockNetwork, Program]:

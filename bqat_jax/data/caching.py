@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from bqat_jax.errors import UserError
-from bqat_jax.storage import Place, files_below, filesystem_of, is_of_bucket, wait_for_lock
+from bqat_jax.storage import KeptArrays, Place, files_below, filesystem_of, is_of_bucket, wait_for_lock
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +21,8 @@ DEFAULT = Path('~/.cache/bqat_jax')
 COMPLETE, IN_USE = 'complete', 'in_use'
 # Folders of data sets have such names, in a folder of their own: nothing else is counted or removed.
 OWN, NAME = 'of_buckets', re.compile('[0-9a-f]{20}')
+# Beside it: arrays of data sets that were decoded, and of weights that were converted.
+ARRAYS = 'arrays'
 # What a bucket calls the version of an object's content.
 TAGS = ('ETag', 'etag', 'md5Hash', 'generation')
 # Of folders that this process reads, so that no other process removes them; open as long as it lives.
@@ -40,6 +42,16 @@ class Cache:
     directory: Path = DEFAULT
     most_bytes: float = 200e9
     is_wished: bool = True
+
+    @property
+    def arrays(self) -> KeptArrays:
+        """Where arrays are kept, in what data sets leave of the size."""
+        root = self.directory.expanduser()
+        try:
+            held = _size_of(root / OWN) if (root / OWN).is_dir() else 0
+        except OSError:  # another process is about to change it
+            held = self.most_bytes
+        return KeptArrays(root / ARRAYS, self.most_bytes - held)
 
     def fetch(self, source: Place, below: Place) -> Path:
         """Returns a local folder in which a data set lies as it does in a bucket.
@@ -90,6 +102,8 @@ class Cache:
             )
         others = [path for path in root.iterdir() if NAME.fullmatch(path.name) and path.is_dir() and path != own]
         held = {path: _size_of(path) for path in others}
+        # Arrays are made again sooner than data sets are fetched.
+        KeptArrays(root.parent / ARRAYS, self.most_bytes).trim(max(0, self.most_bytes - needed - sum(held.values())))
         for path in sorted(others, key=_last_use):
             if sum(held.values()) + needed <= self.most_bytes:
                 return

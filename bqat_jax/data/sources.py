@@ -61,6 +61,7 @@ class Subset:
         format: what the examples are; None to hand them on as they are stored.
         split: name of the source.
         files: name, number of the first record and number of records of each part of a file in the source, in order.
+        data_set: name with configuration and version.
     """
 
     source: Any
@@ -68,6 +69,7 @@ class Subset:
     format: ExampleFormat | TokenFormat | None = None
     split: str = ''
     files: tuple[tuple[str, int, int], ...] = ()
+    data_set: str = ''
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -171,6 +173,16 @@ class ImageData:
     def inputs(self) -> jax.ShapeDtypeStruct:
         """Shape and dtype of what a network gets of one example."""
         return jax.ShapeDtypeStruct(self.image_shape, np.int32 if self.is_tokens else np.float32)
+
+    @property
+    def example(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of one example as it is read and, if need be, cropped."""
+        if self.is_tokens:
+            return {'tokens': jax.ShapeDtypeStruct((self.image_shape[0] + 1,), np.uint8)}
+        return {
+            'image': jax.ShapeDtypeStruct(self.image_shape, self.dtype),
+            'label': jax.ShapeDtypeStruct(self.label_shape, np.int32),
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -321,7 +333,7 @@ def _open_split(builder: Any, split: str, instructions: Any, form: ExampleFormat
             f'Split {split!r} in {builder.data_path} cannot be read: {brief(error)}. Copy or prepare the data set '
             'again.'
         ) from error
-    return Subset(source, positions, form, split, files)
+    return Subset(source, positions, form, split, files, builder.info.full_name)
 
 
 def _read_sample(split: Subset, read: Any) -> list[Any]:

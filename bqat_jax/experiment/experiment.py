@@ -15,7 +15,7 @@ from bqat_jax.distributed.sharding import Placement
 from bqat_jax.replacement.objective import Objective
 from bqat_jax.replacement.plans import Plan
 from bqat_jax.replacement.tasks import Task
-from bqat_jax.storage import Hold, Place
+from bqat_jax.storage import Hold, KeptArrays, Place
 from bqat_jax.training.optimizer import OptimizerSpec
 from bqat_jax.training.regularizers import Regularizers
 from bqat_jax.training.strengths import TraceSettings
@@ -36,6 +36,7 @@ class DataSpec:
         mean: normalisation of a partner that is trained here, or whose file does not say its own.
         std: of the same.
         augmentation: of training images.
+        kept: where decoded splits and converted weights are kept for later starts; None for nowhere.
     """
 
     images: ImageData
@@ -46,6 +47,7 @@ class DataSpec:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augmentation: Augmentation
+    kept: KeptArrays | None = None
 
 
 @dataclasses.dataclass(frozen=True)

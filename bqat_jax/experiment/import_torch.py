@@ -1,18 +1,21 @@
 """The partner's variables from a file of PyTorch weights, and what is told if they do not fit."""
 
-from pathlib import PurePosixPath
+import hashlib
+import json
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import jax
+import numpy as np
 from flax import traverse_util
 
 from bqat_jax.distributed.processes import is_first
 from bqat_jax.errors import UserError
 from bqat_jax.experiment.experiment import Experiment
-from bqat_jax.networks import make_network
+from bqat_jax.networks import make_network, torch_files
 from bqat_jax.networks.torch_names import Translation, find_prefix
 from bqat_jax.networks.torch_weights import NAME_RULES, StateDict, WeightsMismatch, import_state_dict, read_state_dict
-from bqat_jax.storage import fetched, place, write_text
+from bqat_jax.storage import KeptArrays, fetched, place, write_text
 
 # In a workdir: all in which the last file did not fit.
 REPORT = 'partner_import.txt'
@@ -35,7 +38,7 @@ def import_torch(experiment: Experiment) -> tuple[dict[str, Any], str]:
             f'{name!r} are not known, only those of {", ".join(NAME_RULES)}. Train the partner here, or add '
             'rules to bqat_jax.networks.name_rules.NAME_RULES in a plugin.'
         )
-    rules, read = NAME_RULES[name], _read(file, source.torch_key)
+    rules, read = NAME_RULES[name], _read(file, source.torch_key, experiment.data.kept)
     without = find_classifier(experiment) if source.new_head else ()
     try:
         variables = import_state_dict(read.arrays, rules, experiment.shapes, without=without)
@@ -48,16 +51,45 @@ def import_torch(experiment: Experiment) -> tuple[dict[str, Any], str]:
     return variables, f'PyTorch file {PurePosixPath(file).name}{read.describe()}{taken_off}'
 
 
-def _read(file: str, key: str | None) -> StateDict:
+def _read(file: str, key: str | None, kept: KeptArrays | None) -> StateDict:
     """The weights in a file, which may lie in a bucket."""
     try:
         with fetched(place(file, 'partner.torch_file')) as local:
             try:
-                return read_state_dict(local, key)
+                return read_state_dict(local, key) if kept is None else read_kept(kept, local, key)
             except UserError as error:
                 raise UserError(str(error).replace(str(local), file)) from error
     except FileNotFoundError as error:
         raise UserError(f'partner.torch_file={file!r}: there is no such file. Check the path.') from error
+
+
+def read_kept(kept: KeptArrays, file: Path, key: str | None) -> StateDict:
+    """Returns what `read_state_dict` does, as an earlier start has kept it if there was one: PyTorch is not loaded.
+
+    Args:
+        kept: where; the arrays are known by the content of the file, of which they were made.
+        file: of weights, on this machine.
+        key: as of `read_state_dict`.
+
+    Raises:
+        UserError: as `read_state_dict`.
+    """
+    if not file.is_file():
+        return read_state_dict(file, key)  # which says what is wrong
+    with file.open('rb') as stream:
+        content = hashlib.file_digest(stream, 'sha256').hexdigest()
+    program = hashlib.sha256(Path(torch_files.__file__).read_bytes()).hexdigest()
+
+    def read():
+        read = read_state_dict(file, key)
+        rest = json.dumps([read.entry, read.others, read.ignored]).encode()
+        return {'rest': np.frombuffer(rest, np.uint8), **{f'weights/{name}': x for name, x in read.arrays.items()}}
+
+    facts = {'file': content, 'torch_key': key, 'program': program}
+    arrays = kept.get('The weights of the PyTorch file', facts, read)
+    entry, others, ignored = json.loads(arrays.pop('rest').tobytes())
+    weights = {name.removeprefix('weights/'): x for name, x in arrays.items()}
+    return StateDict(weights, entry, tuple(others), tuple(ignored))
 
 
 def with_new_classifier(experiment: Experiment, fresh: dict[str, Any]) -> dict[str, Any]:

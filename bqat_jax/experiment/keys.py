@@ -89,7 +89,12 @@ KEYS: tuple[Key, ...] = (
         'Python files that register estimators, quantizers, networks, .., separated by commas',
     ),
     Key('sweep', Unset(str), 'for `--mode=sweep`: the Python file that says what is compared'),
-    Key('compilation_cache', Unset(str), 'folder for compiled programs; a second start is quick', may_change=True),
+    Key(
+        'compilation_cache',
+        Unset(str),
+        'folder for compiled programs and [what was decoded](data.md#what-is-kept); a second start is quick',
+        may_change=True,
+    ),
     Key('profile', False, 'record a trace of some steps of each phase: [performance](performance.md)', may_change=True),
     Key('profile_steps', (11, 13), 'the first and the last of these steps, counted from 1', COUNT, may_change=True),
     Key(
@@ -108,8 +113,8 @@ KEYS: tuple[Key, ...] = (
     Key(
         'data.cache_dir',
         Unset(str),
-        'local folder in which data sets of buckets are kept: [pods](pods.md); unset: `~/.cache/bqat_jax` for s3://, '
-        'and gs:// is read directly',
+        'local folder in which data sets of buckets, and [what was decoded](data.md#what-is-kept), are kept: '
+        '[pods](pods.md); unset: `~/.cache/bqat_jax` for s3://, and gs:// is read directly',
         may_change=True,
     ),
     Key('data.cache_gb', 200.0, 'largest size of that folder; what was not used for longest goes', POSITIVE, True),

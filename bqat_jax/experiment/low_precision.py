@@ -26,11 +26,10 @@ from bqat_jax.storage import Place, damaged, read_json, write_once
 from bqat_jax.training.spec import TrainSpec
 from bqat_jax.transform import (
     LayerQuantizers,
-    Prepared,
     Quantization,
     build_quantization,
     calibrate,
-    prepare_layers,
+    find_quantization,
     quantizer_shapes,
 )
 
@@ -74,7 +73,8 @@ def train_low_precision(
         Stopped: as `run_phase`.
     """
     path, find_start = experiment.workdir / QUANTIZERS_FILE, functools.cache(find_start)
-    prepared: Prepared | None = None
+    # Calibration batches that were read to find signs, by replica.
+    batches: dict[int, list[jax.Array]] = {}
     if agree(path.exists()):
         quantization = read_quantization(experiment)
     else:
@@ -82,21 +82,21 @@ def train_low_precision(
         if start.described is not None:
             quantization = _same_quantization(experiment, start.described)
         else:
-            prepared = _prepare(experiment, partner, start, data.train)
-            quantization = prepared.quantization
+            batches[0] = _calibration_batches(experiment, partner, data.train, 0)
+            quantization = _find_quantization(experiment, start, batches[0])
         experiment.hold.check()
         write_once(path, _describe(quantization))
-        stop.check('after the quantizers were calibrated')
+        stop.check('after the quantizers were chosen')
     phase = low_precision_phase(experiment, partner, quantization)
 
     def init(replica):
         start = find_start()
         if start.quantizers is not None:
             quantizers = start.quantizers
-        elif prepared is not None and replica == 0:
-            quantizers = prepared.quantizers
         else:
-            quantizers = _calibrate(experiment, partner, start, data.train, quantization, replica)
+            read = batches.pop(replica, None) or _calibration_batches(experiment, partner, data.train, replica)
+            quantizers = _calibrate(experiment, start, quantization, read)
+            stop.check('after the quantizers were calibrated')
         return Variables(start.variables['params'], quantizers, other_collections(start.variables))
 
     return phase, run_phase(experiment, phase, data, init, stop)
@@ -171,23 +171,20 @@ def _same_quantization(experiment: Experiment, described: dict[str, Any]) -> Qua
     return quantization
 
 
-def _prepare(experiment: Experiment, partner: Partner, start: Start, split: Split) -> Prepared:
-    """The quantizers, with the parameters that the first replica starts from."""
-    experiment.console.print('Calibrating the quantizers.')
-    run, batches = _full_precision(experiment, start), _calibration_batches(experiment, partner, split, 0)
-    layers, params = experiment.layers.quantizable, start.variables['params']
+def _find_quantization(experiment: Experiment, start: Start, batches: list[jax.Array]) -> Quantization:
+    """The quantizers, with the signs of their inputs."""
+    run, layers, params = _full_precision(experiment, start), experiment.layers.quantizable, start.variables['params']
     try:
-        return prepare_layers(run, params, batches, layers, experiment.quantizers)
+        return find_quantization(run, params, batches, layers, experiment.quantizers)
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
 def _calibrate(
-    experiment: Experiment, partner: Partner, start: Start, split: Split, quantization: Quantization, replica: int
+    experiment: Experiment, start: Start, quantization: Quantization, batches: list[jax.Array]
 ) -> dict[str, Any]:
     """The parameters that a replica's quantizers start from."""
     experiment.console.print('Calibrating the quantizers.')
-    batches = _calibration_batches(experiment, partner, split, replica)
     try:
         return calibrate(quantization, start.variables['params'], _full_precision(experiment, start), batches)
     except ValueError as error:

@@ -4,8 +4,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
-from bqat_jax.data.pipeline import Share, Split, read_whole
+from bqat_jax.data.decoded import read_decoded
+from bqat_jax.data.pipeline import Share, Split
 from bqat_jax.data.sources import Subset
 from bqat_jax.distributed.processes import put_batch
 from bqat_jax.distributed.replicas import Replicas
@@ -41,7 +43,7 @@ def load_split(experiment: Experiment, subset: Subset) -> Split:
     data, arrays = experiment.data, None
     if data.on_device:
         experiment.console.print(f'Reading {len(subset)} examples onto the device.')
-        arrays = jax.device_put(read_whole(subset), replicated(experiment.placement.mesh))
+        arrays = jax.device_put(read_decoded(subset, data.kept), replicated(experiment.placement.mesh))
     share = Share(jax.process_index(), jax.process_count())
     return Split(subset, arrays, data.workers, data.images.crop, share, data.skips_damaged)
 
@@ -65,6 +67,18 @@ def training_batches(
         for seed in experiment.seeds[: replicas.count]
     ]
     return replicas.batches(readings)
+
+
+def batch_shapes(experiment: Experiment, split: Split, replicas: Replicas) -> Any:
+    """Returns shapes, dtypes and shardings of what `training_batches` yields in a run of one process; reads nothing."""
+    images = experiment.data.images
+    example = images.example if split.arrays is None else {'index': jax.ShapeDtypeStruct((), np.int32)}
+    axes = (experiment.data.batch_size,) if replicas.count == 1 else (replicas.count, experiment.data.batch_size)
+    sharding = over_batch(replicas.mesh)
+    return {
+        name: jax.ShapeDtypeStruct((*axes, *x.shape), x.dtype, sharding=sharding)
+        for name, x in {**example, 'mask': jax.ShapeDtypeStruct((), np.bool_)}.items()
+    }
 
 
 def plain_batches(

@@ -1,7 +1,8 @@
 """Runs a phase: from its newest checkpoint, or from the beginning, to its end."""
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +10,15 @@ import jax.numpy as jnp
 from bqat_jax.distributed.preemption import StopRequest
 from bqat_jax.distributed.sharding import leaves_with_paths
 from bqat_jax.experiment.checkpoints import Checkpoints, Restored
+from bqat_jax.experiment.compilation import compiled_beside
 from bqat_jax.experiment.diagnosing import diagnose_phase
 from bqat_jax.experiment.experiment import Experiment
 from bqat_jax.experiment.hooks import Clock, Log, Save, diagnosis_hook, make_finite_check, strengths_hook
-from bqat_jax.experiment.loop import After, Before, Hooks, run_steps
+from bqat_jax.experiment.loop import After, Before, Hooks, Step, run_steps
 from bqat_jax.experiment.metrics import Recording, open_recorder
 from bqat_jax.experiment.phase import Phase
 from bqat_jax.experiment.profiling import FOLDER, Trace
-from bqat_jax.experiment.reading import Data, make_evaluation, training_batches
+from bqat_jax.experiment.reading import Data, batch_shapes, make_evaluation, training_batches
 from bqat_jax.experiment.streams import random_key
 from bqat_jax.replacement.paths import Variables
 from bqat_jax.storage import Place, write_once
@@ -50,13 +52,13 @@ def run_phase(
     _report_sharding(experiment, phase, target)
     with open_checkpoints(experiment, phase.directory) as checkpoints:
         restored = checkpoints.restore_latest(target)
-        if restored is None:
-            state, start, seconds = initial_state(experiment, phase, init), 0, 0.0
-        else:
-            state, start, seconds = restored.state, restored.facts['next_batch'], restored.facts['seconds']
+        start, seconds = (0, 0.0) if restored is None else (restored.facts['next_batch'], restored.facts['seconds'])
+        if restored is not None:
             experiment.console.print(f'Phase {phase.name} goes on after step {start} of {phase.spec.steps}.')
         if restored is None or start < phase.spec.steps:
-            seconds = _train(experiment, phase, data, (state, start, seconds), checkpoints, stop)
+            with compiled_step(experiment, phase, data) as step:  # while the state is made and first saved
+                state = initial_state(experiment, phase, init) if restored is None else restored.state
+                seconds = _train(experiment, phase, data, (step, state, start, seconds), checkpoints, stop)
         selected = checkpoints.restore_selected(target)
         assert selected is not None  # the end of the phase was saved
         return selected._replace(facts={**selected.facts, 'seconds': seconds})
@@ -85,14 +87,12 @@ def _train(
     experiment: Experiment,
     phase: Phase,
     data: Data,
-    position: tuple[TrainState, int, float],
+    position: tuple[Step, TrainState, int, float],
     checkpoints: Checkpoints,
     stop: StopRequest,
 ) -> float:
-    """Makes the steps that are left, from (state, steps done, seconds spent); returns the seconds of the phase."""
-    (state, start, seconds), steps = position, phase.spec.steps
-    optimizer, learning_rate = make_optimizer(phase.optimizer, steps)
-    train_step = make_train_step(phase.spec, optimizer, learning_rate, phase.replicas)
+    """Makes the steps left, from (step, state, steps done, seconds spent); returns the seconds of the phase."""
+    (step, state, start, seconds), steps = position, phase.spec.steps
     clock = Clock(seconds, experiment.data.batch_size * phase.replicas.count)
     intervals, evaluation = experiment.intervals, None
     if data.validation is not None:
@@ -117,14 +117,37 @@ def _train(
                 (1, save.stop_hook(stop, f'after step {{number}} of {steps} of phase {phase.name}')),
             ],
         )
-
-        def step(state, batch):
-            return train_step(state, phase.partner, data.train.arrays, batch)
-
         batches = training_batches(experiment, data.train, phase.stream, phase.replicas, start, steps)
         run_steps(step, state, batches, start, hooks)
         checkpoints.wait()
     return save.seconds
+
+
+@contextlib.contextmanager
+def compiled_step(experiment: Experiment, phase: Phase, data: Data) -> Iterator[Step]:
+    """The phase's step, which is compiled in a thread; its first call waits for that.
+
+    On a GPU it is compiled when it is called: XLA times kernels to choose among them, and must have the GPU to itself.
+    So it is by several processes, which compile in one order.
+    """
+    optimizer, learning_rate = make_optimizer(phase.optimizer, phase.spec.steps)
+    train_step = make_train_step(phase.spec, optimizer, learning_rate, phase.replicas)
+    others = phase.partner, data.train.arrays
+
+    def step(state, batch):
+        return train_step(state, *others, batch)
+
+    if jax.process_count() > 1 or phase.replicas.mesh.devices.flat[0].platform == 'gpu':
+        yield step
+        return
+    batch = batch_shapes(experiment, data.train, phase.replicas)
+    with compiled_beside(train_step, phase.state_shapes, *others, batch) as wait:
+
+        def waiting_step(state, batch):
+            wait()
+            return step(state, batch)
+
+        yield waiting_step
 
 
 def _measure_strengths(experiment: Experiment, phase: Phase, data: Data, log: Log) -> list[tuple[int, Before]]:

@@ -14,8 +14,8 @@ from flax import traverse_util
 
 from bqat_jax.analysis.measurement import DiagnosisSettings
 from bqat_jax.blocks.block_network import PARAMS, BlockNetwork
-from bqat_jax.blocks.exploring import with_inputs
-from bqat_jax.data.caching import Cache
+from bqat_jax.blocks.exploring import explore
+from bqat_jax.data.caching import ARRAYS, Cache
 from bqat_jax.data.preprocessing import Augmentation
 from bqat_jax.data.sources import ImageData, ImageOptions, load_images
 from bqat_jax.distributed.replicas import Replicas
@@ -40,7 +40,7 @@ from bqat_jax.replacement.objective import WEIGHTS, Objective
 from bqat_jax.replacement.plans import Plan, parse_path_weights
 from bqat_jax.replacement.schedules import get_schedule
 from bqat_jax.replacement.tasks import Task, get_task
-from bqat_jax.storage import Hold, Place, place
+from bqat_jax.storage import Hold, KeptArrays, Place, place
 from bqat_jax.training.optimizer import OptimizerSpec, Rates
 from bqat_jax.training.regularizers import Regularizers
 from bqat_jax.training.strengths import TraceSettings
@@ -90,8 +90,8 @@ def make_experiment(
             {key: value for key, value in config.network.items() if key != 'name'},
             conv_general_dilated if mesh.devices.size == 1 else None,
         )
-        network = with_inputs(network, images.inputs)
-        shapes: Any = network.shapes()
+        shapes: Any
+        network, shapes = explore(network, images.inputs)
         rules = parse_rules(config.mesh.rules) + _rules_of_names(network, mesh.shape[FSDP_AXIS])
         placement = Placement(mesh, rules, config.mesh.min_shard_elements)
         layers = find_network_layers(network, shapes)
@@ -240,6 +240,14 @@ def _make_cache(data: Config) -> Cache:
     return Cache(directory, data.cache_gb * 1e9)
 
 
+def _make_kept(config: Config) -> KeptArrays | None:
+    """Where arrays are kept: in `data.cache_dir`, else beside compiled programs, and nowhere if neither is given."""
+    if config.data.cache_dir is not None:
+        return _make_cache(config.data).arrays
+    folder = None if config.compilation_cache is None else place(config.compilation_cache, 'compilation_cache')
+    return KeptArrays(folder / ARRAYS, config.data.cache_gb * 1e9) if isinstance(folder, Path) else None
+
+
 def _make_data_spec(config: Config, images: ImageData) -> DataSpec:
     data, channels = config.data, images.image_shape[-1]
     _check_augmentation(config, images)
@@ -257,6 +265,7 @@ def _make_data_spec(config: Config, images: ImageData) -> DataSpec:
         mean=tuple(data.mean),
         std=tuple(data.std),
         augmentation=Augmentation(data.crop_padding, data.flip, data.color_jitter),
+        kept=_make_kept(config),
     )
 
 

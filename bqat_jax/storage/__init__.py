@@ -1,5 +1,6 @@
 """Where things lie: local folders and buckets (gs://, s3://), small files, and who may write into a run's folder."""
 
+from bqat_jax.storage.arrays import KeptArrays
 from bqat_jax.storage.checking import (
     address_in,
     chain_of,
@@ -23,6 +24,7 @@ __all__ = [
     'BucketError',
     'Hold',
     'InUse',
+    'KeptArrays',
     'Lost',
     'Place',
     'Spool',

@@ -9,7 +9,14 @@ from bqat_jax.transform.calibration import (
 )
 from bqat_jax.transform.layers import LAYER_TYPES, WEIGHT_NAME, KernelLayout, Layer, Layers, find_layers, register_layer
 from bqat_jax.transform.operations import count_macs, unquantized_share
-from bqat_jax.transform.preparation import Prepared, check_unquantized, fit_settings, prepare, prepare_layers
+from bqat_jax.transform.preparation import (
+    Prepared,
+    check_unquantized,
+    find_quantization,
+    fit_settings,
+    prepare,
+    prepare_layers,
+)
 from bqat_jax.transform.quantization import (
     FULL_PRECISION,
     ROLES,
@@ -37,6 +44,7 @@ __all__ = [
     'context_of',
     'count_macs',
     'find_layers',
+    'find_quantization',
     'find_signed_inputs',
     'fit_settings',
     'init_quantizers',

@@ -81,10 +81,32 @@ def prepare_layers(
     Raises:
         ValueError: as `prepare`.
     """
-    batches, settings = _as_list(batches), fit_settings(layers, settings)
-    signed = find_signed_inputs(run, params, batches, layers, settings)
-    quantization = build_quantization(layers, settings, signed)
+    batches = _as_list(batches)
+    quantization = find_quantization(run, params, batches, layers, settings)
     return Prepared(quantization, calibrate(quantization, params, run, batches))
+
+
+def find_quantization(
+    run: Callable[[Any, Any], Any],
+    params: Any,
+    batches: Iterable[Any],
+    layers: Mapping[str, Layer],
+    settings: Mapping[str, LayerSettings],
+) -> Quantization:
+    """Returns the static half of `prepare_layers`: it looks at the signs of inputs and calibrates nothing.
+
+    Args:
+        run: see `prepare`.
+        params: see `prepare`.
+        batches: see `prepare`.
+        layers: what `find_layers` found.
+        settings: what `assign_quantizers` said of them.
+
+    Raises:
+        ValueError: as `prepare`.
+    """
+    batches, settings = _as_list(batches), fit_settings(layers, settings)
+    return build_quantization(layers, settings, find_signed_inputs(run, params, batches, layers, settings))
 
 
 def fit_settings(layers: Mapping[str, Layer], settings: Mapping[str, LayerSettings]) -> dict[str, LayerSettings]:

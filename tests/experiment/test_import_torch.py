@@ -46,6 +46,28 @@ def save(config, tmp_path, **changes):
     return variables
 
 
+def test_a_second_start_reads_what_the_first_kept(config, tmp_path, monkeypatch):
+    variables = save(config, tmp_path)
+    config.data.cache_dir = str(tmp_path / 'cache')
+    first = find_partner(opened(config, tmp_path / 'first')[0])
+
+    def read(*arguments):
+        raise AssertionError('PyTorch is asked again')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, 'read_state_dict', read)
+        second = find_partner(opened(config, tmp_path / 'second')[0])
+        assert first is not None and second is not None and first.facts == second.facts
+        jax.tree.map(np.testing.assert_array_equal, second.variables, variables)
+        config.partner.torch_key = 'ema'  # another entry was not read before
+        with pytest.raises(AssertionError, match='asked again'):
+            find_partner(opened(config, tmp_path / 'third')[0])
+    config.partner.torch_key = None
+    save(config, tmp_path, **OTHER_CLASSES)  # another file of that name is not taken for the first
+    with pytest.raises(UserError, match='do not fit'):
+        find_partner(opened(config, tmp_path / 'fourth')[0])
+
+
 OTHER_CLASSES = {'linear__weight': np.ones((7, 16), np.float32), 'linear__bias': np.ones(7, np.float32)}
 
 
