@@ -17,7 +17,7 @@ from bqat_jax.quantizers import QUANTIZERS
 from bqat_jax.quantizers.estimators import ESTIMATORS
 from tests.conftest import ONE_DEVICE, ROOT
 
-PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md')), ROOT / 'CONTRIBUTING.md', ROOT / 'CHANGELOG.md']
+PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').rglob('*.md')), ROOT / 'CONTRIBUTING.md', ROOT / 'CHANGELOG.md']
 # Set-up commands need the network; .ci/run runs them.
 SETUP = 'pip install'
 

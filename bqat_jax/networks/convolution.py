@@ -48,6 +48,8 @@ def conv_general_dilated(
         return jax.vjp(plain, x, kernel)[1](gradient)
 
     def gradients_on_cpu(x, kernel, gradient):
+        # Else XLA computes what makes the gradient, such as batch norm's, within both of its readers.
+        gradient = jax.lax.optimization_barrier(gradient)
         of_x = input_gradient(x.shape, kernel, gradient, sides, window_strides, **options)
         of_kernel = kernel_gradient(x, gradient, sides, kernel.shape[:2], window_strides)
         return of_x, of_kernel.astype(kernel.dtype)
