@@ -34,6 +34,8 @@ from bqat_jax.replacement.tasks import TASKS
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
+# Where processes that tests kill keep compiled programs. What one was writing then is useless, and stays.
+KILLED_CACHE = f'{os.environ["JAX_COMPILATION_CACHE_DIR"]}/killed'
 # XLA_FLAGS of programs that tests start: one device, and programs in the same haste.
 ONE_DEVICE = '--xla_backend_optimization_level=0'
 ROOT = Path(__file__).resolve().parent.parent

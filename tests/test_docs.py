@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -20,6 +21,9 @@ from tests.conftest import ONE_DEVICE, ROOT
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').rglob('*.md')), ROOT / 'CONTRIBUTING.md', ROOT / 'CHANGELOG.md']
 # Set-up commands need the network; .ci/run runs them.
 SETUP = 'pip install'
+# Parts of README's commands that are run before a release: they differ from the others by the values of keys alone, and
+# a whole sweep is run in tests/sweeps.
+VARIANTS = ('=lsq_plus', ':bits=4,plan=none', '.depth=14', 'digits_smoke')
 
 
 def blocks(language):
@@ -34,6 +38,7 @@ def commands():
             if line and not line.startswith('#') and SETUP not in line:
                 # Whatever reads CIFAR-10 is evaluated on ten thousand images; the README's others are run every time.
                 is_slow = ('DIR' in line and 'sweep' not in line) or not block.id.startswith('README')
+                is_slow = is_slow or any(variant in line for variant in VARIANTS)
                 yield pytest.param(line, id=line[:60], marks=pytest.mark.slow if is_slow else ())
 
 
@@ -51,17 +56,29 @@ def test_the_first_two_commands_set_everything_up():
 
 
 def run_main(flags, environment):
-    """Runs main.py on one device."""
+    """Runs main.py on one device, or on as many as the environment says."""
+    compiling = f'{ONE_DEVICE} {environment.get("XLA_FLAGS", "")}'
     run = subprocess.run(
         [sys.executable, 'main.py', *flags],
         cwd=ROOT,
-        env={**os.environ, 'XLA_FLAGS': ONE_DEVICE, **environment},
+        env={**os.environ, **environment, 'XLA_FLAGS': compiling},
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+SHORT = ('--config.train.steps=2', '--config.partner.steps=2', '--config.partner.optimizer.warmup_steps=0')
+
+
+@pytest.fixture(scope='module')
+def trained(digits_dir, tmp_path_factory):
+    """The workdir of README's first command, made short."""
+    workdir = tmp_path_factory.mktemp('trained')
+    run_main([f'--workdir={workdir}', f'--config.data.dir={digits_dir}', *SHORT], {})
+    return workdir
 
 
 @pytest.mark.parametrize('line', [*commands()])
@@ -89,8 +106,7 @@ def test_commands_run(line, tmp_path, request, digits_dir):
         (tmp_path / 'my_estimator.py').write_text(plugin)
         flags = [flag.replace('=my_estimator.py', f'={tmp_path}/my_estimator.py') for flag in flags]
     flags = [flag for flag in flags if not flag.startswith('--workdir')]
-    flags += [f'--workdir={tmp_path}', f'--config.data.dir={directory}', '--config.train.steps=2']
-    flags += ['--config.partner.steps=2', '--config.partner.optimizer.warmup_steps=0']
+    flags += [f'--workdir={tmp_path}', f'--config.data.dir={directory}', *SHORT]
     left = {
         '--mode=summary': 'summary.json',
         '--mode=import': 'import.json',
@@ -98,8 +114,13 @@ def test_commands_run(line, tmp_path, request, digits_dir):
         '--mode=evaluate': 'evaluation.json',
         '--mode=export': 'export/report.json',
     }
+    if not any(flag.startswith(('--mode', '--config=', '--config.network', '--config.partner')) for flag in words):
+        flags.append(f'--config.partner.workdir={request.getfixturevalue("trained")}')  # the partner is the same
     if {'--mode=evaluate', '--mode=export'} & set(flags):  # what it evaluates must be there
-        run_main([flag for flag in flags if not flag.startswith('--mode')], environment)
+        if all(flag.startswith(('--mode', '--config.export')) for flag in words[2:]):
+            shutil.copytree(request.getfixturevalue('trained'), tmp_path, dirs_exist_ok=True)
+        else:
+            run_main([flag for flag in flags if not flag.startswith('--mode')], environment)
     run_main(flags, environment)
     (expected,) = {left[flag] for flag in flags if flag in left} or {'result.json'}
     assert (tmp_path / expected).is_file()

@@ -14,7 +14,6 @@ from flax import traverse_util
 
 from bqat_jax.analysis.measurement import DiagnosisSettings
 from bqat_jax.blocks.block_network import PARAMS, BlockNetwork
-from bqat_jax.blocks.exploring import explore
 from bqat_jax.data.caching import ARRAYS, Cache
 from bqat_jax.data.preprocessing import Augmentation
 from bqat_jax.data.sources import ImageData, ImageOptions, load_images
@@ -32,10 +31,9 @@ from bqat_jax.experiment.configuration import (
 )
 from bqat_jax.experiment.environment import check_experiments
 from bqat_jax.experiment.experiment import DataSpec, Experiment, InitSource, Intervals, PartnerSource, PhaseSpec
-from bqat_jax.networks import make_network
+from bqat_jax.experiment.exploration import explore_network
 from bqat_jax.networks.convolution import conv_general_dilated
 from bqat_jax.registry import load_plugins, place_in_plugins
-from bqat_jax.replacement.network_layers import find_network_layers, network_unquantized_share
 from bqat_jax.replacement.objective import WEIGHTS, Objective
 from bqat_jax.replacement.plans import Plan, parse_path_weights
 from bqat_jax.replacement.schedules import get_schedule
@@ -83,18 +81,17 @@ def make_experiment(
     data = _make_data_spec(config, images)
     epoch = len(images.train) / config.train.batch_size  # steps
     try:
-        network = make_network(
+        explored = explore_network(
             config.network.name,
             images.num_classes,
             config.replacement.cut,
             {key: value for key, value in config.network.items() if key != 'name'},
             conv_general_dilated if mesh.devices.size == 1 else None,
+            images.inputs,
         )
-        shapes: Any
-        network, shapes = explore(network, images.inputs)
+        network, layers = explored.network, explored.layers
         rules = parse_rules(config.mesh.rules) + _rules_of_names(network, mesh.shape[FSDP_AXIS])
         placement = Placement(mesh, rules, config.mesh.min_shard_elements)
-        layers = find_network_layers(network, shapes)
         quantizers = assign_quantizers(
             tuple(layers.quantizable),
             config.quant.weights.to_dict(),
@@ -103,14 +100,12 @@ def make_experiment(
         )
         quantizers = fit_settings(layers.quantizable, quantizers)
         if any(settings.weights is not None for settings in quantizers.values()):
-            check_unquantized(
-                layers, network_unquantized_share(network, shapes, layers), config.quant.allow_unquantized
-            )
+            check_unquantized(layers, explored.unquantized_share, config.quant.allow_unquantized)
         regularizers = Regularizers(**config.quant.oscillations)
         _check_regularizers(regularizers, layers, quantizers)
         plan = _make_plan(config.replacement, len(network.blocks))
         objective = _make_objective(config.replacement, get_task(config.task))
-        _check_task(objective.task, network, shapes, images)
+        _check_task(objective.task, explored.outputs, images)
         objective.check_trains_network(plan.num_paths)
         experiment = Experiment(
             config=to_plain(config),
@@ -123,7 +118,7 @@ def make_experiment(
             placement=placement,
             data=data,
             network=network,
-            shapes=Replicas(1, placement).stacked_shapes(shapes),
+            shapes=Replicas(1, placement).stacked_shapes(explored.shapes),
             layers=layers,
             quantizers=quantizers,
             plan=plan,
@@ -307,15 +302,11 @@ def _make_objective(config: Config, task: Task) -> Objective:
     )
 
 
-def _check_task(task: Task, network: BlockNetwork, shapes: Any, images: ImageData) -> None:
+def _check_task(task: Task, outputs: Any, images: ImageData) -> None:
     """Checks that the network's outputs and the labels fit the task, by their shapes alone."""
-
-    def outputs(variables, inputs):
-        return network.apply(variables, inputs, train=False)[0]
-
     shape = images.image_shape if images.is_tokens else images.label_shape
     labels = jax.ShapeDtypeStruct((1, *shape), 'int32')
-    task.check(jax.eval_shape(outputs, shapes, network.batch_of(1)), labels, images.num_classes)
+    task.check(outputs, labels, images.num_classes)
 
 
 def _make_optimizer(config: Config, name: str, epoch: float) -> OptimizerSpec:

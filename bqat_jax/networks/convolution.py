@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from bqat_jax.interception import without_modules
 
 LAYOUT = ('NHWC', 'HWIO', 'NHWC')
-# Size of what `kernel_gradient` lays side by side at once; it should stay in a core's cache beside what it is multiplied
-# with. With 2 MiB of cache for each core a step of ResNet-20 took 462 ms with 0.65 MB, 451 to 486 with 0.16 to 1.3 MB,
-# and 637 with 5 MB (JAX 0.12.0.1; seven turns, other jobs beside it).
+# Size of what `kernel_gradient` lays side by side at once; it should stay in a core's cache beside what it is
+# multiplied with. With 2 MiB of cache for each core a step of ResNet-20 took 462 ms with 0.65 MB, 451 to 486 with 0.16
+# to 1.3 MB, and 637 with 5 MB (JAX 0.12.0.1; seven turns, other jobs beside it).
 COLUMN_BYTES = 650_000
 
 

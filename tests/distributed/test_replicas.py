@@ -16,15 +16,23 @@ from tests.training.test_step import ARRAYS, VARIABLES, in_full_precision, make_
 STEPS = 20
 
 
-def run_seeds(spec, quantizers, seeds, devices, program=None):
-    """Trains seeds in one program; returns the losses, (steps, seeds), and the last state."""
-    replicas = Replicas(len(seeds), Placement(make_mesh(devices)))
+def compile_seeds(spec, count, devices):
+    """Returns replicas with what makes their state and with their step."""
+    replicas = Replicas(count, Placement(make_mesh(devices)))
     optimizer, learning_rate = make_optimizer(OptimizerSpec(learning_rate=0.01, quantizers=Rates(0.01)), STEPS)
 
     def make(variables, key):
         return init_state(spec, key, variables, optimizer)
 
-    def begin(seed):
+    axes = (0, 0)
+    step = make_train_step(spec, optimizer, learning_rate, replicas)
+    return replicas, replicas.jit(replicas.over(make, axes), axes), step
+
+
+def begin(replicas, make, quantizers, seeds):
+    """Returns state, partner and arrays of seeds, and the batches that they are trained on."""
+
+    def variables(seed):
         # Quantizers of their own, keys of their own.
         own = jax.tree.map(lambda x: x * (1 + 0.01 * seed), quantizers)
         return Variables(VARIABLES['params'], own, other_collections(VARIABLES)), jax.random.key(seed)
@@ -33,34 +41,43 @@ def run_seeds(spec, quantizers, seeds, devices, program=None):
         rng = np.random.default_rng(seed)
         return iter([{'index': rng.integers(0, 256, 32).astype(np.int32)} for _ in range(STEPS)])
 
-    axes = (0, 0)
-    state = replicas.jit(replicas.over(make, axes), axes)(*replicas.stack([begin(seed) for seed in seeds]))
-    step = make_train_step(spec, optimizer, learning_rate, replicas)
+    state = make(*replicas.stack([variables(seed) for seed in seeds]))
     partner, arrays = jax.device_put((VARIABLES, ARRAYS), replicated(replicas.mesh))
+    return state, partner, arrays, replicas.batches([read(seed) for seed in seeds])
+
+
+def run_seeds(compiled, quantizers, seeds):
+    """Trains seeds in one program; returns the losses, (steps, seeds), and the last state."""
+    replicas, make, step = compiled
+    state, partner, arrays, batches = begin(replicas, make, quantizers, seeds)
     losses = []
-    for batch in replicas.batches([read(seed) for seed in seeds]):
-        if program is not None and not losses:
-            program.append(step.lower(state, partner, arrays, batch).compile().as_text())
+    for batch in batches:
         state, metrics = step(state, partner, arrays, batch)
         losses.append(np.asarray(metrics['loss']).reshape(-1))
     return np.array(losses), state
 
 
-@pytest.fixture(params=[True, False], ids=['in turns', 'as one'])
-def turns(request, monkeypatch):
-    """As on a CPU, and as on other platforms."""
-    monkeypatch.setattr(Replicas, 'take_turns', request.param)
+TURNS, AS_ONE = True, False  # as on a CPU, and as on other platforms
 
 
-@pytest.mark.usefixtures('turns')
-@pytest.mark.parametrize(('plan', 'quantized'), [('prefix', True), ('bernoulli', False)])
-def test_a_replica_is_the_same_seed_alone(plan, quantized):
+@pytest.mark.parametrize(
+    ('turns', 'plan', 'quantized'),
+    [
+        (TURNS, 'bernoulli', False),
+        (AS_ONE, 'prefix', True),
+        pytest.param(TURNS, 'prefix', True, marks=pytest.mark.slow),
+        pytest.param(AS_ONE, 'bernoulli', False, marks=pytest.mark.slow),
+    ],
+)
+def test_a_replica_is_the_same_seed_alone(monkeypatch, turns, plan, quantized):
     """Two replicas on each of two devices, 20 steps."""
+    monkeypatch.setattr(Replicas, 'take_turns', turns)
     spec, quantizers = make_spec(plan, bits=8)
     if not quantized:
         spec, quantizers = in_full_precision(spec), {}
-    alone = np.concatenate([run_seeds(spec, quantizers, [seed], 1)[0] for seed in (0, 3)], axis=1)
-    together, state = run_seeds(spec, quantizers, [0, 1, 2, 3], 2)
+    single = compile_seeds(spec, 1, 1)
+    alone = np.concatenate([run_seeds(single, quantizers, [seed])[0] for seed in (0, 3)], axis=1)
+    together, state = run_seeds(compile_seeds(spec, 4, 2), quantizers, [0, 1, 2, 3])
     assert len(jax.tree.leaves(state.params)[0].sharding.device_set) == 2
     apart = np.abs(together[:, [0, 3]] / alone - 1)
     # Sums in another order carry a value over a rounding threshold now and then; from there quantized runs drift apart.
@@ -72,10 +89,12 @@ def test_replicas_take_turns_on_a_cpu():
     assert Replicas(2, Placement(make_mesh(1))).take_turns
 
 
-@pytest.mark.usefixtures('turns')
-@pytest.mark.parametrize('devices', [1, 2])
-def test_what_is_drawn_stays_a_conditional_side_by_side(devices):
+@pytest.mark.parametrize('turns', [TURNS, AS_ONE])
+@pytest.mark.parametrize('devices', [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_what_is_drawn_stays_a_conditional_side_by_side(monkeypatch, devices, turns):
+    monkeypatch.setattr(Replicas, 'take_turns', turns)
     spec, quantizers = make_spec('prefix_sampled')
-    programs: list[str] = []
-    run_seeds(spec, quantizers, [0, 1], devices, programs)
-    assert programs[0].count(' conditional(') == 2  # of three blocks one is drawn; forward and backward
+    replicas, make, step = compile_seeds(spec, 2, devices)
+    *arguments, batches = begin(replicas, make, quantizers, [0, 1])
+    program = step.lower(*arguments, next(iter(batches))).compile().as_text()
+    assert program.count(' conditional(') == 2  # of three blocks one is drawn; forward and backward

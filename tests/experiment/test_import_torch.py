@@ -115,8 +115,17 @@ def test_where_only_the_head_differs_the_error_says_how_to_go_on(config, tmp_pat
     assert 'new_head' not in str(error.value)
 
 
-@pytest.mark.parametrize('head', [{}, OTHER_CLASSES, dict.fromkeys(OTHER_CLASSES)], ids=['same', 'other', 'none'])
-@pytest.mark.parametrize('fsdp', [1, 2])
+@pytest.mark.parametrize(
+    ('head', 'fsdp'),
+    [
+        pytest.param({}, 1, id='same'),
+        pytest.param(OTHER_CLASSES, 1, id='other'),
+        pytest.param(dict.fromkeys(OTHER_CLASSES), 1, id='none'),
+        pytest.param(OTHER_CLASSES, 2, id='other, sharded'),
+        pytest.param({}, 2, marks=pytest.mark.slow, id='same, sharded'),
+        pytest.param(dict.fromkeys(OTHER_CLASSES), 2, marks=pytest.mark.slow, id='none, sharded'),
+    ],
+)
 def test_with_a_new_head_training_starts_from_the_other_weights(config, tmp_path, head, fsdp):
     """Seen after no steps; the head is that of a partner that starts from nothing."""
     expected = traverse_util.flatten_dict(save(config, tmp_path, **head), sep='/')

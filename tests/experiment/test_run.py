@@ -1,5 +1,6 @@
 """Whole runs on the digits, shortened."""
 
+import collections
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from bqat_jax.experiment import reading as experiment_reading
 from bqat_jax.experiment import run_phase
 from bqat_jax.experiment.checkpoints import Checkpoints
 from bqat_jax.experiment.run import diagnose_run, evaluate_run, import_partner, summarize_network, train
+from bqat_jax.experiment.streams import Stream
 from bqat_jax.storage import read_json, write_json
 from bqat_jax.training.evaluation import Evaluation
 from tests.conftest import ROOT
@@ -43,11 +45,42 @@ def config(digits_dir):
 
 
 @pytest.fixture(scope='module')
-def finished(digits_dir, tmp_path_factory):
-    """A finished run: its config, workdir and result."""
-    config = shortened(digits_dir)
-    workdir = tmp_path_factory.mktemp('run')
-    return config, workdir, train(config, workdir, name='digits', overrides={'train.steps': 12})
+def whole(digits_dir, tmp_path_factory):
+    """A finished run: its config, workdir and result, and the numbers of the examples that it was trained on."""
+    config, workdir = shortened(digits_dir), tmp_path_factory.mktemp('run')
+    with pytest.MonkeyPatch.context() as patch:
+        seen = watch_examples(patch)
+        result = train(config, workdir, name='digits', overrides={'train.steps': 12})
+    return config, workdir, result, np.concatenate(seen[Stream.TRAINING])
+
+
+@pytest.fixture
+def finished(whole):
+    """The same without the numbers."""
+    return whole[:3]
+
+
+@pytest.fixture
+def plain(finished, config):
+    """The config of a run that costs least: without teacher, MP models and validation, with the partner of another."""
+    config.partner.workdir = str(finished[1])
+    config.replacement.plan, config.replacement.distillation = 'none', 0.0
+    config.data.validation_fraction = 0.0
+    return config
+
+
+def watch_examples(patch, on_batch=lambda number: None):
+    """Returns lists of the numbers of examples in each batch that is read from now on, by what they are read for."""
+    read, seen = run_phase.training_batches, collections.defaultdict(list)
+
+    def watched(experiment, split, stream, replicas, start, stop):
+        for number, batch in enumerate(read(experiment, split, stream, replicas, start, stop), start):
+            seen[stream].append(np.asarray(batch['index']))
+            on_batch(number)
+            yield batch
+
+    patch.setattr(run_phase, 'training_batches', watched)
+    return seen
 
 
 def last_state(workdir):
@@ -128,7 +161,7 @@ def test_a_config_that_failed_before_it_left_anything_may_be_corrected(finished,
 def test_the_partner_of_another_run_is_taken_with_its_normalisation(finished, config, tmp_path):
     _, workdir, result = finished
     config.partner.workdir = str(workdir)
-    config.data.mean = (0.0,)
+    config.data.mean, config.train.steps = (0.0,), 0
     taken = train(config, tmp_path / 'run', name='digits')
     assert taken['fp_top1'] == result['fp_top1'] and taken['partner'] == f'workdir {workdir}'
     assert not any(entry['phase'] == 'pretrain' for entry in metrics_of(tmp_path / 'run'))
@@ -139,6 +172,7 @@ def test_the_partner_of_another_run_is_taken_with_its_normalisation(finished, co
 
 def test_streamed_data_gives_the_same_run(finished, config, tmp_path):
     _, workdir, _ = finished
+    config.partner.workdir = str(workdir)
     config.data.on_device = False
     train(config, tmp_path / 'run', name='digits')
     (step, streamed), (expected_step, expected) = last_state(tmp_path / 'run'), last_state(workdir)
@@ -146,39 +180,28 @@ def test_streamed_data_gives_the_same_run(finished, config, tmp_path):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), streamed, expected)
 
 
-def test_without_a_validation_split_the_last_checkpoint_counts(config, finished, tmp_path):
-    config.partner.workdir = str(finished[1])
-    config.data.validation_fraction = 0.0
-    config.replacement.plan = 'prefix_sampled'
-    result = train(config, tmp_path / 'run', name='digits')
+def test_plain_qat_needs_no_teacher_and_without_a_validation_split_the_last_checkpoint_counts(plain, tmp_path):
+    result = train(plain, tmp_path / 'run', name='digits')
     assert result['checkpoint_step'] == 12 and 'validation_top1' not in result
-
-
-def test_plain_qat_needs_no_teacher(config, finished, tmp_path):
-    config.partner.workdir = str(finished[1])
-    config.replacement.plan, config.replacement.distillation = 'none', 0.0
-    train(config, tmp_path / 'run', name='digits')
     logged = [entry for entry in metrics_of(tmp_path / 'run') if 'loss' in entry]
-    assert all(not any('distillation' in name for name in entry) for entry in logged)
+    assert len(logged) == 3 and all(not any('distillation' in name for name in entry) for entry in logged)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(config, finished, tmp_path):
-    config.partner.workdir = str(finished[1])
-    config.optimizer.learning_rate = 1e30
+def test_a_loss_that_is_not_finite_stops_the_run(plain, tmp_path):
+    plain.optimizer.learning_rate = 1e30
     with pytest.raises(UserError) as error:
-        train(config, tmp_path / 'run', name='digits')
+        train(plain, tmp_path / 'run', name='digits')
     message = str(error.value)
     assert 'NaN or infinite in step' in message and 'last good checkpoint is that of step 0' in message
     assert 'clip_norm' in message
     assert [path.name for path in (tmp_path / 'run' / 'checkpoints').iterdir()] == ['0']
 
 
-def test_parameters_that_are_not_finite_are_no_good_checkpoint(config, finished, tmp_path):
+def test_parameters_that_are_not_finite_are_no_good_checkpoint(plain, tmp_path):
     """The loss of the only step is finite, and its update is not."""
-    config.partner.workdir = str(finished[1])
-    config.optimizer.learning_rate, config.train.steps = 1e38, 1
+    plain.optimizer.learning_rate, plain.train.steps = 1e38, 1
     with pytest.raises(UserError, match=r'a parameter became NaN or infinite in step 1 .* is that of step 0'):
-        train(config, tmp_path / 'run', name='digits')
+        train(plain, tmp_path / 'run', name='digits')
     assert not (tmp_path / 'run' / 'result.json').exists()
 
 
@@ -489,30 +512,22 @@ def test_replicas_that_devices_cannot_share_are_refused(config, tmp_path):
         train(config, tmp_path, name='digits')
 
 
-def test_a_run_goes_on_with_fewer_devices_at_the_next_example(config, finished, tmp_path, monkeypatch):
-    config.partner.workdir = str(finished[1])
-    read = run_phase.training_batches
-    seen = []
+def test_a_run_goes_on_with_fewer_devices_at_the_next_example(config, whole, tmp_path, monkeypatch):
+    _, partner, expected, order = whole
+    config.partner.workdir = str(partner)
 
-    def watched(experiment, split, stream, replicas, start, stop):
-        for number, batch in enumerate(read(experiment, split, stream, replicas, start, stop), start):
-            seen.append(np.asarray(batch['index']))
-            if number == 4 and config.mesh.data == 8:
-                os.kill(os.getpid(), signal.SIGTERM)
-            yield batch
+    def stop(number):
+        if number == 4 and config.mesh.data == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(run_phase, 'training_batches', watched)
-    config.mesh.data = 8
+    seen = watch_examples(monkeypatch, stop)
+    config.mesh.data = 4
     with pytest.raises(Stopped, match='after step 5 of 12'):
         train(config, tmp_path / 'run', name='digits')
     config.mesh.data, config.mesh.fsdp, config.mesh.min_shard_elements = 2, 2, 0
     result = train(config, tmp_path / 'run', name='digits')
-    assert len(seen) == 12
-    order = np.concatenate(seen)
-    seen.clear()
-    config.mesh.data, config.mesh.fsdp = 1, 1
-    expected = train(config, tmp_path / 'whole', name='digits')
-    np.testing.assert_array_equal(order, np.concatenate(seen))
+    assert len(seen[Stream.TRAINING]) == 12
+    np.testing.assert_array_equal(np.concatenate(seen[Stream.TRAINING]), order)
     assert len(set(order.tolist())) == len(order)  # all of one epoch
     assert result['top1'] == pytest.approx(expected['top1'], abs=0.1)
     described = json.loads((tmp_path / 'run' / 'sharding_train.json').read_text())

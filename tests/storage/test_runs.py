@@ -23,7 +23,7 @@ from bqat_jax.experiment.run import diagnose_run, evaluate_run, import_partner, 
 from bqat_jax.storage import read_json, set_patience
 from bqat_jax.storage.leases import FOLDER
 from bqat_jax.sweeps.execution import run_sweep
-from tests.conftest import ONE_DEVICE, ROOT
+from tests.conftest import KILLED_CACHE, ONE_DEVICE, ROOT
 from tests.experiment.test_resume import FLAGS, STEPS, finish, kill, wait_until
 from tests.experiment.test_run import last_state, shortened
 from tests.storage.servers import environment, free_port
@@ -67,15 +67,15 @@ def assert_same(workdir, expected):
 
 
 @pytest.fixture(scope='module')
-def command(digits_dir, tmp_path_factory):
+def command(digits_dir):
     """Runs main.py in a process of its own on one device; compiled programs are kept between processes."""
-    cache, started = str(tmp_path_factory.mktemp('cache')), []
+    started = []
     common = [f'--config.data.dir={digits_dir}', *FLAGS, '--config.storage.lease_seconds=5']
 
     def start(workdir, *flags, **more):
         own = {
             'XLA_FLAGS': ONE_DEVICE,
-            'JAX_COMPILATION_CACHE_DIR': cache,
+            'JAX_COMPILATION_CACHE_DIR': KILLED_CACHE,
             'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
         }
         started.append(subprocess.Popen(
@@ -319,35 +319,31 @@ def test_trouble_that_stays_ends_the_run_and_nothing_good_is_lost(quick, bucket,
 
 
 @pytest.mark.slow_on('s3')
-def test_a_checkpoint_that_is_damaged_is_told_from_one_that_may_not_be_read(quick, bucket, server):
-    train(quick, bucket, name='digits')
-    system = fsspec.filesystem(server.scheme)
-    (array,) = [name for name in system.find(f'{bucket}/checkpoints/12/state/d')][-1:]
-    content = system.cat_file(array)
-    with Checkpoints(bucket / 'checkpoints', has_scores=True, read_only=True) as checkpoints:
-        assert checkpoints.latest_step == 12
-    config = quick.copy_and_resolve_references()
-    server.fault = lambda method, path: 403 if '12' in path and ('state%2Fd' in path or 'state/d' in path) else None
-    with pytest.raises(UserError, match=r'may not be read|is refused'):
-        train(config, bucket, name='digits')
-    server.fault = None
-    assert not [name for name in objects_in(bucket) if '/damaged/' in name]
-    system.pipe_file(array, content[: len(content) // 2])
-    train(config, bucket, name='digits')
-    assert [name for name in objects_in(bucket) if '/damaged/' in name]
-
-
-@pytest.mark.slow_on('s3')
-def test_a_copy_without_commit_files_is_refused(quick, bucket, server):
-    train(quick, bucket / 'run', name='digits')
-    system = fsspec.filesystem(server.scheme)
-    for name in system.find(str(bucket / 'run')):
+def test_a_damaged_checkpoint_is_told_from_one_that_may_not_be_read_and_a_copy_without_commit_files(
+    quick, bucket, server
+):
+    run, copy, system = bucket / 'run', bucket / 'copy', fsspec.filesystem(server.scheme)
+    train(quick, run, name='digits')
+    for name in system.find(str(run)):
         if not name.endswith('commit_success.txt'):
             system.copy(name, name.replace('/run/', '/copy/', 1))
-    before = [name for name in objects_in(bucket / 'copy') if FOLDER not in name]
+    before = [name for name in objects_in(copy) if FOLDER not in name]
     with pytest.raises(UserError, match=r'commit_success\.txt'):
-        train(quick, bucket / 'copy', name='digits')
-    assert set(before) <= set(objects_in(bucket / 'copy'))
+        train(quick, copy, name='digits')
+    assert set(before) <= set(objects_in(copy))
+
+    (array,) = [name for name in system.find(f'{run}/checkpoints/12/state/d')][-1:]
+    content = system.cat_file(array)
+    with Checkpoints(run / 'checkpoints', has_scores=True, read_only=True) as checkpoints:
+        assert checkpoints.latest_step == 12
+    server.fault = lambda method, path: 403 if '12' in path and ('state%2Fd' in path or 'state/d' in path) else None
+    with pytest.raises(UserError, match=r'may not be read|is refused'):
+        train(quick, run, name='digits')
+    server.fault = None
+    assert not [name for name in objects_in(run) if '/damaged/' in name]
+    system.pipe_file(array, content[: len(content) // 2])
+    train(quick, run, name='digits')
+    assert [name for name in objects_in(run) if '/damaged/' in name]
 
 
 STATE = {f'kernel {number}': jax.numpy.ones((17, number + 1)) for number in range(4)}
