@@ -35,7 +35,7 @@ NUMBER_OF_BLOCKS = {
     'vit': (4, 12),
 }
 NUM_CLASSES, IMAGE_SHAPE = 10, (32, 32, 3)
-X = np.random.default_rng(1).normal(size=(4, *IMAGE_SHAPE)).astype(np.float32)
+X = np.asarray(jax.random.normal(jax.random.key(1), (4, *IMAGE_SHAPE)))
 
 
 def small(case, cut='stage', **options):

@@ -24,12 +24,11 @@ from bqat_jax.training.spec import TrainSpec
 from bqat_jax.training.state import init_state
 from bqat_jax.training.step import make_evaluation_step, make_train_step
 from bqat_jax.transform import FULL_PRECISION, prepare
-from tests.foreign.cases import draw_variables
 from tests.programs import operations, without_dead_code
 
 NETWORK = with_inputs(cifar_resnet(10, depth=8, width=8), (8, 8, 1))
 PREPROCESSING = Preprocessing((0.5,), (0.5,), Augmentation(crop_padding=1, flip=True))
-VARIABLES = draw_variables(NETWORK)
+VARIABLES = jax.jit(lambda key: NETWORK.init(key, (8, 8, 1)))(jax.random.key(1))
 ARRAYS = {
     'image': np.random.default_rng(0).integers(0, 256, (256, 8, 8, 1)).astype(np.uint8),
     'label': np.random.default_rng(1).integers(0, 10, 256).astype(np.int32),
