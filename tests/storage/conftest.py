@@ -1,3 +1,4 @@
+import contextlib
 import os
 import uuid
 
@@ -15,15 +16,27 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slow)
 
 
-@pytest.fixture(scope='session', params=SCHEMES)
-def server(request):
+@pytest.fixture(scope='session')
+def servers():
+    """Returns the server of a scheme, started once: libraries keep their first connection for the whole process."""
+    started = {}
+    with contextlib.ExitStack() as stack:
+
+        def of(scheme):
+            if scheme not in started:
+                started[scheme] = stack.enter_context(serving(scheme))
+                started[scheme].scheme = scheme
+            return started[scheme]
+
+        yield of
+
+
+@pytest.fixture(scope='module', params=SCHEMES)
+def server(request, servers):
     """A proxy before a server with an empty bucket, for each scheme; libraries in this process find it."""
-    scheme = request.param
-    if why := why_not(scheme):
+    if why := why_not(request.param):
         pytest.skip(why)
-    with serving(scheme) as proxy:
-        proxy.scheme = scheme
-        yield proxy
+    return servers(request.param)
 
 
 @pytest.fixture
