@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import errors
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from bqat_jax.blocks.program import Program, mark_modules, trace
 from bqat_jax.blocks.switch import Call, switch_module
@@ -116,13 +116,20 @@ class BlockNetwork:
     def init_boxed(self, key: jax.Array, inputs: Any = None) -> dict[str, Any]:
         """Returns what `init` returns, with the boxes; arguments as `init`."""
         network = self if inputs is None else dataclasses.replace(self, inputs=describe_inputs(inputs))
-        try:
-            return network._start(switch_module(self.module, False).lazy_init, key, network.batch_of(1))
-        except errors.LazyInitError as error:
+        if network._reads_inputs():
             raise ValueError(
                 'The network makes variables out of its inputs, and here are only their shapes: take those that '
                 'module.init(key, a batch) returns.'
-            ) from error
+            )
+        return network._start(switch_module(self.module, False).lazy_init, key, network.batch_of(1))
+
+    def _reads_inputs(self) -> bool:
+        """Whether fresh variables depend on values of inputs: Flax would take zeros for them (0.12.12)."""
+        init, batch = switch_module(self.module, False).init, self.batch_of(1)
+        program = jax.make_jaxpr(lambda x: self._start(init, jax.random.key(0), x))(batch).jaxpr
+        read, printed = (dce_jaxpr(program, [used] * len(program.outvars))[1] for used in (True, False))
+        # What is read although no variable is wanted goes to a jax.debug.print.
+        return any(r and not p for r, p in zip(read, printed, strict=True))
 
     def shapes(self) -> dict[str, Any]:
         """Returns shapes and dtypes of the variables by collection; nothing is computed."""

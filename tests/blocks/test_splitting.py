@@ -304,6 +304,17 @@ def test_variables_that_inputs_make_are_taken_from_the_module():
     np.testing.assert_allclose(network.bind(variables, train=False).run(X).outputs.mean(0), np.zeros(4), atol=1e-6)
 
 
+def test_a_network_that_prints_its_inputs_can_be_initialised():
+    class Printing(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            jax.debug.print('{}', x.mean())
+            return nn.Dense(2, name='layer1')(nn.Dense(2, name='layer0')(x.mean((1, 2))))
+
+    variables = split_after(Printing(), ['layer0', 'layer1'], SHAPE).init(jax.random.key(0))
+    assert set(variables['params']) == {'layer0', 'layer1'}
+
+
 def test_the_argument_for_training_may_be_anything():
     class Modal(nn.Module):
         @nn.compact
