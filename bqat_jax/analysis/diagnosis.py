@@ -2,7 +2,7 @@
 
 import dataclasses
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,9 +11,9 @@ from bqat_jax.analysis.measurement import (
     LOSSES,
     REFERENCES,
     DiagnosisSettings,
-    measure_features,
-    measure_gradients,
-    measure_quantizers,
+    make_feature_measurement,
+    make_gradient_measurement,
+    make_quantizer_measurement,
 )
 from bqat_jax.replacement.block_replacement import Batch
 from bqat_jax.storage import Place, write_bytes, write_json
@@ -25,32 +25,34 @@ DIRECTORY = 'diagnosis'
 MOST_NAMES = 30
 
 
-def diagnose(
-    spec: TrainSpec,
-    state: TrainState,
-    partner: Any,
-    blocks: Mapping[str, str],
-    batches: Sequence[Batch],
-    settings: DiagnosisSettings,
-) -> dict[str, Any]:
-    """Returns a diagnosis as JSON, all but oscillations; see `measure_oscillations`.
+def make_diagnosis(
+    spec: TrainSpec, blocks: Mapping[str, str], settings: DiagnosisSettings
+) -> Callable[[TrainState, Any, Sequence[Batch]], dict[str, Any]]:
+    """Returns what diagnoses a network, all but oscillations; see `make_oscillation_measurement`.
 
     Args:
         spec: what is trained.
-        state: of one network.
-        partner: the partner's variables.
         blocks: layer path to the name of its block.
-        batches: prepared as in evaluation, `settings.batches` of them.
         settings: how much is measured.
+
+    Returns:
+        `diagnose(state, partner, batches)` for the state of one network, the partner's variables and
+        `settings.batches` batches, prepared as in evaluation. It returns JSON.
     """
-    return {
-        'step': int(state.step),
-        'blocks': dict(blocks),
-        'gradients': measure_gradients(spec, state, partner, batches, blocks, settings.samples),
-        'features': measure_features(spec, state, partner, batches),
-        'quantizers': measure_quantizers(spec, state, batches),
-        'settings': {**dataclasses.asdict(settings), 'batch_size': jax.tree.leaves(batches[0].targets)[0].shape[0]},
-    }
+    gradients = make_gradient_measurement(spec, blocks, settings.samples)
+    features, quantizers = make_feature_measurement(spec), make_quantizer_measurement(spec)
+
+    def diagnose(state, partner, batches):
+        return {
+            'step': int(state.step),
+            'blocks': dict(blocks),
+            'gradients': gradients(state, partner, batches),
+            'features': features(state, partner, batches),
+            'quantizers': quantizers(state, batches),
+            'settings': {**dataclasses.asdict(settings), 'batch_size': jax.tree.leaves(batches[0].targets)[0].shape[0]},
+        }
+
+    return diagnose
 
 
 def write_diagnosis(directory: Place, diagnosis: Mapping[str, Any]) -> None:

@@ -9,6 +9,9 @@ gradient of the quantized network's loss is compared with two that are meant to 
                     averaged. Averaged over draws, the loss is a smooth function of the weights.
 
 Both choices are ours; arXiv 2412.15846 claims truer gradients and does not, in what we could read, say against what.
+
+Each `make_*` returns a function that keeps its compiled programs: a run that is diagnosed often
+compiles them once.
 """
 
 import dataclasses
@@ -69,29 +72,22 @@ class DiagnosisSettings:
                 raise ValueError(f'diagnosis.{name}={getattr(self, name)}: it must be at least {least}.')
 
 
-def measure_gradients(
-    spec: TrainSpec,
-    state: TrainState,
-    partner: Any,
-    batches: Iterable[Batch],
-    blocks: Mapping[str, str],
-    samples: int,
-) -> dict[str, Any]:
-    """Compares pseudo-gradients with their references, and measures how much they differ from batch to batch.
+def make_gradient_measurement(
+    spec: TrainSpec, blocks: Mapping[str, str], samples: int
+) -> Callable[[TrainState, Any, Iterable[Batch]], dict[str, Any]]:
+    """Returns what compares pseudo-gradients with their references, and how much they differ from batch to batch.
 
     Args:
         spec: what is trained.
-        state: of one network.
-        partner: the partner's variables.
-        batches: prepared, at least two.
         blocks: layer path to the name of its block.
         samples: K.
 
     Returns:
-        {loss: {'layers': {path: measures}, 'blocks': {block: measures}}} for the losses 'lp' (the labels' cross entropy
-        of the LP network alone) and 'full' (the whole of training's), with the measures 'cosine_to_*' and
-        'relative_norm_to_*', the mean over batches, and 'variance': the mean squared distance from the mean gradient
-        of the batches, divided by that gradient's square.
+        `measure(state, partner, batches)` for the state of one network, the partner's variables and at least two
+        prepared batches. It returns {loss: {'layers': {path: measures}, 'blocks': {block: measures}}} for the losses
+        'lp' (the labels' cross entropy of the LP network alone) and 'full' (the whole of training's), with the measures
+        'cosine_to_*' and 'relative_norm_to_*', the mean over batches, and 'variance': the mean squared distance from
+        the mean gradient of the batches, divided by that gradient's square.
     """
     task = task_loss_alone(spec)
     smooth = _with_estimator(task, 'stochastic')
@@ -107,7 +103,7 @@ def measure_gradients(
         return {path: flat[path_of(path)] for path in blocks}
 
     @jax.jit
-    def measure(state, partner, batch, number):
+    def compare(state, partner, batch, number):
         variables = state.variables
         context = Context(spec.progress(state.step), jax.random.fold_in(state.key, number), state.strengths)
         gradients = {
@@ -133,23 +129,27 @@ def measure_gradients(
         }
         return gradients, compared
 
-    comparisons, total, count = [], None, 0
-    for number, batch in enumerate(batches):
-        gradients, compared = measure(state, partner, batch, jnp.int32(number))
-        total = gradients if total is None else jax.tree.map(jnp.add, total, gradients)
-        comparisons.append(jax.device_get(compared))
-        count += 1
-    mean_squares = jax.device_get(jax.tree.map(lambda x: jnp.sum((x / count) ** 2), total))
     groups: dict[str, dict[str, list[str]]] = {'layers': {path: [path] for path in blocks}, 'blocks': {}}
     for path, block in blocks.items():
         groups['blocks'].setdefault(block, []).append(path)
-    return {
-        loss: {
-            kind: {name: _summarize(loss, comparisons, mean_squares[loss], paths) for name, paths in members.items()}
-            for kind, members in groups.items()
+
+    def measure(state, partner, batches):
+        comparisons, total, count = [], None, 0
+        for number, batch in enumerate(batches):
+            gradients, compared = compare(state, partner, batch, jnp.int32(number))
+            total = gradients if total is None else jax.tree.map(jnp.add, total, gradients)
+            comparisons.append(jax.device_get(compared))
+            count += 1
+        squares = jax.device_get(jax.tree.map(lambda x: jnp.sum((x / count) ** 2), total))
+        return {
+            loss: {
+                kind: {name: _summarize(loss, comparisons, squares[loss], paths) for name, paths in members.items()}
+                for kind, members in groups.items()
+            }
+            for loss in LOSSES
         }
-        for loss in LOSSES
-    }
+
+    return measure
 
 
 def _summarize(
@@ -186,18 +186,19 @@ def _with_estimator(spec: TrainSpec, name: str) -> TrainSpec:
     return _with_quantization(spec, Quantization(layers))
 
 
-def measure_features(
-    spec: TrainSpec, state: TrainState, partner: Any, batches: Iterable[Batch]
-) -> dict[str, dict[str, float]]:
-    """Returns 'cka' and 'relative_error' of every LP block's output against the partner's, in evaluation, by block.
+def make_feature_measurement(
+    spec: TrainSpec,
+) -> Callable[[TrainState, Any, Iterable[Batch]], dict[str, dict[str, float]]]:
+    """Returns what measures every LP block's output against the partner's.
 
-    The mean over batches; linear CKA depends on the size of a batch. Of a block that gives several arrays the first of
-    floating-point numbers is measured.
+    `measure(state, partner, batches)` returns 'cka' and 'relative_error' in evaluation, by block: means over batches.
+    Linear CKA depends on the size of a batch. Of a block that gives several arrays, the first of floating-point numbers
+    is measured.
     """
     network, quantization = spec.replacement.network, spec.replacement.quantization
 
     @jax.jit
-    def measure(variables, partner, inputs):
+    def compare(variables, partner, inputs):
         low = run_backbone(network, quantization, variables, inputs, train=False)
         full = run_teacher(bind_partner(network, partner), inputs)
         return [
@@ -205,9 +206,12 @@ def measure_features(
             for h, g in zip(map(first_float, low.features), map(first_float, full.features), strict=True)
         ]
 
-    measures = [jax.device_get(measure(state.variables, partner, batch.inputs)) for batch in batches]
-    means: Any = jax.tree.map(lambda *values: float(sum(values) / len(values)), *measures)
-    return {f'block {number}': mean for number, mean in enumerate(means, 1)}
+    def measure(state, partner, batches):
+        measures = [jax.device_get(compare(state.variables, partner, batch.inputs)) for batch in batches]
+        means: Any = jax.tree.map(lambda *values: float(sum(values) / len(values)), *measures)
+        return {f'block {number}': mean for number, mean in enumerate(means, 1)}
+
+    return measure
 
 
 def first_float(feature: Any) -> jax.Array:
@@ -215,12 +219,13 @@ def first_float(feature: Any) -> jax.Array:
     return floats_of(feature)[0]
 
 
-def measure_quantizers(
-    spec: TrainSpec, state: TrainState, batches: Iterable[Batch]
-) -> dict[str, dict[str, dict[str, float]]]:
-    """Returns 'snr' in decibels and 'clipped', a fraction of all values, by layer and role.
+def make_quantizer_measurement(
+    spec: TrainSpec,
+) -> Callable[[TrainState, Iterable[Batch]], dict[str, dict[str, dict[str, float]]]]:
+    """Returns what measures quantizers: `measure(state, batches)`.
 
-    The signal is what arrives at the quantizer in the LP network in evaluation, the noise what quantization changes.
+    It returns 'snr' in decibels and 'clipped', a fraction of all values, by layer and role. The signal is what arrives
+    at the quantizer in the LP network in evaluation, the noise what quantization changes.
     """
     replacement = spec.replacement
     layers = {
@@ -245,17 +250,19 @@ def measure_quantizers(
         probes = {path: {role: probe(layer.layer.stack) for role, _ in _roles(layer)} for path, layer in layers.items()}
         return jax.grad(total)(probes)
 
-    counts = [jax.device_get(look(state.variables, batch.inputs)) for batch in batches]
-    sums = jax.tree.map(lambda *values: sum(value.sum() for value in values), *counts)
-
     def summarize(counts):
         return {
             'snr': float(decibels(counts['signal'], counts['noise'])),
             'clipped': float(counts['clipped'] / counts['values']),
         }
 
-    # In the order of the layers, which a map over trees does not keep.
-    return {path: {role: summarize(counts) for role, counts in sums[path].items()} for path in layers}
+    def measure(state, batches):
+        counts = [jax.device_get(look(state.variables, batch.inputs)) for batch in batches]
+        sums = jax.tree.map(lambda *values: sum(value.sum() for value in values), *counts)
+        # In the order of the layers, which a map over trees does not keep.
+        return {path: {role: summarize(counts) for role, counts in sums[path].items()} for path in layers}
+
+    return measure
 
 
 def _roles(layer: LayerQuantizers) -> list[tuple[str, Any]]:
@@ -307,16 +314,17 @@ def _observe_backward(quantizer, residuals, cotangent):
 _observe.defvjp(_observe_forward, _observe_backward)
 
 
-def measure_oscillations(
-    spec: TrainSpec, step: Callable[[TrainState, Any], TrainState], state: TrainState, batches: Iterable[Any]
-) -> dict[str, float]:
-    """Returns, by layer, the fraction of weights whose code went back on its last change at least once.
+def make_oscillation_measurement(
+    spec: TrainSpec, step: Callable[[TrainState, Any], TrainState]
+) -> Callable[[TrainState, Iterable[Any]], dict[str, float]]:
+    """Returns what measures, by layer, the fraction of weights whose code went back on its last change at least once.
 
     Args:
         spec: what is trained.
         step: `step(state, batch) -> state`, a training step with an optimizer that does learn; it may donate `state`.
-        state: to begin with.
-        batches: one for each step.
+
+    Returns:
+        `measure(state, batches)` for the state to begin with and one batch for each step.
     """
     quantizers = {
         path: layer.weights
@@ -343,10 +351,13 @@ def measure_oscillations(
             for path, (quantizer, own, kernel) in weights_of(state).items()
         }
 
-    trackers = {path: init_tracker(*arguments) for path, arguments in weights_of(state).items()}
-    for batch in batches:
-        state = step(state, batch)
-        trackers = watch(state, trackers)
-    # The frequency is a moving average: positive once a weight has oscillated.
-    shares = jax.device_get({path: jnp.mean(tracker.frequency > 0) for path, tracker in trackers.items()})
-    return {path: float(shares[path]) for path in trackers}
+    def measure(state, batches):
+        trackers = {path: init_tracker(*arguments) for path, arguments in weights_of(state).items()}
+        for batch in batches:
+            state = step(state, batch)
+            trackers = watch(state, trackers)
+        # The frequency is a moving average: positive once a weight has oscillated.
+        shares = jax.device_get({path: jnp.mean(tracker.frequency > 0) for path, tracker in trackers.items()})
+        return {path: float(shares[path]) for path in trackers}
+
+    return measure

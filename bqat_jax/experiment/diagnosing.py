@@ -1,13 +1,14 @@
 """Diagnoses a network in the middle of a run: reads batches, measures, writes files."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from bqat_jax.analysis.diagnosis import DIRECTORY, diagnose, write_diagnosis
-from bqat_jax.analysis.measurement import measure_oscillations
+from bqat_jax.analysis.diagnosis import DIRECTORY, make_diagnosis, write_diagnosis
+from bqat_jax.analysis.measurement import make_oscillation_measurement
 from bqat_jax.data.pipeline import Split
 from bqat_jax.distributed.processes import is_first
 from bqat_jax.experiment.experiment import Experiment
@@ -23,8 +24,8 @@ from bqat_jax.training.step import make_train_step
 ENDLESS = 10**9
 
 
-def diagnose_phase(experiment: Experiment, phase: Phase, split: Split, state: TrainState) -> dict[str, Any]:
-    """Measures a network at one moment of its training; writes and returns the diagnosis.
+def make_phase_diagnosis(experiment: Experiment, phase: Phase, split: Split) -> Callable[[TrainState], dict[str, Any]]:
+    """Returns what measures a network at one moment of its training, and compiles its programs once.
 
     With replicas the first one is diagnosed. Oscillations are watched during steps that are made for the diagnosis
     alone, at half the peak learning rate: the rate in the middle of a cosine decay. At the end of training, where it is
@@ -34,35 +35,50 @@ def diagnose_phase(experiment: Experiment, phase: Phase, split: Split, state: Tr
         experiment: what is run.
         phase: of it.
         split: the training split.
-        state: of all replicas; it stays as it is.
+
+    Returns:
+        `diagnose(state)`, which writes and returns the diagnosis; the state, of all replicas, stays as it is.
     """
-    settings, state = experiment.diagnosis, phase.replicas.first(state)
-    seed, prepare = experiment.seeds[0], jax.jit(phase.spec.prepare, static_argnums=2)
-    raw = plain_batches(experiment, split, seed, Stream.DIAGNOSIS, settings.batches)
-    batches = [prepare(batch, split.arrays, None) for batch in raw]
+    settings = experiment.diagnosis
+    prepare = jax.jit(phase.spec.prepare, static_argnums=2)
     blocks = blocks_of_layers(experiment.network, experiment.shapes, experiment.layers)
-    diagnosis = diagnose(phase.spec, state, phase.partner, blocks, batches, settings)
-    if settings.oscillation_steps:
-        diagnosis['oscillating'] = _watch_oscillations(experiment, phase, split, state)
-    if is_first():
-        write_diagnosis(experiment.workdir / DIRECTORY, diagnosis)
-    return diagnosis
+    measure = make_diagnosis(phase.spec, blocks, settings)
+    watch = _make_oscillation_watch(experiment, phase, split) if settings.oscillation_steps else None
+
+    def diagnose(state):
+        state = phase.replicas.first(state)
+        raw = plain_batches(experiment, split, experiment.seeds[0], Stream.DIAGNOSIS, settings.batches)
+        diagnosis = measure(state, phase.partner, [prepare(batch, split.arrays, None) for batch in raw])
+        if watch is not None:
+            diagnosis['oscillating'] = watch(state)
+        if is_first():
+            write_diagnosis(experiment.workdir / DIRECTORY, diagnosis)
+        return diagnosis
+
+    return diagnose
 
 
-def _watch_oscillations(experiment: Experiment, phase: Phase, split: Split, state: TrainState) -> dict[str, float]:
+def _make_oscillation_watch(
+    experiment: Experiment, phase: Phase, split: Split
+) -> Callable[[TrainState], dict[str, float]]:
     settings, replicas = experiment.diagnosis, experiment.single
     optimizer, learning_rate = make_optimizer(_at_half_rates(phase.optimizer), ENDLESS)
     train_step = make_train_step(phase.spec, optimizer, learning_rate, replicas)
-    # A copy: the step donates its state. The optimizer's moving averages begin anew.
-    copy = jax.tree.map(jnp.copy, state)
-    copy = copy.replace(opt_state=optimizer.init(copy.params))
-    start = settings.batches  # behind those that gradients are measured on
-    batches = training_batches(experiment, split, Stream.DIAGNOSIS, replicas, start, start + settings.oscillation_steps)
 
     def step(state, batch):
         return train_step(state, phase.partner, split.arrays, batch)[0]
 
-    return measure_oscillations(phase.spec, step, copy, batches)
+    measure = make_oscillation_measurement(phase.spec, step)
+    start = settings.batches  # behind those that gradients are measured on
+
+    def watch(state):
+        # A copy: the step donates its state. The optimizer's moving averages begin anew.
+        copy = jax.tree.map(jnp.copy, state)
+        copy = copy.replace(opt_state=optimizer.init(copy.params))
+        stop = start + settings.oscillation_steps
+        return measure(copy, training_batches(experiment, split, Stream.DIAGNOSIS, replicas, start, stop))
+
+    return watch
 
 
 def _at_half_rates(optimizer: OptimizerSpec) -> OptimizerSpec:

@@ -15,7 +15,7 @@ from bqat_jax.distributed.preemption import StopRequest
 from bqat_jax.distributed.processes import is_first, total
 from bqat_jax.errors import UserError
 from bqat_jax.experiment.configuration import Config
-from bqat_jax.experiment.diagnosing import diagnose_phase
+from bqat_jax.experiment.diagnosing import make_phase_diagnosis
 from bqat_jax.experiment.environment import check_memory
 from bqat_jax.experiment.experiment import Experiment
 from bqat_jax.experiment.finished import Finished, collections_to_evaluate, find_start, open_run
@@ -175,7 +175,7 @@ def diagnose_run(config: Config, workdir: Place) -> dict[str, Any]:
     experiment, (_, phase, restored) = open_run(config, workdir, _console())
     train = load_split(experiment, experiment.data.images.train)
     experiment.console.print('Measuring gradients, features and quantizers.')
-    step = diagnose_phase(experiment, phase, train, restored.state)['step']
+    step = make_phase_diagnosis(experiment, phase, train)(restored.state)['step']
     return {kind: str(workdir / DIAGNOSES / f'step_{step}.{kind}') for kind in ('json', 'png')}
 
 

@@ -11,7 +11,7 @@ from bqat_jax.distributed.preemption import StopRequest
 from bqat_jax.distributed.sharding import leaves_with_paths
 from bqat_jax.experiment.checkpoints import Checkpoints, Restored
 from bqat_jax.experiment.compilation import compiled_beside
-from bqat_jax.experiment.diagnosing import diagnose_phase
+from bqat_jax.experiment.diagnosing import make_phase_diagnosis
 from bqat_jax.experiment.experiment import Experiment
 from bqat_jax.experiment.hooks import Clock, Log, Save, diagnosis_hook, make_finite_check, strengths_hook
 from bqat_jax.experiment.loop import After, Before, Hooks, Step, run_steps
@@ -172,9 +172,7 @@ def _diagnose(experiment: Experiment, phase: Phase, data: Data, log: Log) -> lis
     if not phase.spec.replacement.quantization.layers or not experiment.intervals.diagnose:
         return []
 
-    def diagnose(state):
-        diagnose_phase(experiment, phase, data.train, state)
-
+    diagnose = make_phase_diagnosis(experiment, phase, data.train)
     return [(experiment.intervals.diagnose, diagnosis_hook(diagnose, log.clock))]
 
 

@@ -7,10 +7,10 @@ import pytest
 
 from bqat_jax.analysis.measurement import (
     DiagnosisSettings,
-    measure_features,
-    measure_gradients,
-    measure_oscillations,
-    measure_quantizers,
+    make_feature_measurement,
+    make_gradient_measurement,
+    make_oscillation_measurement,
+    make_quantizer_measurement,
 )
 from bqat_jax.analysis.measures import decibels, linear_cka, products, relative_error
 from bqat_jax.blocks.block_network import other_collections
@@ -58,7 +58,7 @@ def test_cka_is_that_of_the_features():
 
 def test_without_quantizers_all_gradients_are_the_same():
     spec = in_full_precision(make_spec('none', distillation=0.0)[0])
-    gradients = measure_gradients(spec, state_of(spec, {}), VARIABLES, BATCHES, BLOCKS, samples=2)
+    gradients = make_gradient_measurement(spec, BLOCKS, samples=2)(state_of(spec, {}), VARIABLES, BATCHES)
     for loss in ('lp', 'full'):
         assert list(gradients[loss]['layers']) == list(BLOCKS)
         assert list(gradients[loss]['blocks']) == ['block 1', 'block 2', 'block 3', 'head']
@@ -73,7 +73,7 @@ def test_without_quantizers_all_gradients_are_the_same():
 def test_the_variance_over_batches_is_that_of_numpy():
     spec = in_full_precision(make_spec('none', distillation=0.0)[0])
     state = state_of(spec, {})
-    measured = measure_gradients(spec, state, VARIABLES, BATCHES, BLOCKS, samples=1)
+    measured = make_gradient_measurement(spec, BLOCKS, samples=1)(state, VARIABLES, BATCHES)
 
     def gradient(batch):
         def loss(params):
@@ -95,7 +95,7 @@ def test_the_whole_loss_is_that_of_training():
     spec = dataclasses.replace(spec, regularizers=regularizers, batch_norm_groups=4)
     state = dataclasses.replace(state_of(spec, quantizers), step=jnp.int32(10))
     path = 'stage2_block1/conv1'
-    measured = measure_gradients(spec, state, VARIABLES, BATCHES[:2], BLOCKS, samples=1)['full']['layers'][path]
+    measured = make_gradient_measurement(spec, BLOCKS, samples=1)(state, VARIABLES, BATCHES[:2])['full']['layers'][path]
 
     def kernel_gradient(spec, number):
         context = Context(spec.progress(state.step), jax.random.fold_in(state.key, number))
@@ -120,7 +120,9 @@ def test_two_bits_leave_less_of_the_gradient_than_eight():
     cosines = []
     for bits in (2, 8):
         spec, quantizers = make_spec('prefix', bits=bits)
-        gradients = measure_gradients(spec, state_of(spec, quantizers), VARIABLES, BATCHES[:2], BLOCKS, samples=2)
+        gradients = make_gradient_measurement(spec, BLOCKS, samples=2)(
+            state_of(spec, quantizers), VARIABLES, BATCHES[:2]
+        )
         cosines.append(gradients['lp']['blocks']['block 2'])
         assert gradients['full']['blocks']['block 2']['relative_norm_to_full_precision'] > 0
     for reference in ('full_precision', 'smoothed'):
@@ -130,18 +132,18 @@ def test_two_bits_leave_less_of_the_gradient_than_eight():
 
 def test_features_of_the_same_network_are_the_same():
     spec = in_full_precision(make_spec('none')[0])
-    features = measure_features(spec, state_of(spec, {}), VARIABLES, BATCHES[:1])
+    features = make_feature_measurement(spec)(state_of(spec, {}), VARIABLES, BATCHES[:1])
     assert list(features) == ['block 1', 'block 2', 'block 3']
     for measures in features.values():
         assert measures == {'cka': pytest.approx(1, abs=1e-5), 'relative_error': 0}
     spec, quantizers = make_spec('none', bits=2)
-    low = measure_features(spec, state_of(spec, quantizers), VARIABLES, BATCHES[:1])
+    low = make_feature_measurement(spec)(state_of(spec, quantizers), VARIABLES, BATCHES[:1])
     assert all(measures['cka'] < 1 and measures['relative_error'] > 0.1 for measures in low.values())
 
 
 def test_noise_and_clipping_are_those_of_numpy():
     spec, quantizers = make_spec('none', bits=3)
-    noises = measure_quantizers(spec, state_of(spec, quantizers), BATCHES)
+    noises = make_quantizer_measurement(spec)(state_of(spec, quantizers), BATCHES)
     assert list(noises) == list(BLOCKS)
     kernel = np.asarray(VARIABLES['params']['stage1_block1']['conv2']['kernel'], np.float64)
     step = float(quantizers['stage1_block1/conv2']['weights']['step_size'])
@@ -171,7 +173,7 @@ def test_weights_that_go_back_are_counted_and_others_are_not():
         return state.replace(params=params)
 
     state = state_of(spec, quantizers)
-    shares = measure_oscillations(spec, move, move(state, 0), range(1, 5))
+    shares = make_oscillation_measurement(spec, move)(move(state, 0), range(1, 5))
     size = VARIABLES['params'][name]['conv1']['kernel'].size
     assert shares['stage1_block1/conv1'] == pytest.approx(10 / size)
     assert shares['stage1_block1/conv2'] == 0
