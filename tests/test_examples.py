@@ -9,6 +9,7 @@ from tests.conftest import ROOT
 NOTEBOOKS = sorted((ROOT / 'examples').glob('*.ipynb'))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_and_draws(path, monkeypatch, tmp_path):
     nbclient = pytest.importorskip('nbclient', reason='nbclient, which runs notebooks, is not installed')

@@ -90,7 +90,7 @@ def test_the_variance_over_batches_is_that_of_numpy():
 
 def test_the_whole_loss_is_that_of_training():
     """With dampening and batch-norm groups: the gradients' norm is that of `total_loss`."""
-    spec, quantizers = make_spec('prefix', bits=2)
+    spec, quantizers = make_spec('none', bits=2)
     regularizers = Regularizers(dampening=50.0, dampening_start=0.0)
     spec = dataclasses.replace(spec, regularizers=regularizers, batch_norm_groups=4)
     state = dataclasses.replace(state_of(spec, quantizers), step=jnp.int32(10))

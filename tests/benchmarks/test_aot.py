@@ -58,7 +58,7 @@ def test_what_a_tpu_program_repeats_counts_once():
     }
 
 
-@pytest.mark.parametrize(('plan', 'fsdp'), [('none', 1), ('prefix_sampled', 4)])
+@pytest.mark.parametrize(('plan', 'fsdp'), [('none', 1), pytest.param('prefix_sampled', 4, marks=pytest.mark.slow)])
 def test_a_step_for_the_devices_of_this_machine(plan, fsdp):
     facts = report(config(plan, fsdp), 'local', 8)
     assert (facts['devices'], facts['data'], facts['fsdp']) == (8, 8 // fsdp, fsdp)

@@ -163,7 +163,7 @@ def damaged(tmp_path):
     return load_images('photos', str(tmp_path), ImageOptions(0.0, 16, test_split='validation')), str(path)
 
 
-@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('workers', [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_damaged_record_is_named_or_skipped_and_counted(damaged, workers):
     images, path = damaged
     with pytest.raises(Exception, match=f'ecord 1 of {path} cannot be read: RuntimeError: Corrupted'):

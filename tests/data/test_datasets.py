@@ -10,8 +10,11 @@ from PIL import Image
 from bqat_jax.data.pipeline import read_whole
 from bqat_jax.data.sources import DATASETS, ImageOptions, load_images, register_dataset
 
+# It reads the whole of Python's library.
+SLOW = ('python_bytes',)
 
-@pytest.mark.parametrize('name', list(DATASETS))
+
+@pytest.mark.parametrize('name', [pytest.param(x, marks=pytest.mark.slow) if x in SLOW else x for x in DATASETS])
 def test_a_data_set_that_prepares_itself(name, digits_dir):
     images = load_images(name, digits_dir, ImageOptions(0.1))
     for subset in (images.train, images.validation, images.test):

@@ -123,7 +123,7 @@ def wait_for_step(processes, workdir, step, patience=300):
 @pytest.mark.parametrize(
     ('count', 'more'),
     [
-        (2, ()),
+        pytest.param(2, (), marks=pytest.mark.slow),
         pytest.param(2, ('--config.data.on_device=true',), marks=pytest.mark.slow),
         pytest.param(4, ('--config.mesh.fsdp=2',), marks=pytest.mark.slow),
     ],

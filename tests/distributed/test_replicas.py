@@ -64,7 +64,7 @@ TURNS, AS_ONE = True, False  # as on a CPU, and as on other platforms
     ('turns', 'plan', 'quantized'),
     [
         (TURNS, 'bernoulli', False),
-        (AS_ONE, 'prefix', True),
+        pytest.param(AS_ONE, 'prefix', True, marks=pytest.mark.slow),
         pytest.param(TURNS, 'prefix', True, marks=pytest.mark.slow),
         pytest.param(AS_ONE, 'bernoulli', False, marks=pytest.mark.slow),
     ],
@@ -89,7 +89,7 @@ def test_replicas_take_turns_on_a_cpu():
     assert Replicas(2, Placement(make_mesh(1))).take_turns
 
 
-@pytest.mark.parametrize('turns', [TURNS, AS_ONE])
+@pytest.mark.parametrize('turns', [TURNS, pytest.param(AS_ONE, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('devices', [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_what_is_drawn_stays_a_conditional_side_by_side(monkeypatch, devices, turns):
     monkeypatch.setattr(Replicas, 'take_turns', turns)

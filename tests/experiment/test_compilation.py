@@ -95,7 +95,15 @@ def test_what_compilation_raises_is_raised_where_it_is_waited_for():
         pass  # who does not wait is not told
 
 
-@pytest.mark.parametrize('keys', [{}, {'train.replicas': 2, 'data.on_device': False}, {'mesh.fsdp': 2}], ids=str)
+@pytest.mark.parametrize(
+    'keys',
+    [
+        {},
+        pytest.param({'train.replicas': 2, 'data.on_device': False}, marks=pytest.mark.slow),
+        pytest.param({'mesh.fsdp': 2}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_the_first_step_finds_its_program_compiled(digits_dir, tmp_path, compilations, keys):
     config = load_recipe(ROOT / 'configs' / 'digits.py').get_config()
     config.data.dir, config.network.width, config.train.batch_size, config.mesh.data = digits_dir, 2, 8, 1

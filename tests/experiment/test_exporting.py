@@ -17,6 +17,7 @@ from tests.experiment.test_run import shortened
 def finished(digits_dir, tmp_path_factory):
     """A finished run of two seeds whose batch statistics are estimated anew: its config and workdir."""
     config = shortened(digits_dir)
+    config.replacement.plan, config.replacement.distillation = 'none', 0.0
     config.train.replicas, config.quant.reestimation_batches, config.mesh.data = 2, 2, 1
     workdir = tmp_path_factory.mktemp('export')
     train(config, workdir, name='digits')

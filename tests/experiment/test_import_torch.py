@@ -118,10 +118,10 @@ def test_where_only_the_head_differs_the_error_says_how_to_go_on(config, tmp_pat
 @pytest.mark.parametrize(
     ('head', 'fsdp'),
     [
-        pytest.param({}, 1, id='same'),
+        pytest.param({}, 1, marks=pytest.mark.slow, id='same'),
         pytest.param(OTHER_CLASSES, 1, id='other'),
         pytest.param(dict.fromkeys(OTHER_CLASSES), 1, id='none'),
-        pytest.param(OTHER_CLASSES, 2, id='other, sharded'),
+        pytest.param(OTHER_CLASSES, 2, marks=pytest.mark.slow, id='other, sharded'),
         pytest.param({}, 2, marks=pytest.mark.slow, id='same, sharded'),
         pytest.param(dict.fromkeys(OTHER_CLASSES), 2, marks=pytest.mark.slow, id='none, sharded'),
     ],

@@ -23,6 +23,7 @@ def traced_steps(folder):
 def test_a_run_leaves_a_trace_of_the_steps_asked_for(digits_dir, tmp_path):
     config = shortened(digits_dir)
     config.profile, config.profile_steps = True, (2, 3)
+    config.replacement.plan, config.replacement.distillation = 'none', 0.0
     config.partner.optimizer.warmup_steps, config.partner.steps = 0, 2
     train(config, tmp_path, name='digits', overrides={})
     assert traced_steps(tmp_path / FOLDER / 'train') == {2, 3}

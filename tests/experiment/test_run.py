@@ -155,7 +155,8 @@ def test_a_config_that_failed_before_it_left_anything_may_be_corrected(finished,
         train(config, tmp_path / 'run', name='digits')
     assert (tmp_path / 'run' / 'config.json').exists()
     config.partner.workdir, config.train.steps = str(finished[1]), 0
-    assert train(config, tmp_path / 'run', name='digits')['checkpoint_step'] == 0
+    result = train(config, tmp_path / 'run', name='digits')  # the calibrated network
+    assert result['checkpoint_step'] == 0 and result['examples_evaluated'] == 360
 
 
 def test_the_partner_of_another_run_is_taken_with_its_normalisation(finished, config, tmp_path):
@@ -292,8 +293,8 @@ def test_a_workdir_of_an_older_version_is_refused_by_its_version(finished, confi
         train(config, tmp_path / 'run', name='digits')
 
 
-def test_oscillating_weights_are_dampened_frozen_and_their_statistics_estimated_anew(config, finished, tmp_path):
-    config.partner.workdir = str(finished[1])
+def test_oscillating_weights_are_dampened_frozen_and_their_statistics_estimated_anew(plain, tmp_path):
+    config = plain
     config.quant.oscillations.dampening, config.quant.oscillations.freezing = 0.1, True
     config.quant.oscillations.freezing_momentum, config.quant.oscillations.freezing_first_threshold = 0.5, 0.2
     config.quant.reestimation_batches = 2
@@ -315,13 +316,6 @@ def test_a_layer_that_does_not_suit_its_quantizer_is_named(config, finished, tmp
     config.quant.rules = ()
     with pytest.raises(UserError, match=r'Layer stem/conv: The quantizer .n2uq.*outputs begin at zero'):
         train(config, tmp_path / 'run', name='digits')
-
-
-def test_zero_steps_evaluate_the_calibrated_network(config, finished, tmp_path):
-    config.partner.workdir = str(finished[1])
-    config.train.steps = 0
-    result = train(config, tmp_path / 'run', name='digits')
-    assert result['checkpoint_step'] == 0 and result['examples_evaluated'] == 360
 
 
 @pytest.mark.parametrize(
@@ -438,6 +432,7 @@ def test_a_network_of_the_users_runs_by_its_name(config, tmp_path, registries):
         "    return split_after(Network(num_classes), ['layer0', 'layer1', 'layer2'], (size, size, 1))\n"
     )
     config.plugins = str(plugin)
+    config.replacement.plan, config.replacement.distillation = 'none', 0.0
     config.network = ml_collections.ConfigDict({'name': 'mine'})
     config.quant.rules = ({'layers': 'Conv_0', 'weights': {'bits': 8}, 'activations': {'bits': 8}},)
     result = train(config, tmp_path / 'run', name='digits')
@@ -487,9 +482,8 @@ def test_the_shared_resnet20_is_as_good_as_in_pytorch(shared_data, tmp_path):
     assert result['fp_top1'] == pytest.approx(0.9173, abs=0.0002)
 
 
-def test_a_run_of_two_seeds_gives_both_results(config, finished, tmp_path):
-    _, workdir, _ = finished
-    config.partner.workdir = str(workdir)
+def test_a_run_of_two_seeds_gives_both_results(plain, tmp_path):
+    config = plain
     config.train.replicas = config.mesh.data = 2
     config.quant.reestimation_batches = 1
     both = train(config, tmp_path / 'both', name='digits')
@@ -535,7 +529,7 @@ def test_a_run_goes_on_with_fewer_devices_at_the_next_example(config, whole, tmp
 
 
 def test_a_checkpoint_is_diagnosed_and_training_too(config, finished, tmp_path):
-    config.partner.workdir = str(finished[1])
+    config.partner.workdir, config.replacement.plan = str(finished[1]), 'none'
     config.diagnosis.every_steps, config.diagnosis.batches, config.diagnosis.samples = 8, 2, 2
     config.diagnosis.oscillation_steps = 3
     result = train(config, tmp_path / 'run', name='digits')

@@ -56,6 +56,7 @@ def recipe(request, data_dir):
     return request.param, config, metric
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_ends_bit_for_bit_like_one_that_was_not(recipe, tmp_path, monkeypatch):
     name, config, metric = recipe
     expected = train(config, tmp_path / 'whole', name=name)

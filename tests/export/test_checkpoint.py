@@ -18,7 +18,13 @@ def path(tmp_path):
     return tmp_path / 'model.safetensors'
 
 
-@pytest.mark.parametrize('make', [lambda: of_family('cifar_resnet'), lambda: everything('lsq', 'lsq_plus', 3, 2)])
+@pytest.mark.parametrize(
+    'make',
+    [
+        pytest.param(lambda: of_family('cifar_resnet'), id='cifar_resnet'),
+        pytest.param(lambda: everything('lsq', 'lsq_plus', 3, 2), marks=pytest.mark.slow, id='every layer'),
+    ],
+)
 def test_a_network_comes_back(make, path):
     quantized = make()
     write_checkpoint(path, quantized.frozen)

@@ -142,6 +142,7 @@ def test_an_opset_that_is_not_known_is_refused():
         export_onnx(quantized.frozen, quantized.network, opset=20)
 
 
+@pytest.mark.slow
 def test_trees_of_inputs_go_through_every_format(tmp_path):
     """Tokens and their lengths, through the loops of a recurrent network, which answers as its fake-quantized one."""
     with jax.numpy_rank_promotion('allow'), jax.numpy_dtype_promotion('standard'):

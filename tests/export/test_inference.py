@@ -18,7 +18,7 @@ from tests.export.networks import FAMILIES, everything, of_family, of_stranger, 
 from tests.foreign.cases import CASES
 
 # Some parts of these are the same as others', at a multiple of the cost.
-SLOW = ('mobilenet_v2', 'resnet18', 'vit', 'vgg_small')
+SLOW = ('mobilenet_v2', 'resnet18', 'unet', 'vit', 'vgg_small')
 
 
 def run_frozen(quantized, arithmetic):

@@ -136,7 +136,7 @@ def test_blocks_one_after_another_are_the_whole(case, train, cut):
 
 
 @pytest.mark.parametrize('dtype', DTYPES)
-@pytest.mark.parametrize('case', SMALL)
+@pytest.mark.parametrize('case', all_but_slow('resnet50', 'mobilenet_v2', 'vit'))
 def test_features_have_the_dtype_of_the_computation_and_logits_are_float32(case, dtype):
     network = small_with_inputs(case, dtype=dtype)
     *features, (logits,) = network.crossings
@@ -152,14 +152,14 @@ def test_neither_the_cut_nor_the_dtype_nor_remat_changes_the_parameters(case):
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), variables) == expected
 
 
-@pytest.mark.parametrize('case', all_but_slow('resnet50'))
+@pytest.mark.parametrize('case', all_but_slow('resnet50', 'mobilenet_v2', 'vit'))
 def test_bfloat16_is_near_float32(case):
     near, exact = (np.asarray(logits(case, dtype)) for dtype in ('bfloat16', 'float32'))
     assert not np.array_equal(near, exact)
     np.testing.assert_allclose(near, exact, atol=0.2 * np.abs(exact).max())
 
 
-@pytest.mark.parametrize('case', all_but_slow('resnet50', 'resnet18', 'mobilenet_v2'))
+@pytest.mark.parametrize('case', all_but_slow('resnet50', 'resnet18', 'mobilenet_v2', 'vit'))
 def test_gradients_are_finite_and_reach_every_parameter(case):
     loss, gradients = loss_and_gradients(case, remat=False)
     assert np.isfinite(loss)
@@ -168,7 +168,7 @@ def test_gradients_are_finite_and_reach_every_parameter(case):
         assert np.any(np.asarray(gradient) != 0), path
 
 
-@pytest.mark.parametrize('case', all_but_slow('resnet50', 'mobilenet_v2', 'resnet18'))
+@pytest.mark.parametrize('case', all_but_slow('resnet50', 'mobilenet_v2', 'resnet18', 'vit'))
 def test_remat_changes_no_gradient(case):
     assert_remat_changes_nothing(case, train=True)
 

@@ -122,7 +122,14 @@ def statistics_with_biased_variance(before, after, norms, counts):
     return corrected
 
 
-@pytest.mark.parametrize('case', CASES)
+# Of these the others are variants.
+SLOW = ('resnet50', 'mobilenet_v2_torch')
+all_cases = pytest.mark.parametrize(
+    'case', [pytest.param(x, marks=pytest.mark.slow) if x in SLOW else x for x in CASES]
+)
+
+
+@all_cases
 def test_logits_in_inference(case, tmp_path):
     model, images = made(case)
     torch.save(model.state_dict(), tmp_path / 'weights.pth')
@@ -132,9 +139,7 @@ def test_logits_in_inference(case, tmp_path):
     assert_same_logits(logits, expected)
 
 
-@pytest.mark.parametrize(
-    'case', [pytest.param(x, marks=pytest.mark.slow) if x in ('resnet50', 'mobilenet_v2_torch') else x for x in CASES]
-)
+@all_cases
 def test_logits_and_statistics_in_training(case, tmp_path):
     model, images = made(case)
     before = {name: value.clone() for name, value in model.state_dict().items()}

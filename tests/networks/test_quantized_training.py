@@ -9,7 +9,7 @@ from bqat_jax.blocks.block_network import other_collections
 from bqat_jax.quantizers.rounding import Context
 from bqat_jax.replacement.block_replacement import Batch, replace_blocks
 from bqat_jax.replacement.paths import Variables
-from tests.networks.test_networks import X, all_but_slow, drawn, quick_jit, small
+from tests.networks.test_networks import SMALL, X, all_but_slow, drawn, quick_jit, small
 
 BATCH = Batch(X, jnp.arange(len(X)) % 10)
 CONTEXT = Context(key=jax.random.key(0))
@@ -37,7 +37,8 @@ def test_a_step_of_two_and_four_bits(case, bits):
     assert not any(leaf.any() for leaf in jax.tree.leaves(of_partner))
 
 
-@pytest.mark.parametrize('case', all_but_slow('resnet18', 'resnet50', 'mobilenet_v2', 'vgg_small', 'vit'))
+@pytest.mark.slow
+@pytest.mark.parametrize('case', SMALL)
 def test_blocks_that_recompute_are_calibrated_and_trained_as_others(case):
     """What is measured inside `nn.remat`, and what quantizes there, is as outside."""
     partner, settings = drawn(case), {'name': 'lsq', 'bits': 4, 'estimator': 'ewgs'}

@@ -36,6 +36,12 @@ PLANS = {
 # What is registered besides, by somebody who need not know of this test.
 PLANS |= {name: Plan(name, BLOCKS) for name in set(REGISTERED) - {'none'} - {plan.name for plan in PLANS.values()}}
 
+# Variants of others: more models of the same kind, or the same from the other end.
+SLOW = ('prefix and last', 'suffix', 'sampled_2')
+every_plan = pytest.mark.parametrize(
+    'name', [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in PLANS]
+)
+
 
 @functools.cache
 def network():
@@ -151,7 +157,7 @@ def gradients_by_hand():
     return jax.jit(jax.value_and_grad(loss))
 
 
-@pytest.mark.parametrize('name', PLANS)
+@every_plan
 def test_paths_equal_the_same_paths_run_one_by_one(name):
     """Values and gradients: together along the batch, or chosen by cond, or one after another."""
     mask, weights = PLANS[name].draw(jax.random.key(7))
@@ -185,13 +191,13 @@ def test_every_draw_equals_the_model_of_the_known_plan(drawn, known):
             np.testing.assert_allclose(logits, everything[row], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize('name', PLANS)
+@every_plan
 def test_no_gradient_reaches_a_parameter_of_the_partner(name):
     _, _, gradients, _ = our_gradients(name)(*PLANS[name].draw(jax.random.key(0)))
     assert all(np.abs(leaf).max() == 0 for leaf in jax.tree.leaves(jax.device_get(gradients)))
 
 
-@pytest.mark.parametrize('name', PLANS)
+@every_plan
 def test_a_path_gives_gradients_to_its_lp_blocks_and_to_no_other(name):
     mask, weights = PLANS[name].draw(jax.random.key(3))
     gradients = jax.device_get(our_gradients(name)(mask, weights)[3])
@@ -207,7 +213,7 @@ def test_without_quantizers_the_backbone_is_the_partner():
     np.testing.assert_array_equal(full_precision(train=False).logits, teacher().logits)
 
 
-@pytest.mark.parametrize('name', PLANS)
+@every_plan
 def test_with_identity_quantizers_and_equal_weights_every_path_is_the_partner(name):
     plan = PLANS[name]
     mask, _ = plan.draw(jax.random.key(5))

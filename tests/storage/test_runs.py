@@ -137,7 +137,7 @@ def kill_and_resume(start, bucket, local, kills):
     assert not [name for name in objects_in(bucket) if '/damaged/' in name or 'probe' in name]
 
 
-@pytest.mark.slow_on('s3')
+@pytest.mark.slow
 def test_a_second_run_is_refused_and_a_suspended_holder_stops_without_writing(start, bucket, local):
     first = start(bucket)
     wait_until(first, lambda: newest(bucket, 'train') >= 2)

@@ -256,6 +256,7 @@ def test_sweeps_that_are_shipped_fit_their_recipes(path):
             override(load_recipe(recipe).get_config(), setting, method, *sweep.choices[:1])
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on(digits_dir, tmp_path):
     """A real one: killed with SIGKILL between two runs, or within one; finished runs stay as they are."""
     (tmp_path / 'sweep.py').write_text(
