@@ -88,6 +88,7 @@ def test_the_variance_over_batches_is_that_of_numpy():
     np.testing.assert_allclose(measured['lp']['layers']['stage2_block1/conv1']['variance'], expected, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_whole_loss_is_that_of_training():
     """With dampening and batch-norm groups: the gradients' norm is that of `total_loss`."""
     spec, quantizers = make_spec('none', bits=2)

@@ -89,8 +89,9 @@ def test_replicas_take_turns_on_a_cpu():
     assert Replicas(2, Placement(make_mesh(1))).take_turns
 
 
-@pytest.mark.parametrize('turns', [TURNS, pytest.param(AS_ONE, marks=pytest.mark.slow)])
-@pytest.mark.parametrize('devices', [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize('turns', [TURNS, AS_ONE])
+@pytest.mark.parametrize('devices', [1, 2])
 def test_what_is_drawn_stays_a_conditional_side_by_side(monkeypatch, devices, turns):
     monkeypatch.setattr(Replicas, 'take_turns', turns)
     spec, quantizers = make_spec('prefix_sampled')

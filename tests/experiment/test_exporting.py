@@ -24,6 +24,7 @@ def finished(digits_dir, tmp_path_factory):
     return config, workdir
 
 
+@pytest.mark.slow
 def test_every_format_is_written_and_run(finished, capsys):
     pytest.importorskip('onnxruntime')
     config, workdir = finished

@@ -119,7 +119,7 @@ def test_where_only_the_head_differs_the_error_says_how_to_go_on(config, tmp_pat
     ('head', 'fsdp'),
     [
         pytest.param({}, 1, marks=pytest.mark.slow, id='same'),
-        pytest.param(OTHER_CLASSES, 1, id='other'),
+        pytest.param(OTHER_CLASSES, 1, marks=pytest.mark.slow, id='other'),
         pytest.param(dict.fromkeys(OTHER_CLASSES), 1, id='none'),
         pytest.param(OTHER_CLASSES, 2, marks=pytest.mark.slow, id='other, sharded'),
         pytest.param({}, 2, marks=pytest.mark.slow, id='same, sharded'),
@@ -146,6 +146,7 @@ def test_with_a_new_head_training_starts_from_the_other_weights(config, tmp_path
     assert "from PyTorch file weights.pth, its entry 'model' (not 'ema')" in said.getvalue()
 
 
+@pytest.mark.slow
 def test_with_a_new_head_the_partner_is_trained(config, tmp_path):
     save(config, tmp_path, **OTHER_CLASSES)
     config.partner.new_head, config.train.steps, config.partner.steps = True, 0, 4

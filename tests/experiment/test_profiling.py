@@ -20,6 +20,7 @@ def traced_steps(folder):
     return {int(event['args']['step_num']) for event in events if event.get('name') == 'train'}
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_trace_of_the_steps_asked_for(digits_dir, tmp_path):
     config = shortened(digits_dir)
     config.profile, config.profile_steps = True, (2, 3)

@@ -89,7 +89,7 @@ MEASURED = (
 @pytest.mark.parametrize(
     ('more', 'often'),
     [
-        (TRACKED, False),
+        pytest.param(TRACKED, False, marks=pytest.mark.slow),
         pytest.param(TRACKED, True, marks=pytest.mark.slow),
         pytest.param(MEASURED, True, marks=pytest.mark.slow),
     ],

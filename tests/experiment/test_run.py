@@ -171,6 +171,7 @@ def test_the_partner_of_another_run_is_taken_with_its_normalisation(finished, co
         train(config, tmp_path / 'other', name='digits')
 
 
+@pytest.mark.slow
 def test_streamed_data_gives_the_same_run(finished, config, tmp_path):
     _, workdir, _ = finished
     config.partner.workdir = str(workdir)
@@ -216,6 +217,7 @@ def test_images_that_overflow_the_network_count_as_wrong_and_are_told(finished, 
     assert result['logits_not_finite'] == 14  # of the network and of its partner
 
 
+@pytest.mark.slow
 def test_a_network_starts_from_that_of_another_run_with_other_bits(finished, config, tmp_path):
     _, workdir, result = finished
     config.init.workdir = str(workdir)
@@ -293,6 +295,7 @@ def test_a_workdir_of_an_older_version_is_refused_by_its_version(finished, confi
         train(config, tmp_path / 'run', name='digits')
 
 
+@pytest.mark.slow
 def test_oscillating_weights_are_dampened_frozen_and_their_statistics_estimated_anew(plain, tmp_path):
     config = plain
     config.quant.oscillations.dampening, config.quant.oscillations.freezing = 0.1, True
@@ -421,6 +424,7 @@ def test_the_summary_counts_what_there_is(config, tmp_path):
     assert totals['bytes'] == expected and totals['bytes_full_precision'] == 4 * totals['parameters']
 
 
+@pytest.mark.slow
 def test_a_network_of_the_users_runs_by_its_name(config, tmp_path, registries):
     plugin = tmp_path / 'mine.py'
     plugin.write_text(
@@ -482,6 +486,7 @@ def test_the_shared_resnet20_is_as_good_as_in_pytorch(shared_data, tmp_path):
     assert result['fp_top1'] == pytest.approx(0.9173, abs=0.0002)
 
 
+@pytest.mark.slow
 def test_a_run_of_two_seeds_gives_both_results(plain, tmp_path):
     config = plain
     config.train.replicas = config.mesh.data = 2
@@ -528,6 +533,7 @@ def test_a_run_goes_on_with_fewer_devices_at_the_next_example(config, whole, tmp
     assert 'params/network/stage3_block1/conv1/kernel' in described
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_diagnosed_and_training_too(config, finished, tmp_path):
     config.partner.workdir, config.replacement.plan = str(finished[1]), 'none'
     config.diagnosis.every_steps, config.diagnosis.batches, config.diagnosis.samples = 8, 2, 2

@@ -55,7 +55,7 @@ def run_alone(program, path, inputs, tmp_path):
     return np.load(tmp_path / 'out.npy')
 
 
-@pytest.fixture(params=['cifar_resnet', 'everything'])
+@pytest.fixture(params=['cifar_resnet', pytest.param('everything', marks=pytest.mark.slow)])
 def quantized(request):
     return of_family(request.param) if request.param != 'everything' else everything('lsq', 'lsq_plus', 3, 2)
 
@@ -83,7 +83,7 @@ def test_onnx_runs_without_the_project_and_without_jax(quantized, level, opset, 
 
 
 @pytest.mark.parametrize('batch', [0, 2])
-@pytest.mark.parametrize('name', ['cifar_resnet', 'decoder'])
+@pytest.mark.parametrize('name', ['cifar_resnet', pytest.param('decoder', marks=pytest.mark.slow)])
 def test_programs_for_any_or_one_number_of_examples_give_the_same(name, batch, tmp_path):
     quantized = of_family(name)
     inputs, expected = quantized.inputs[:2], expected_of(quantized)[:2]

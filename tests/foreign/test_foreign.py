@@ -100,7 +100,7 @@ def test_a_network_trains_with_weights_and_activations_of_four_bits(name):
     assert jax.tree.all(jax.tree.map(lambda new, old: new.size == 1 or np.any(new != old), trained.params, before))
 
 
-@pytest.mark.parametrize('name', list(CASES))
+@pytest.mark.parametrize('name', [pytest.param(x, marks=pytest.mark.slow) if x in SLOW_TO_CUT else x for x in CASES])
 def test_no_weight_goes_unmentioned(name):
     case, (network, variables) = CASES[name], cut(name)
     layers = bq.find_layers(
