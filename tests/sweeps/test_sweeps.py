@@ -266,6 +266,7 @@ def test_a_killed_sweep_goes_on(digits_dir, tmp_path):
     command += [f'--workdir={tmp_path}/run', f'--config.data.dir={digits_dir}', '--config.replacement.plan=none']
     command += ['--config.network.width=4', '--config.partner.steps=2', '--config.partner.optimizer.warmup_steps=0']
     command += ['--config.train.steps=6', '--config.checkpoint.every_steps=1', '--config.quant.calibration_batches=1']
+    command += ['--config.report=false']
     environment = {**os.environ, 'XLA_FLAGS': ONE_DEVICE}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     results = [tmp_path / 'run' / 'all' / 'plain' / f'seed {seed}' / 'result.json' for seed in range(3)]
