@@ -3,6 +3,7 @@
 import functools
 import json
 import logging
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -83,9 +84,10 @@ def report_finished(experiment: Experiment, finished: Finished, collections: Any
     if not is_first():
         return
     experiment.console.print('Writing the report.')
+    began = time.monotonic()
     try:
         path = write_report(experiment, lambda: finished, lambda: collections, lambda: test)
-        experiment.console.print(f'Report: {path}')
+        experiment.console.print(f'Report: {path}, in {time.monotonic() - began:.1f} s.', soft_wrap=True)
     except Exception as error:  # the result is there, and nothing of it may be lost
         logger.warning(
             'The report of %s could not be written (%s: %s). The run is complete all the same; --mode=report, with the '

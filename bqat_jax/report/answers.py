@@ -101,7 +101,7 @@ def make_answer_step(task: Task, num_classes: int) -> Any:
         raise Unavailable(f'The task {task.name} does not choose between classes.')
     if num_classes > MOST_CLASSES:
         raise Unavailable(f'There are {num_classes} classes; a matrix of more than {MOST_CLASSES} is not counted.')
-    ignored, where = task.ignore, str(task.logits)
+    ignored, where = _options(task)
 
     def step(outputs, targets, mask):
         logits = select(outputs, where, 'logits').astype(jnp.float32)
@@ -121,3 +121,8 @@ def make_answer_step(task: Task, num_classes: int) -> Any:
         return counts
 
     return step
+
+
+def _options(task: Classification) -> tuple[int | None, str]:
+    """The label that does not count, and where the logits are."""
+    return task.ignore, str(task.logits)

@@ -72,6 +72,7 @@ def _plot(title: str, lines: Mapping[str, tuple[np.ndarray, np.ndarray]], figure
     positive = everything[everything > 0]
     if len(everything) and len(positive) == len(everything) and positive.max() > WIDE * positive.min():
         axes.set_yscale('log')
+        _plain_numbers(axes.yaxis)
     axes.set_title(title)
     axes.set_xlabel('step')
     axes.grid(True)
@@ -86,11 +87,11 @@ def _plain_numbers(axis: Any) -> None:
 
 
 def _short(value: float) -> str:
-    """1200000 as '1.2M'."""
+    """1200000 as '1.2M', 0.00001 as '1e-5'."""
     for size, letter in ((1e9, 'G'), (1e6, 'M'), (1e3, 'k')):
         if abs(value) >= size and abs(value) >= 1e4:
             return f'{value / size:g}{letter}'
-    return f'{value:g}'
+    return f'{value:g}'.replace('e-0', 'e-')
 
 
 def layer(name: str, title: str, looks: Mapping[str, Look]) -> Drawing:
@@ -153,8 +154,8 @@ def matrix(
         axes: what rows and columns are.
     """
     counts = np.issubdtype(values.dtype, np.integer)
-    # Of counts each row by itself: what became of its examples.
-    strength = values / np.maximum(values.sum(axis=1, keepdims=True), 1) if counts else values
+    # Of counts each row by itself: what became of its examples; roots, so that a few wrong ones are seen.
+    strength = np.sqrt(values / np.maximum(values.sum(axis=1, keepdims=True), 1)) if counts else values
     rows, columns = values.shape
     names = [[_cut(text) for text in side] for side in labels]
 
@@ -188,8 +189,8 @@ def matrix(
         for side in panel.spines.values():
             side.set_visible(True)
 
-    height = min(420, max(160, 70 + 30 * rows))
-    return Drawing(draw(name, (400, height), paint, title=title))
+    side = min(400, max(200, 80 + 34 * max(rows, columns)))
+    return Drawing(draw(name, (side, side), paint, title=title))
 
 
 def _rgb(color: str) -> tuple[float, ...]:

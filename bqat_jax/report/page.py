@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 # Nothing is loaded and nothing is run, whatever the page holds.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+# Cells with so many characters stay on one line.
+SHORT = 26
 # The larger side of an image that is embedded, in pixels.
 MOST_PIXELS = 96
 STYLE = """
@@ -55,8 +57,8 @@ svg.figure * { stroke-linejoin: round; stroke-linecap: butt; }
 table { border-collapse: collapse; font-size: 0.9em; margin: 0.4em 0; font-variant-numeric: tabular-nums; }
 th, td { padding: 3px 10px 3px 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--grid);
   overflow-wrap: normal; }
-td { max-width: 44ch; overflow-wrap: anywhere; }
-td.name { min-width: 12ch; }
+td { max-width: 48ch; overflow-wrap: break-word; }
+.short { white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
 .number { text-align: right; white-space: nowrap; }
 .wrong { display: grid; grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)); gap: 12px; }
@@ -145,10 +147,13 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]], *, numbers: Iter
         numbers: those of the columns that are set flush right.
     """
     right = {header.index(name) for name in numbers}
-    classes = ['number' if place in right else 'name' if place == 0 else '' for place in range(len(header))]
+
+    def class_of(place, cell):
+        return 'number' if place in right else 'short' if len(cell) <= SHORT else ''
 
     def row(tag, cells):
-        return element('tr', *(element(tag, cell, class_=own) for cell, own in zip(cells, classes, strict=True)))
+        assert len(cells) == len(header)
+        return element('tr', *(element(tag, cell, class_=class_of(place, cell)) for place, cell in enumerate(cells)))
 
     body = element(
         'table', element('thead', row('th', header)), element('tbody', *(row('td', cells) for cells in rows))

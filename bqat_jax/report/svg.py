@@ -73,6 +73,10 @@ def draw(name: str, size: tuple[float, float], paint: Any, *, title: str = '') -
     return _embed(buffer.getvalue(), name, size, title)
 
 
+# Before the name of another element.
+REFERENCE = r'(?:url\(|href=")#'
+
+
 def _rounded(tag: re.Match[str]) -> str:
     """A tag with its numbers to the hundredth of a pixel."""
     return re.sub(r'-?\d+\.\d{3,}', lambda number: f'{round(float(number[0]), 2):g}', tag[0])
@@ -86,19 +90,21 @@ def _embed(text: str, name: str, size: tuple[float, float], title: str) -> str:
     text = re.sub(r'<defs>\s*<style.*?</style>\s*</defs>\s*', '', text, flags=re.S)
     # Text is set in the page's font: here stay size and place.
     text = re.sub(r'font: ([0-9.]+px) [^;\"]*', r'font-size: \1', text)
+    text = re.sub(r' font-family: [^;\"]*;', '', text)
+    text = re.sub(r' transform="rotate\(-0 [^"]*"', '', text)
     text = re.sub(r'<[^>]*>', _rounded, text)
-    used = set(re.findall(r'#([\w.-]+)["\)]', text))
+    for color, variable in VARIABLES.items():
+        text = text.replace(color, variable)
+    used = set(re.findall(f'{REFERENCE}([\\w.-]+)', text))
     prefix = re.sub(r'[^a-z0-9]+', '-', name.lower())
 
     def rename(match):
         return f' id="{prefix}-{match[1]}"' if match[1] in used else ''
 
     text = re.sub(r' id="([^"]*)"', rename, text)
-    text = re.sub(r'#([\w.-]+)(["\)])', lambda match: f'#{prefix}-{match[1]}{match[2]}', text)
+    text = re.sub(REFERENCE, lambda match: f'{match[0]}{prefix}-', text)
     text = text.replace('xlink:href', 'href')
-    for color, variable in VARIABLES.items():
-        text = text.replace(color, variable)
-    text = re.sub(r'>\s+<', '><', text)
+    text = re.sub(r'\s*\n\s*', ' ', text).replace('> <', '><')
     label = html.escape(title, quote=True)
     head = (
         f'<svg class="figure" role="img" aria-label="{label}" viewBox="0 0 {size[0]:g} {size[1]:g}" '

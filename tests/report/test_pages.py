@@ -156,6 +156,9 @@ def test_drawings_are_deterministic():
     assert figures.layer('a', 'b', {'weights': one}) == figures.layer('a', 'b', {'weights': one})
     lines = {'loss': ([1, 2, 3], [3.0, 2.0, 1.0])}
     assert figures.curves('a', 'b', lines) == figures.curves('a', 'b', lines)
+    svg = figures.layer('a', 'b', looks(1)['layer0']).svg
+    assert not re.search('#0[0-9a]0', svg) and 'mathdefault' not in svg
+    assert all(f'fill: var(--{name})' in svg for name in ('c1', 'c2', 'text'))
     assert 'date' not in figures.curves('a', 'b', lines)[0].svg.lower()
 
 
