@@ -69,7 +69,9 @@ def report_run(config: Config, workdir: Place) -> dict[str, Any]:
     return {'report': str(write_report(experiment, opened))}
 
 
-def report_finished(experiment: Experiment, finished: Finished, collections: Any, test: Split) -> None:
+def report_finished(
+    experiment: Experiment, finished: Finished, collections: Any, test: Split, is_due: Callable[[], bool]
+) -> None:
     """Writes the report of a run that has just finished; if that fails, a warning says so, and the run is complete.
 
     Of several processes the first one writes what the files say, and nothing is measured: all would have to take part,
@@ -80,13 +82,20 @@ def report_finished(experiment: Experiment, finished: Finished, collections: Any
         finished: what it left.
         collections: that the network was evaluated with.
         test: the test split.
+        is_due: whether the run was told to stop; what is not measured by then is left out.
     """
     if not is_first():
         return
     experiment.console.print('Writing the report.')
     began = time.monotonic()
+
+    def opened():
+        if jax.process_count() == 1 and is_due():
+            raise Unavailable('The run was told to stop before this was measured: --mode=report measures it.')
+        return finished
+
     try:
-        path = write_report(experiment, lambda: finished, lambda: collections, lambda: test)
+        path = write_report(experiment, opened, lambda: collections, lambda: test)
         experiment.console.print(f'Report: {path}, in {time.monotonic() - began:.1f} s.', soft_wrap=True)
     except Exception as error:  # the result is there, and nothing of it may be lost
         logger.warning(
@@ -186,6 +195,7 @@ class Network:
         answers = Answers(np.zeros((images.num_classes,) * 2, np.int64))
         has_images = not images.is_tokens and not images.label_shape
         for batch in self._batches(test, self._round(self._experiment.data.batch_size), MOST_EXAMPLES):
+            self.finished()  # asks whether to go on
             counts = jax.device_get(step(variables, test.arrays, self._put(batch)))
             answers.add(counts, functools.partial(_image_of, batch, test.arrays) if has_images else None)
         return answers
@@ -280,9 +290,8 @@ def read_metrics(path: Place) -> list[dict[str, Any]]:
 def _oscillating(workdir: Place, network: Network) -> dict[str, float]:
     """The fraction of oscillating weights by layer: of the newest diagnosis, or of what training tracked."""
     folder = workdir / DIAGNOSES
-    files = (
-        {int(path.stem.removeprefix('step_')): path for path in folder.glob('step_*.json')} if folder.is_dir() else {}
-    )
+    there = {path.stem.removeprefix('step_'): path for path in folder.glob('step_*.json')} if folder.is_dir() else {}
+    files = {int(step): path for step, path in there.items() if step.isdecimal()}
     for step in sorted(files, reverse=True):
         try:
             shares = read_json(files[step]).get('oscillating')

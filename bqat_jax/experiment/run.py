@@ -69,7 +69,7 @@ def train(
         tested = _collect(experiment, finished, data.train)
         result = _finish(experiment, finished, tested, data, 'result.json', stop)
         if config.report:
-            report_finished(experiment, finished, tested.collections, tested.split)
+            report_finished(experiment, finished, tested.collections, tested.split, stop.is_due)
         return result
 
 

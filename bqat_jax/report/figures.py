@@ -21,6 +21,8 @@ MOST_LINES = len(LINES)
 WIDE = 30.0
 # In cells up to so many, the numbers are written.
 MOST_NUMBERED = 12
+# Names along the side of a matrix; of more not all are written.
+MOST_TICKS = 25
 # Characters of a name on an axis.
 MOST_CHARACTERS = 24
 
@@ -105,14 +107,15 @@ def layer(name: str, title: str, looks: Mapping[str, Look]) -> Drawing:
     kinds = [role for role in ('weights', 'activations') if role in looks]
 
     def paint(figure):
-        panels = figure.subplots(1, len(kinds), squeeze=False)[0]
+        margins = {'left': 0.02, 'right': 0.98, 'bottom': 0.28, 'top': 0.84, 'wspace': 0.06}
+        panels = figure.subplots(1, len(kinds), squeeze=False, gridspec_kw=margins)[0]
         for axes, role in zip(panels, kinds, strict=True):
             (_weights if role == 'weights' else _inputs)(axes, looks[role])
             axes.set_ylim(bottom=0)
             axes.set_yticks([])
             axes.spines['left'].set_visible(False)
 
-    return Drawing(draw(name, (WIDTH, 130), paint, title=title), caption='')
+    return Drawing(draw(name, (WIDTH, 130), paint, title=title, is_laid_out=True))
 
 
 def _weights(axes: Any, look: Look) -> None:
@@ -179,11 +182,10 @@ def matrix(
         panel.add_collection(PatchCollection(patches, facecolors=colors, linewidths=0))
         panel.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5), aspect='equal')
         is_long = max(map(len, names[1]), default=0) > 3
-        panel.set_xticks(range(columns), names[1], rotation=90 if is_long else 0)
-        panel.set_yticks(range(rows), names[0])
+        every = -(-max(rows, columns) // MOST_TICKS)
+        panel.set_xticks(range(0, columns, every), names[1][::every], rotation=90 if is_long else 0)
+        panel.set_yticks(range(0, rows, every), names[0][::every])
         panel.tick_params(length=0)
-        if max(rows, columns) > MOST_NUMBERED:
-            panel.tick_params(labelsize=8)
         panel.set_ylabel(axes[0])
         panel.set_xlabel(axes[1])
         for side in panel.spines.values():

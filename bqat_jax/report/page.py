@@ -61,6 +61,7 @@ td { max-width: 48ch; overflow-wrap: break-word; }
 .short { white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
 .number { text-align: right; white-space: nowrap; }
+th.number, th.short { white-space: normal; }
 .wrong { display: grid; grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)); gap: 12px; }
 .wrong img { display: block; width: 96px; height: 96px; object-fit: contain; image-rendering: pixelated;
   background: var(--panel); }
@@ -149,7 +150,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]], *, numbers: Iter
     right = {header.index(name) for name in numbers}
 
     def class_of(place, cell):
-        return 'number' if place in right else 'short' if len(cell) <= SHORT else ''
+        return 'number' if place in right else 'short' if len(str(cell)) <= SHORT else ''
 
     def row(tag, cells):
         assert len(cells) == len(header)

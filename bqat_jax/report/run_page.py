@@ -114,7 +114,7 @@ def run_page(record: Record, measured: Measured) -> str:
         section('Confusion matrix', lambda: _confusion(answers(), measured.classes)),
         section('Most confidently wrong', lambda: _wrong(answers(), measured.classes)),
     ]
-    return page(f'{record.name}: run', _lead(record), sections)
+    return page(f'{record.name}: run', part(lambda: [_lead(record)]), sections)
 
 
 def show(value: float | None, metric: Metric) -> str:
@@ -165,7 +165,7 @@ def what_was_run(record: Record) -> Iterator[Html]:
         yield note(f'The recipe {record.name} as it is: the command line changed nothing.')
     if record.changes:
         rows = [(key, value_of(old), value_of(new)) for key, old, new in record.changes]
-        yield folded(f'All {len(rows)} keys that differ from the base config', table(['key', 'base', 'here'], rows))
+        yield folded(f'Keys that differ from the base config: {len(rows)}', table(['key', 'base', 'here'], rows))
     yield from environment(record.environment, record.seeds)
 
 

@@ -51,7 +51,7 @@ SETTINGS = {
 }
 
 
-def draw(name: str, size: tuple[float, float], paint: Any, *, title: str = '') -> str:
+def draw(name: str, size: tuple[float, float], paint: Any, *, title: str = '', is_laid_out: bool = False) -> str:
     """Returns a figure as an SVG element; the same arguments give the same text.
 
     Args:
@@ -59,6 +59,8 @@ def draw(name: str, size: tuple[float, float], paint: Any, *, title: str = '') -
         size: width and height in CSS pixels.
         paint: is called with a `matplotlib.figure.Figure` and draws into it, in the colours of this module.
         title: read out by screen readers.
+        is_laid_out: whether `paint` says where axes lie; otherwise they are fitted around their labels, which takes
+            longer.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -66,7 +68,7 @@ def draw(name: str, size: tuple[float, float], paint: Any, *, title: str = '') -
     settings: Any = {**SETTINGS, 'svg.hashsalt': name}
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.simplefilter('ignore')  # of glyphs that Matplotlib's own font lacks; browsers have others
-        figure = Figure(figsize=(size[0] / DPI, size[1] / DPI), dpi=DPI, layout='constrained')
+        figure = Figure(figsize=(size[0] / DPI, size[1] / DPI), dpi=DPI, layout=None if is_laid_out else 'constrained')
         paint(figure)
         buffer = io.StringIO()
         figure.savefig(buffer, format='svg', transparent=True, metadata=dict.fromkeys(('Creator', 'Date'), None))

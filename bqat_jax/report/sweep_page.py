@@ -9,7 +9,7 @@ from typing import Any
 from bqat_jax.replacement.tasks import Metric
 from bqat_jax.report import figures
 from bqat_jax.report.answers import Unavailable
-from bqat_jax.report.page import Html, folded, grid, note, page, section, table, warning
+from bqat_jax.report.page import Html, folded, grid, note, page, part, section, table, warning
 from bqat_jax.report.run_page import environment, show, value_of
 
 Interval = tuple[float, float, float]
@@ -101,7 +101,7 @@ def sweep_page(record: SweepRecord) -> str:
         section('Cost', lambda: _cost(record)),
         section('Choices', lambda: _choices(record)),
     ]
-    return page(f'{record.name}: sweep', _lead(record), sections)
+    return page(f'{record.name}: sweep', part(lambda: [_lead(record)]), sections)
 
 
 def _lead(record: SweepRecord) -> Html:
@@ -129,7 +129,7 @@ def _what_was_run(record: SweepRecord) -> Iterator[Html]:
         yield table(['part', 'name', 'key', 'value'], rows)
     if record.changes:
         rows = [(key, value_of(old), value_of(new)) for key, old, new in record.changes]
-        yield folded(f'All {len(rows)} keys that differ from the base config', table(['key', 'base', 'here'], rows))
+        yield folded(f'Keys that differ from the base config: {len(rows)}', table(['key', 'base', 'here'], rows))
     if not record.environment:
         yield note('No run says its versions and devices: there is no environment.json.')
     yield from environment(record.environment, record.seeds)

@@ -153,6 +153,7 @@ class _Execution:
                 self.hold.check()
                 write_tables(self.workdir, self.sweep, entries, self.metric)
         if self.config.report:
+            self.hold.check()
             report_at_the_end(self.config, self.workdir, self.sweep, self.metric)
         files = ', '.join(str(self.workdir / f'sweep.{kind}') for kind in ('json', 'csv', 'md', 'png'))
         return {'runs': runs, 'failed': failed, 'tables': files}

@@ -206,6 +206,7 @@ def unavailable():
         ({}, {'answers': lambda: Answers(np.ones((40, 40), np.int64), 3), 'classes': range(40)}, 'confused most often'),
         ({'metrics': [{'phase': 'train', 'step': 1, 'loss': math.nan}]}, {}, 'Not finite'),
         ({'result': {'top1': math.nan}}, {}, 'nan'),
+        ({'result': {'top1': 0.5}, 'summary': {'totals': {'bytes': 1}}}, {}, 'KeyError'),
         ({'oscillating': {'layer0': 0.25}}, {}, '25.00%'),
     ],
 )

@@ -20,6 +20,7 @@ from bqat_jax.storage import read_json
 from bqat_jax.sweeps.reporting import report
 from tests.conftest import ROOT
 from tests.experiment.test_run import shortened
+from tests.experiment.test_task_recipes import data_dir, recipe  # noqa: F401 (fixtures)
 from tests.report.test_pages import check
 
 
@@ -80,8 +81,18 @@ def test_a_report_that_fails_leaves_the_run(finished, monkeypatch, caplog):
     monkeypatch.setattr(logging.getLogger('bqat_jax'), 'propagate', True)
     experiment, opened = open_run(config, workdir, rich.console.Console(file=io.StringIO()))
     monkeypatch.setattr(reporting, 'run_page', lambda *arguments: '')
-    reporting.report_finished(experiment, opened, None, None)
+    reporting.report_finished(experiment, opened, None, None, lambda: False)
     assert 'the disk is full' in caplog.text and '--mode=report' in caplog.text
+
+
+def test_a_run_that_is_told_to_stop_measures_no_more(finished):
+    config, workdir, _ = finished
+    experiment, opened = open_run(config, workdir, rich.console.Console(file=io.StringIO()))
+    before = (workdir / 'report.html').read_text()
+    reporting.report_finished(experiment, opened, None, None, lambda: True)
+    page = check((workdir / 'report.html').read_text())
+    assert page.count('told to stop') >= 4 and 'could not be made' not in page
+    (workdir / 'report.html').write_text(before)
 
 
 def test_a_run_that_has_not_finished_is_shown_as_far_as_it_is(finished, tmp_path):
@@ -129,3 +140,24 @@ def test_a_start_of_the_program_does_not_load_matplotlib():
     code = 'import sys, bqat_jax.experiment.run; print([m for m in sys.modules if m.startswith("matplotlib")])'
     run = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == '[]'
+
+
+@pytest.mark.slow
+def test_other_tasks_have_what_they_can_have(recipe, tmp_path):  # noqa: F811 (a fixture)
+    """Tokens have classes and no images; pixels have classes each, and no wrong image."""
+    name, config, _ = recipe
+    config.report = True
+    train(config, tmp_path, name=name)
+    page = check((tmp_path / 'report.html').read_text())
+    assert 'could not be made' not in page and 'no images with one label each' in page
+    assert 'answers that count' in page and 'Linear CKA' in page
+
+
+@pytest.mark.slow
+def test_two_seeds_that_are_trained_side_by_side_show_the_first(digits_dir, tmp_path):
+    config = made(digits_dir)
+    config.train.replicas = 2
+    config.data.on_device = False
+    train(config, tmp_path, name='digits')
+    page = check((tmp_path / 'report.html').read_text())
+    assert 'could not be made' not in page and 'standard deviation of 2 seeds' in page and '0, 1' in page
