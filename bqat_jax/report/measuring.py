@@ -1,6 +1,7 @@
 """What a report measures on a trained network: histograms at its quantizers, features against the partner's."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -70,12 +71,20 @@ def count_places(quantizer: Quantizer, parameters: Any, v: jax.Array) -> jax.Arr
     lowest, highest = quantizer.limits(quantizer.prepare(parameters, v), v.ndim)
     width = jnp.maximum(highest - lowest, jnp.finfo(jnp.float32).tiny)
     place = ((v.astype(jnp.float32) - lowest) / width).reshape(-1)
-    place = place[:: -(-place.size // MOST_BINNED)]
+    place = place[:: _stride(place.size)]
     number = jnp.floor(jnp.clip(place * BINS_INSIDE, -BINS_BESIDE, BINS_INSIDE + BINS_BESIDE - 1))
     number = jnp.where(place == 1, BINS_INSIDE - 1, number)  # the largest level itself is within
     is_number = ~jnp.isnan(place)
     bins = jnp.where(is_number, number, 0).astype(jnp.int32) + BINS_BESIDE
     return jnp.zeros(BINS, jnp.int32).at[bins].add(is_number.astype(jnp.int32))
+
+
+def _stride(size: int) -> int:
+    """The distance of values that are sorted into bins: prime to the size, so that it meets every channel alike."""
+    stride = -(-size // MOST_BINNED)
+    while math.gcd(stride, size) > 1:
+        stride += 1
+    return max(1, stride)
 
 
 VALUES = Counting(no_counts, count_values)

@@ -7,6 +7,7 @@ import pytest
 
 from bqat_jax.analysis.measures import linear_cka
 from bqat_jax.quantizers import LSQ, APoT, Binary
+from bqat_jax.report import measuring
 from bqat_jax.report.measuring import (
     BINS,
     BINS_BESIDE,
@@ -68,6 +69,15 @@ def test_inputs_lie_within_their_clip_range_or_beside_it():
     assert histogram[-1] == 2 and histogram[BINS_BESIDE + BINS_INSIDE] == 1
     clipped = np.asarray(quantizer.clips(parameters, x[:, :-1]))
     assert clipped.sum() == histogram.sum() - inside.sum()
+
+
+def test_of_many_inputs_every_channel_is_seen_alike(monkeypatch):
+    monkeypatch.setattr(measuring, 'MOST_BINNED', 64)
+    quantizer = LSQ(bits=2, signed=False, batch_axis=0)
+    x = jnp.broadcast_to(jnp.arange(16) / 16 * 3, (16, 4, 4, 16))  # a value for each channel
+    histogram = np.asarray(count_places(quantizer, {'step_size': jnp.float32(1.0)}, x))
+    assert 48 <= histogram.sum() <= 64
+    assert np.count_nonzero(histogram) == 16 and histogram.max() - histogram[histogram > 0].min() <= 1
 
 
 def test_a_network_is_looked_at_layer_by_layer():

@@ -27,6 +27,7 @@ from tests.report.test_pages import check
 def made(digits_dir):
     config = shortened(digits_dir)
     config.report = True
+    config.replacement.plan, config.replacement.distillation = 'none', 0.0  # compiled soonest
     config.train.steps = config.partner.steps = 4
     return config
 
