@@ -26,7 +26,7 @@ from bqat_jax.registry import loaded_plugins, place_in_plugins
 from bqat_jax.storage import address_in, is_of_bucket, place, set_patience
 from bqat_jax.storage import explain as explain_bucket
 
-MODES = ('train', 'evaluate', 'import', 'summary', 'diagnose', 'export', 'sweep')
+MODES = ('train', 'evaluate', 'import', 'summary', 'diagnose', 'export', 'report', 'sweep')
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # They come without the name of a file where a write fails.
 DISK_ERRORS = (*FULL, errno.EROFS, errno.EIO, errno.ESTALE)
@@ -76,6 +76,10 @@ def main(argv: list[str], given: CommandLine) -> None:
         from bqat_jax.experiment.exporting import export_run
 
         result = export_run(config, workdir)
+    elif mode == 'report':
+        from bqat_jax.sweeps.reporting import report
+
+        result = report(config, workdir)
     elif mode == 'sweep':
         from bqat_jax.sweeps.execution import run_sweep
 

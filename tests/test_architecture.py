@@ -28,8 +28,9 @@ PROGRAM = {
     'storage': {'distributed'},
     'data': {'replacement', 'registry', 'storage'},
     'analysis': BELOW | {'storage'},
-    'experiment': BELOW | {'analysis', 'data', 'storage', '__init__'},
-    'sweeps': {'experiment', 'replacement', 'distributed', 'registry', 'storage'},
+    'report': BELOW | {'analysis'},
+    'experiment': BELOW | {'analysis', 'report', 'data', 'storage', '__init__'},
+    'sweeps': {'experiment', 'report', 'replacement', 'distributed', 'registry', 'storage'},
 }
 FACE = {'__init__': BELOW - {'training', 'distributed', 'registry', 'export', 'jaxprs'}}
 ARROWS = {**LIBRARY, **PROGRAM, **FACE}

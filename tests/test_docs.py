@@ -70,7 +70,12 @@ def run_main(flags, environment):
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-SHORT = ('--config.train.steps=2', '--config.partner.steps=2', '--config.partner.optimizer.warmup_steps=0')
+SHORT = (
+    '--config.report=false',
+    '--config.train.steps=2',
+    '--config.partner.steps=2',
+    '--config.partner.optimizer.warmup_steps=0',
+)
 
 
 @pytest.fixture(scope='module')
@@ -113,10 +118,11 @@ def test_commands_run(line, tmp_path, request, digits_dir):
         '--mode=sweep': 'sweep.json',
         '--mode=evaluate': 'evaluation.json',
         '--mode=export': 'export/report.json',
+        '--mode=report': 'report.html',
     }
     if not any(flag.startswith(('--mode', '--config=', '--config.network', '--config.partner')) for flag in words):
         flags.append(f'--config.partner.workdir={request.getfixturevalue("trained")}')  # the partner is the same
-    if {'--mode=evaluate', '--mode=export'} & set(flags):  # what it evaluates must be there
+    if {'--mode=evaluate', '--mode=export', '--mode=report'} & set(flags):  # what it evaluates must be there
         if all(flag.startswith(('--mode', '--config.export')) for flag in words[2:]):
             shutil.copytree(request.getfixturevalue('trained'), tmp_path, dirs_exist_ok=True)
         else:

@@ -15,7 +15,6 @@ compiles them once.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -30,21 +29,19 @@ from bqat_jax.analysis.measures import (
     products,
     relative_error,
 )
-from bqat_jax.quantizers import Quantizer
+from bqat_jax.analysis.observing import ERRORS, observe_quantizers
 from bqat_jax.quantizers.estimators import get_estimator
 from bqat_jax.quantizers.oscillations import init_tracker, track
-from bqat_jax.quantizers.rounding import EVALUATION, Context
+from bqat_jax.quantizers.rounding import Context
 from bqat_jax.replacement.block_replacement import Batch
-from bqat_jax.replacement.paths import Variables, bind_partner, run_backbone, run_teacher
+from bqat_jax.replacement.paths import bind_partner, run_backbone, run_teacher
 from bqat_jax.training.loss import task_loss_alone, total_loss
 from bqat_jax.training.spec import TrainSpec
 from bqat_jax.training.state import TrainState, floats_of
-from bqat_jax.transform import FULL_PRECISION, ROLES, LayerQuantizers, Quantization
+from bqat_jax.transform import FULL_PRECISION, Quantization
 
 LOSSES = ('lp', 'full')
 REFERENCES = ('full_precision', 'smoothed')
-# What is counted at a quantizer.
-COUNTS = ('signal', 'noise', 'clipped', 'values')
 # Of the average that notes oscillations.
 MOMENTUM = 0.01
 
@@ -227,28 +224,11 @@ def make_quantizer_measurement(
     It returns 'snr' in decibels and 'clipped', a fraction of all values, by layer and role. The signal is what arrives
     at the quantizer in the LP network in evaluation, the noise what quantization changes.
     """
-    replacement = spec.replacement
-    layers = {
-        path: dataclasses.replace(layer, **{role: _Observed(quantizer) for role, quantizer in _roles(layer)})
-        for path, layer in replacement.quantization.layers.items()
-    }
+    quantization = spec.replacement.quantization
 
     @jax.jit
     def look(variables, inputs):
-        def total(probes):
-            parameters = {
-                path: {role: {'own': own, 'probe': probes[path][role]} for role, own in roles.items()}
-                for path, roles in variables.quantizers.items()
-            }
-            observed = Variables(variables.params, parameters, variables.collections)
-            run = run_backbone(replacement.network, Quantization(layers), observed, inputs, train=False)
-            return sum((jnp.sum(x.astype(jnp.float32)) for x in floats_of(run.logits)), jnp.float32(0))
-
-        def probe(stack):
-            return dict.fromkeys(COUNTS, jnp.zeros(stack, jnp.float32))
-
-        probes = {path: {role: probe(layer.layer.stack) for role, _ in _roles(layer)} for path, layer in layers.items()}
-        return jax.grad(total)(probes)
+        return observe_quantizers(spec.replacement, variables, inputs, ERRORS)
 
     def summarize(counts):
         return {
@@ -260,58 +240,9 @@ def make_quantizer_measurement(
         counts = [jax.device_get(look(state.variables, batch.inputs)) for batch in batches]
         sums = jax.tree.map(lambda *values: sum(value.sum() for value in values), *counts)
         # In the order of the layers, which a map over trees does not keep.
-        return {path: {role: summarize(counts) for role, counts in sums[path].items()} for path in layers}
+        return {path: {role: summarize(counts) for role, counts in sums[path].items()} for path in quantization.layers}
 
     return measure
-
-
-def _roles(layer: LayerQuantizers) -> list[tuple[str, Any]]:
-    return [(role, getattr(layer, role)) for role in ROLES if getattr(layer, role) is not None]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Observed:
-    """A quantizer that lets a probe among its parameters receive, as its gradient, what is to be known of its input.
-
-    So it comes out of `nn.scan` and `nn.remat` too; see `bqat_jax.transform.calibration`.
-    """
-
-    quantizer: Quantizer
-
-    @property
-    def estimator(self):
-        return self.quantizer.estimator
-
-    def fake_quantize(self, parameters, v: jax.Array, context: Context = EVALUATION) -> jax.Array:
-        del context
-        return _observe(self.quantizer, parameters['own'], v, parameters['probe'])
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _observe(quantizer: Quantizer, parameters: Any, v: jax.Array, probe: Any) -> jax.Array:
-    """Quantizes v; the gradient of the probe is the counts of `COUNTS`."""
-    del probe
-    return quantizer.fake_quantize(parameters, v)
-
-
-def _observe_forward(quantizer, parameters, v, probe):
-    del probe
-    return quantizer.fake_quantize(parameters, v), (parameters, v)
-
-
-def _observe_backward(quantizer, residuals, cotangent):
-    parameters, v = residuals
-    x, y = v.astype(jnp.float32), quantizer.fake_quantize(parameters, v).astype(jnp.float32)
-    counts = {
-        'signal': jnp.sum(x**2),
-        'noise': jnp.sum((x - y) ** 2),
-        'clipped': jnp.sum(quantizer.clips(parameters, v), dtype=jnp.float32),
-        'values': jnp.float32(v.size),
-    }
-    return jax.tree.map(jnp.zeros_like, parameters), cotangent, counts
-
-
-_observe.defvjp(_observe_forward, _observe_backward)
 
 
 def make_oscillation_measurement(

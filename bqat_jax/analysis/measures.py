@@ -57,12 +57,18 @@ def linear_cka(x: jax.Array, y: jax.Array) -> jax.Array:
         y: (examples, ...).
     """
 
-    def gram(features):
-        rows = features.reshape(features.shape[0], -1).astype(jnp.float32)
-        rows = rows - jnp.mean(rows, axis=0, keepdims=True)
-        return rows @ rows.T
+    return alignment(centred_gram(x), centred_gram(y))
 
-    first, second = gram(x), gram(y)
+
+def centred_gram(features: jax.Array) -> jax.Array:
+    """Returns the Gram matrix, float32 (examples, examples), of features (examples, ...) centred over the examples."""
+    rows = features.reshape(features.shape[0], -1).astype(jnp.float32)
+    rows = rows - jnp.mean(rows, axis=0, keepdims=True)
+    return rows @ rows.T
+
+
+def alignment(first: jax.Array, second: jax.Array) -> jax.Array:
+    """Returns the linear CKA of two sets of features whose centred Gram matrices are given; see `linear_cka`."""
     norm = jnp.sqrt(jnp.sum(first**2) * jnp.sum(second**2))
     return jnp.sum(first * second) / jnp.maximum(norm, SMALLEST)
 

@@ -190,13 +190,19 @@ def to_plain(value: Any) -> Any:
 
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = '') -> list[str]:
     """Returns the dotted keys at which two plain configs differ, each as 'key: old -> new'."""
+    changes = changed_values(old, new, prefix)
+    return [f'{key}: {json.dumps(before)} -> {json.dumps(after)}' for key, before, after in changes]
+
+
+def changed_values(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = '') -> list[tuple[str, Any, Any]]:
+    """Returns the dotted keys at which two plain configs differ, each with both values, None where one lacks it."""
     changes = []
     for key in sorted({*old, *new}):
         before, after = old.get(key), new.get(key)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
-            changes += changed_keys(before, after, f'{prefix}{key}.')
+            changes += changed_values(before, after, f'{prefix}{key}.')
         elif before != after or (key in old) != (key in new):
-            changes.append(f'{prefix}{key}: {json.dumps(before)} -> {json.dumps(after)}')
+            changes.append((f'{prefix}{key}', before, after))
     return changes
 
 

@@ -90,6 +90,12 @@ KEYS: tuple[Key, ...] = (
     ),
     Key('sweep', Unset(str), 'for `--mode=sweep`: the Python file that says what is compared'),
     Key(
+        'report',
+        True,
+        'write [`report.html`](report.md) at the end of a run and of a sweep; `--mode=report` writes it at any time',
+        may_change=True,
+    ),
+    Key(
         'compilation_cache',
         Unset(str),
         'folder for compiled programs and [what was decoded](data.md#what-is-kept); a second start is quick',

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import statistics
-from typing import Any
+from typing import Any, NamedTuple
 
 import rich.console
 
@@ -23,6 +23,7 @@ from bqat_jax.experiment.low_precision import train_low_precision
 from bqat_jax.experiment.metrics import VALIDATION
 from bqat_jax.experiment.partner import Partner, find_partner, partner_spec, pretrain_partner
 from bqat_jax.experiment.reading import Data, load_data, load_split, make_evaluation
+from bqat_jax.experiment.reporting import report_finished
 from bqat_jax.experiment.setup import make_experiment
 from bqat_jax.experiment.workdir import check_config, opened, write_record
 from bqat_jax.storage import Place, check_reachable, shorten_patience, write_once
@@ -65,7 +66,11 @@ def train(
             partner = pretrain_partner(experiment, data, stop)
         trained = train_low_precision(experiment, partner, data, lambda: find_start(experiment, partner), stop)
         finished = Finished(partner, *trained)
-        return _finish(experiment, finished, data, 'result.json', stop)
+        tested = _collect(experiment, finished, data.train)
+        result = _finish(experiment, finished, tested, data, 'result.json', stop)
+        if config.report:
+            report_finished(experiment, finished, tested.collections, tested.split, stop.is_due)
+        return result
 
 
 def summarize_network(config: Config, workdir: Place) -> dict[str, Any]:
@@ -160,7 +165,8 @@ def evaluate_run(config: Config, workdir: Place) -> dict[str, Any]:
     if experiment.reestimation_batches:
         data = Data(load_split(experiment, experiment.data.images.train), None)
     with StopRequest(shorten_patience) as stop:
-        return _finish(experiment, finished, data, 'evaluation.json', stop)
+        tested = _collect(experiment, finished, None if data is None else data.train)
+        return _finish(experiment, finished, tested, data, 'evaluation.json', stop)
 
 
 def diagnose_run(config: Config, workdir: Place) -> dict[str, Any]:
@@ -184,14 +190,30 @@ def _console() -> rich.console.Console:
     return rich.console.Console(quiet=not is_first(), markup=False)
 
 
-def _finish(
-    experiment: Experiment, finished: Finished, data: Data | None, file: str, stop: StopRequest
-) -> dict[str, Any]:
-    """Evaluates partner and network on the test split; writes and returns the result."""
-    partner, phase, restored = finished
+class Tested(NamedTuple):
+    """What a network is evaluated with.
+
+    Attributes:
+        split: the test split.
+        collections: of all replicas; see `collections_to_evaluate`.
+    """
+
+    split: Split
+    collections: Any
+
+
+def _collect(experiment: Experiment, finished: Finished, train: Split | None) -> Tested:
+    """Returns what the network is evaluated with; `train` as in `collections_to_evaluate`."""
     experiment.console.print('Evaluating on the test split.')
     test = load_split(experiment, experiment.data.images.test)
-    collections = collections_to_evaluate(experiment, finished, None if data is None else data.train)
+    return Tested(test, collections_to_evaluate(experiment, finished, train))
+
+
+def _finish(
+    experiment: Experiment, finished: Finished, tested: Tested, data: Data | None, file: str, stop: StopRequest
+) -> dict[str, Any]:
+    """Evaluates partner and network on the test split; writes and returns the result."""
+    (partner, phase, restored), (test, collections) = finished, tested
     evaluation = make_evaluation(experiment, phase.spec, phase.replicas, test, lambda: _check(stop))
     low = evaluation(restored.state.params, collections)
     full = _evaluate_partner(experiment, partner, test, stop)

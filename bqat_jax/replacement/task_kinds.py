@@ -53,7 +53,7 @@ class Classification(Task):
     def training_metrics(self, outputs, targets):
         """Returns 'train_top1'; see `Task.training_metrics`."""
         logits, targets, counted = self._read(outputs, targets)
-        correct = jnp.argmax(logits, axis=-1) == _classes(targets)
+        correct = jnp.argmax(logits, axis=-1) == classes_of(targets)
         if counted is None:
             return {'train_top1': jnp.mean(correct, dtype=jnp.float32)}
         return {'train_top1': mean(correct.astype(jnp.float32), counted)}
@@ -69,7 +69,7 @@ class Classification(Task):
         A position whose logits are not finite is not correct, and its cross entropy is infinite.
         """
         logits, targets, is_finite, counted = self._count(outputs, targets, mask)
-        correct = (jnp.argmax(logits, axis=-1) == _classes(targets)) & is_finite & counted
+        correct = (jnp.argmax(logits, axis=-1) == classes_of(targets)) & is_finite & counted
         losses = jnp.where(is_finite, cross_entropies(logits, targets), jnp.inf)
         total = jnp.sum(jnp.where(counted, losses, 0.0))
         return {'correct': jnp.sum(correct), 'counted': jnp.sum(counted), 'cross_entropy': total}
@@ -176,7 +176,7 @@ class Segmentation(Classification):
         not finite is predicted as no class.
         """
         logits, labels, is_finite, counted = self._count(outputs, targets, mask)
-        labels, predictions = _classes(labels), jnp.argmax(logits, axis=-1)
+        labels, predictions = classes_of(labels), jnp.argmax(logits, axis=-1)
         count_of = _count_classes(logits.shape[-1])
         return {
             **super().counts(outputs, targets, mask),
@@ -341,7 +341,7 @@ class Regression(Task):
 CLASSIFICATION = Classification()
 
 
-def _classes(targets: jax.Array) -> jax.Array:
+def classes_of(targets: jax.Array) -> jax.Array:
     """Labels as they are; of probabilities the most likely class."""
     return jnp.argmax(targets, axis=-1) if jnp.issubdtype(targets.dtype, jnp.floating) else targets
 

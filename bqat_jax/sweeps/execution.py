@@ -14,11 +14,10 @@ import rich.console
 
 from bqat_jax.distributed.preemption import Stopped
 from bqat_jax.errors import UserError
-from bqat_jax.experiment.configuration import Config, check_resumable, local_files, plugin_files, to_plain
+from bqat_jax.experiment.configuration import Config, check_resumable, to_plain
 from bqat_jax.experiment.metrics import VALIDATION
 from bqat_jax.experiment.run import PARTNER, prepare_partner, train
-from bqat_jax.registry import load_plugins
-from bqat_jax.replacement.tasks import Metric, get_task
+from bqat_jax.replacement.tasks import Metric
 from bqat_jax.storage import (
     BucketError,
     Hold,
@@ -33,7 +32,8 @@ from bqat_jax.storage import (
     write_json,
 )
 from bqat_jax.sweeps.definition import Overrides, Sweep, load_sweep, override
-from bqat_jax.sweeps.tables import write_tables
+from bqat_jax.sweeps.reporting import report_at_the_end
+from bqat_jax.sweeps.tables import metric_of, write_tables
 
 RESULT, ERROR, LOG = 'result.json', 'error.json', 'log.txt'
 LOG_WIDTH = 140
@@ -58,7 +58,8 @@ class Run:
 
 
 def run_sweep(config: Config, workdir: Place, *, name: str) -> dict[str, Any]:
-    """Runs what is missing of a sweep, and writes `sweep.json`, `sweep.csv`, `sweep.md` and `sweep.png`.
+    """Runs what is missing of a sweep, and writes `sweep.json`, `sweep.csv`, `sweep.md`, `sweep.png`, and at the end
+    `report.html`.
 
     A run that fails is recorded with its error, and the others go on; it is not tried again unless its error.json is
     removed. The tables are written anew whenever a method is complete.
@@ -78,13 +79,13 @@ def run_sweep(config: Config, workdir: Place, *, name: str) -> dict[str, Any]:
     if jax.process_count() > 1:
         raise UserError(f'distributed={config.distributed!r}: a sweep runs in one process.')
     sweep = load_sweep(config.sweep)
-    metric = _metric_of(config)
+    metric = metric_of(config)
     for setting in sweep.settings.values():  # what is mistyped is told before hours have passed
         for method in sweep.methods.values():
             for choice in sweep.choices or [{}]:
                 changed = override(config, setting, method, choice)
                 _check_choice(sweep, changed)
-                if _metric_of(changed) != metric:
+                if metric_of(changed) != metric:
                     raise UserError(
                         f'task={changed.task!r}: a sweep compares runs by one metric, and that of {config.task!r} is '
                         f'{metric.name}. Give a sweep for each task.'
@@ -93,15 +94,6 @@ def run_sweep(config: Config, workdir: Place, *, name: str) -> dict[str, Any]:
     workdir.mkdir(parents=True, exist_ok=True)
     with held(workdir, config.storage.lease_seconds) as hold, _compilation_cache(workdir / 'compiled'):
         return _Execution(config, sweep, workdir, hold, name, metric, rich.console.Console(markup=False)).execute()
-
-
-def _metric_of(config: Config) -> Metric:
-    """The metric that is compared: the score of a config's task."""
-    load_plugins(local_files(plugin_files(config)))  # one may bring the task
-    try:
-        return get_task(config.task).score
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 def _check_choice(sweep: Sweep, config: Config) -> None:
@@ -160,6 +152,9 @@ class _Execution:
                 runs, failed = runs + entry['runs'], failed + len(entry['failed'])
                 self.hold.check()
                 write_tables(self.workdir, self.sweep, entries, self.metric)
+        if self.config.report:
+            self.hold.check()
+            report_at_the_end(self.config, self.workdir, self.sweep, self.metric)
         files = ', '.join(str(self.workdir / f'sweep.{kind}') for kind in ('json', 'csv', 'md', 'png'))
         return {'runs': runs, 'failed': failed, 'tables': files}
 
@@ -187,7 +182,8 @@ class _Execution:
                 values = [score[name] for score in scores.values()]
                 complete = len(values) == len(self.sweep.choice_seeds)
                 rank = self.metric.rank(sum(values) / len(values)) if complete else -math.inf
-                entry['choices'].append({'overrides': dict(candidate), name: values})
+                seconds = sum(score['seconds'] for score in scores.values())
+                entry['choices'].append({'overrides': dict(candidate), name: values, 'seconds': seconds})
                 if rank > best:
                     best, choice = rank, candidate
             if best == -math.inf:

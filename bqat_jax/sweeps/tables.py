@@ -4,15 +4,18 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
 from scipy import stats
 
+from bqat_jax.errors import UserError
+from bqat_jax.experiment.configuration import Config, local_files, plugin_files
 from bqat_jax.experiment.metrics import VALIDATION
 from bqat_jax.experiment.run import PARTNER
-from bqat_jax.replacement.tasks import Metric
+from bqat_jax.registry import load_plugins
+from bqat_jax.replacement.tasks import Metric, get_task
 from bqat_jax.storage import Place, write_bytes, write_json, write_text
 from bqat_jax.sweeps.definition import Sweep
 
@@ -20,6 +23,20 @@ matplotlib.use('agg')  # no screen is needed
 from matplotlib import pyplot
 
 CONFIDENCE = 0.95
+TABLES = 'sweep.json'
+
+
+def metric_of(config: Config) -> Metric:
+    """Returns the metric that is compared: the score of a config's task.
+
+    Raises:
+        UserError: for a task that there is not.
+    """
+    load_plugins(local_files(plugin_files(config)))  # one may bring the task
+    try:
+        return get_task(config.task).score
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def paired_difference(values: Mapping[str, float], baseline: Mapping[str, float]) -> dict[str, float] | None:
@@ -34,10 +51,16 @@ def paired_difference(values: Mapping[str, float], baseline: Mapping[str, float]
     differences = [values[seed] - baseline[seed] for seed in values if seed in baseline]
     if len(differences) < 2:
         return None
-    mean = statistics.mean(differences)
-    error = statistics.stdev(differences) / math.sqrt(len(differences))
-    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, len(differences) - 1)) * error
-    return {'mean': mean, 'low': mean - half, 'high': mean + half, 'seeds': len(differences)}
+    mean, low, high = student_interval(differences)
+    return {'mean': mean, 'low': low, 'high': high, 'seeds': len(differences)}
+
+
+def student_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Returns the mean of at least two values and Student's 95 % confidence interval of it: (mean, low, high)."""
+    mean = statistics.mean(values)
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, len(values) - 1)) * error
+    return mean, mean - half, mean + half
 
 
 def write_tables(workdir: Place, sweep: Sweep, entries: Mapping[str, Mapping[str, Any]], metric: Metric) -> None:
@@ -50,7 +73,7 @@ def write_tables(workdir: Place, sweep: Sweep, entries: Mapping[str, Mapping[str
         metric: that is compared.
     """
     rows = {setting: _summarize(sweep, methods, metric.name) for setting, methods in entries.items()}
-    write_json(workdir / 'sweep.json', {'baseline': sweep.baseline, 'settings': rows})
+    write_json(workdir / TABLES, {'baseline': sweep.baseline, 'settings': rows})
     write_text(workdir / 'sweep.csv', _csv(entries, metric.name))
     write_text(workdir / 'sweep.md', _markdown(sweep, rows, metric))
     write_bytes(workdir / 'sweep.png', _plot(rows, metric))

@@ -18,6 +18,7 @@ from tests.conftest import ONE_DEVICE, ROOT
 STEPS = 12
 SLOW = pytest.mark.slow
 FLAGS = (
+    '--config.report=false',
     '--config.network.width=4',
     '--config.data.on_device=false',
     '--config.replacement.plan=prefix_sampled',

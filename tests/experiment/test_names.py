@@ -43,6 +43,7 @@ def test_runs(quantizer, estimator, data, tmp_path, request):
         # Of what sign a layer's input is, calibration finds out.
         flags += [f'--config.quant.{role}.{key}={value}' for key, value in keys.items() if key != 'sign']
     flags += [f'--config.quant.trace.{key}' for key in ('every_steps=10', 'batches=1', 'iterations=3')]
+    flags += ['--config.report=false']
     if data == 'digits':
         flags += [f'--config.data.dir={request.getfixturevalue("digits_dir")}', '--config.partner.epochs=10']
     else:

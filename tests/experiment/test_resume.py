@@ -17,6 +17,7 @@ from tests.experiment.test_run import last_state
 
 STEPS = 30
 FLAGS = (
+    '--config.report=false',
     '--config.network.width=4',
     '--config.replacement.plan=prefix_sampled',
     '--config.train.batch_size=32',

@@ -31,6 +31,7 @@ def shortened(digits_dir):
     config = DIGITS.get_config()
     config.data.dir = digits_dir
     config.network.width = 4
+    config.report = False  # tests/report has one
     config.mesh.data = 1  # of the devices that tests have: eight wait for each other on two cores
     config.train.steps, config.train.batch_size, config.train.log_every_steps = 12, 32, 4
     config.partner.steps = 12

@@ -45,6 +45,7 @@ def recipe(request, data_dir):
     config.data.dir = data_dir
     config.network.update(network)
     config.mesh.data = 1
+    config.report = False
     config.train.batch_size = 16
     config.quant.calibration_batches = 1
     for phase in (config.partner, config.train):

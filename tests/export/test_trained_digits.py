@@ -52,7 +52,14 @@ def trained(request, digits_dir, partner):
         section, key = name.split('.')
         config.quant[section][key] = value
     flags = [f'--config.{name}={value}' for name, value in changes.items()]
-    command = [sys.executable, 'main.py', f'--workdir={workdir}', f'--config.data.dir={digits_dir}', *flags]
+    command = [
+        sys.executable,
+        'main.py',
+        f'--workdir={workdir}',
+        f'--config.data.dir={digits_dir}',
+        '--config.report=false',
+    ]
+    command += flags
     # Optimised, as programs of tests are not, and on one device.
     subprocess.run([*command, '--config.mesh.data=1'], cwd=ROOT, env={**os.environ, 'XLA_FLAGS': ''}, check=True)
     experiment, finished = open_run(config, workdir, rich.console.Console(file=io.StringIO()))

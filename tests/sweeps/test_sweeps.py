@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import os
 import signal
 import statistics
@@ -15,11 +16,12 @@ from scipy import stats
 from bqat_jax.errors import UserError
 from bqat_jax.experiment.configuration import to_plain
 from bqat_jax.storage import BucketError, InUse, Lost, write_json
-from bqat_jax.sweeps import Sweep, execution
+from bqat_jax.sweeps import Sweep, execution, reporting
 from bqat_jax.sweeps.definition import load_sweep, override
 from bqat_jax.sweeps.tables import paired_difference
 from tests.conftest import ONE_DEVICE, ROOT
 from tests.experiment.test_configuration import load_recipe
+from tests.report.test_pages import check
 
 RATE = 'optimizer.learning_rate'
 SWEEPS = sorted(path for path in (ROOT / 'configs' / 'sweeps').glob('*.py') if path.stem != 'common')
@@ -43,6 +45,7 @@ def config(tmp_path):
     (tmp_path / 'my_sweep.py').write_text(FILE)
     config = load_recipe(ROOT / 'configs' / 'digits.py').get_config()
     config.sweep = str(tmp_path / 'my_sweep.py')
+    config.report = False
     return config
 
 
@@ -108,6 +111,23 @@ def test_every_method_is_run_with_its_own_best_choice(config, training, tmp_path
     table = (tmp_path / 'sweep' / 'sweep.md').read_text()
     assert '| W4A4 | prefix | learning_rate 0.2 | 3 | 5 | 85.10 ± 0.10 | +5.00 (+5.00 to +5.00) | 2 |' in table
     assert (tmp_path / 'sweep' / 'sweep.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_a_sweep_ends_with_its_report(config, training, tmp_path, monkeypatch, caplog):
+    config.report = True
+    training.fails = lambda config: config.replacement.plan == 'none' and config.seed == 1
+    run(config, tmp_path / 'sweep')
+    page = check((tmp_path / 'sweep' / 'report.html').read_text())
+    assert 'could not be made' not in page and 'Failed: W2A2/plain/seed 1: UserError: the loss became NaN' in page
+    assert 'W4A4, prefix: optimizer.learning_rate 0.2' in page and 'at the edge' in page and '+5.00' in page
+    assert '<td class="short">replacement.plan</td>' in page
+    (tmp_path / 'sweep' / 'report.html').unlink()
+    reporting.report(config, tmp_path / 'sweep')
+    assert (tmp_path / 'sweep' / 'report.html').read_text() == page
+    monkeypatch.setattr(reporting, 'write_text', lambda *arguments: 1 / 0)
+    monkeypatch.setattr(logging.getLogger('bqat_jax'), 'propagate', True)
+    assert run(config, tmp_path / 'sweep')['failed'] == 2
+    assert 'ZeroDivisionError' in caplog.text and '--mode=report' in caplog.text
 
 
 def test_of_a_task_whose_metric_is_better_when_smaller_the_smallest_is_chosen(config, training, tmp_path, monkeypatch):
@@ -267,6 +287,7 @@ def test_a_killed_sweep_goes_on(digits_dir, tmp_path):
     command += [f'--workdir={tmp_path}/run', f'--config.data.dir={digits_dir}', '--config.replacement.plan=none']
     command += ['--config.network.width=4', '--config.partner.steps=2', '--config.partner.optimizer.warmup_steps=0']
     command += ['--config.train.steps=6', '--config.checkpoint.every_steps=1', '--config.quant.calibration_batches=1']
+    command += ['--config.report=false']
     environment = {**os.environ, 'XLA_FLAGS': ONE_DEVICE}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     results = [tmp_path / 'run' / 'all' / 'plain' / f'seed {seed}' / 'result.json' for seed in range(3)]
