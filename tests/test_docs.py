@@ -23,7 +23,10 @@ PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').rglob('*.md')), ROOT / 'CON
 SETUP = 'pip install'
 # Parts of README's commands that are run before a release: they differ from the others by the values of keys alone, and
 # a whole sweep is run in tests/sweeps.
-VARIANTS = ('=lsq_plus', ':bits=4,plan=none', '.depth=14', 'digits_smoke')
+VARIANTS = (
+    '=lsq_plus', ':bits=4,plan=none', '.depth=14', 'digits_smoke', 'runs/seeds', 'runs/rules', 'my_estimator.py',
+    'device_count=4',
+)  # fmt: skip
 
 
 def blocks(language):
@@ -42,7 +45,13 @@ def commands():
                 yield pytest.param(line, id=line[:60], marks=pytest.mark.slow if is_slow else ())
 
 
-@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+SLOW_PAGES = ('wrap_your_network.md',)
+
+
+@pytest.mark.parametrize(
+    'page',
+    [pytest.param(page, marks=pytest.mark.slow if page.name in SLOW_PAGES else (), id=page.name) for page in PAGES],
+)
 def test_python_snippets_run_one_after_another(page, registries):
     names = {}
     for code in re.findall(r'^```python\n(.*?)^```', page.read_text(), re.S | re.M):

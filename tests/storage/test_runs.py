@@ -104,7 +104,7 @@ def start(command, server, bucket):
     return lambda workdir: command(workdir, **environment(server.scheme, server.url))
 
 
-@pytest.mark.slow_on('gs')
+@pytest.mark.slow
 def test_a_run_that_is_killed_ends_as_a_local_one(start, bucket, local):
     """At a random moment of each phase, and while a checkpoint is being sent."""
     kill_and_resume(start, bucket, local, kills=3)
@@ -318,7 +318,7 @@ def test_trouble_that_stays_ends_the_run_and_nothing_good_is_lost(quick, bucket,
     assert_same(bucket, quick_local)
 
 
-@pytest.mark.slow_on('s3')
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_told_from_one_that_may_not_be_read_and_a_copy_without_commit_files(
     quick, bucket, server
 ):
