@@ -4,7 +4,8 @@ Command: python -m benchmarks.step --config=configs/cifar10_resnet20.py --varian
          python -m benchmarks.step --variants=fp,lsq,torch_fp,torch_lsq
 
 Every variant has a process of its own, which compiles and warms up; then they take turns, a few steps at a time, so
-that whatever else the machine does meets all of them. The table has medians over turns, and quartiles as their spread.
+that whatever else the machine does meets all of them. A turn begins with one step that does not count: it finds caches
+and memory as the others left them. The table has medians over turns, and quartiles as their spread.
 A matrix product of 2048 x 2048 is measured in each process before the turns: the ceiling that achieved operations are
 compared with. Operations are those that XLA counts; PyTorch's are not counted. Images and labels are random.
 
@@ -169,6 +170,7 @@ def work(config: Any, variant: str) -> None:
     run(WARM_UP)
     print(json.dumps(facts), flush=True)
     for line in sys.stdin:
+        run(1)
         began = time.perf_counter()
         run(int(line))
         seconds = time.perf_counter() - began
