@@ -28,7 +28,7 @@ STYLE = """
   --grid: #4a535d; --mark: #f2f4f7; --warn: #ff9d7a; --c1: #5cb3f2; --c2: #ff9a4d; --c3: #37c79c; --c4: #e58ccb;
   --c5: #dcbc4a; --c6: #8fd4f5; --c7: #b39bf5; --c8: #a3adb8; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1160px; padding: 12px 20px 48px; background: var(--page); color: var(--text);
+body { margin: 0 auto; max-width: 1280px; padding: 12px 20px 48px; background: var(--page); color: var(--text);
   font: 15px/1.5 system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.6em; line-height: 1.2; margin: 0.6em 0 0.2em; }
 h2 { font-size: 1.2em; margin: 2em 0 0.5em; padding-top: 0.5em; border-top: 1px solid var(--grid); }
