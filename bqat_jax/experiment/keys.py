@@ -90,6 +90,13 @@ KEYS: tuple[Key, ...] = (
     ),
     Key('sweep', Unset(str), 'for `--mode=sweep`: the Python file that says what is compared'),
     Key(
+        'sweep_extend',
+        2,
+        'how often a sweep adds a choice beyond the edge of its grid, where the best one lies at it; 0: never',
+        COUNT_OR_NONE,
+        may_change=True,
+    ),
+    Key(
         'report',
         True,
         'write [`report.html`](report.md) at the end of a run and of a sweep; `--mode=report` writes it at any time',

@@ -15,8 +15,10 @@ import rich.console
 from bqat_jax.distributed.preemption import Stopped
 from bqat_jax.errors import UserError
 from bqat_jax.experiment.configuration import Config, check_resumable, to_plain
+from bqat_jax.experiment.keys import BY_NAME
 from bqat_jax.experiment.metrics import VALIDATION
 from bqat_jax.experiment.run import PARTNER, prepare_partner, train
+from bqat_jax.registry import place_in_plugins
 from bqat_jax.replacement.tasks import Metric
 from bqat_jax.storage import (
     BucketError,
@@ -31,6 +33,7 @@ from bqat_jax.storage import (
     read_json,
     write_json,
 )
+from bqat_jax.sweeps.choices import beyond
 from bqat_jax.sweeps.definition import Overrides, Sweep, load_sweep, override
 from bqat_jax.sweeps.reporting import report_at_the_end
 from bqat_jax.sweeps.tables import metric_of, write_tables
@@ -76,9 +79,13 @@ def run_sweep(config: Config, workdir: Place, *, name: str) -> dict[str, Any]:
         UserError: for a sweep or a workdir that cannot work.
         Stopped: if SIGTERM or SIGINT came; what was under way continues by the same command.
     """
+    return compare(load_sweep(config.sweep), config, workdir, name=name)
+
+
+def compare(sweep: Sweep, config: Config, workdir: Place, *, name: str) -> dict[str, Any]:
+    """Runs what is missing of a sweep that is given as an object; all else as `run_sweep`."""
     if jax.process_count() > 1:
         raise UserError(f'distributed={config.distributed!r}: a sweep runs in one process.')
-    sweep = load_sweep(config.sweep)
     metric = metric_of(config)
     for setting in sweep.settings.values():  # what is mistyped is told before hours have passed
         for method in sweep.methods.values():
@@ -140,7 +147,7 @@ class _Execution:
         runs = failed = 0
         for setting, overrides in self.sweep.settings.items():
             config = override(self.config, overrides)
-            config.sweep = None
+            config.sweep, config.sweep_extend = None, BY_NAME['sweep_extend'].default  # no run depends on these
             folder = self.workdir / setting
             config.partner.workdir = str(self._prepare_partner(config, folder))
             config.partner.torch_file = config.partner.torch_key = None
@@ -174,22 +181,31 @@ class _Execution:
         entry: dict[str, Any] = {'runs': 0, 'failed': [], 'choices': []}
         choice: Overrides = {}
         if self.sweep.choices:
-            best = -math.inf
-            for candidate in self.sweep.choices:
-                where = folder / 'choices' / _label(candidate)
-                scores = self._run_seeds(override(config, candidate), where, self.sweep.choice_seeds, entry)
-                name = f'{VALIDATION}{self.metric.name}'
-                values = [score[name] for score in scores.values()]
-                complete = len(values) == len(self.sweep.choice_seeds)
-                rank = self.metric.rank(sum(values) / len(values)) if complete else -math.inf
-                seconds = sum(score['seconds'] for score in scores.values())
-                entry['choices'].append({'overrides': dict(candidate), name: values, 'seconds': seconds})
-                if rank > best:
-                    best, choice = rank, candidate
-            if best == -math.inf:
+            ranks = [self._try(config, folder, candidate, entry) for candidate in self.sweep.choices]
+            candidates = list(self.sweep.choices)
+            for _ in range(self.config.sweep_extend):
+                added = beyond(candidates, candidates[ranks.index(max(ranks))])
+                if max(ranks) == -math.inf or added is None:
+                    break
+                candidates.append(added)
+                ranks.append(self._try(config, folder, added, entry))
+                entry['choices'][-1]['added'] = True
+            if max(ranks) == -math.inf:
                 return entry | {'choice': None, 'by_seed': {}}
+            choice = candidates[ranks.index(max(ranks))]
         scores = self._run_seeds(override(config, choice), folder, self.sweep.seeds, entry)
         return entry | {'choice': dict(choice), 'by_seed': scores}
+
+    def _try(self, config: Config, folder: Place, candidate: Overrides, entry: dict[str, Any]) -> float:
+        """Runs a method with one of the choices; returns its rank, the larger the better, -inf if a seed failed."""
+        where = folder / 'choices' / _label(candidate)
+        scores = self._run_seeds(override(config, candidate), where, self.sweep.choice_seeds, entry)
+        name = f'{VALIDATION}{self.metric.name}'
+        values = [score[name] for score in scores.values()]
+        seconds = sum(score['seconds'] for score in scores.values())
+        entry['choices'].append({'overrides': dict(candidate), name: values, 'seconds': seconds})
+        is_complete = len(values) == len(self.sweep.choice_seeds)
+        return self.metric.rank(sum(values) / len(values)) if is_complete else -math.inf
 
     def _run_seeds(self, config: Config, folder: Place, seeds: Sequence[int], entry: dict[str, Any]) -> dict[str, Any]:
         """Runs all seeds, as many side by side as the config says; returns the results of those that did not fail."""
@@ -224,6 +240,8 @@ class _Execution:
             raise
         except Exception as error:  # whatever it is, the others go on
             result = {'error': f'{type(error).__name__}: {error}', 'traceback': traceback.format_exc()}
+            if (where := place_in_plugins(error)) is not None:
+                result['plugin'] = where
             self.hold.check()
             write_json(run.workdir / ERROR, result)
             self.console.print(f'  failed: {result["error"]}', markup=False)
