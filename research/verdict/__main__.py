@@ -2,8 +2,8 @@
 
 Command: python -m research.verdict --plugin=my_estimator.py --estimator=mine
 
-Every method chooses its learning rate on held-out training images; then it is run with 3, 5 and at last 8 seeds, and
-what is decided earlier stops earlier. Writes `verdict.md`, `verdict.json` and `verdict.svg`; the same command goes on
+Every method chooses its learning rate on held-out training images; then it is run with 4 seeds, and with
+8 where these do not decide. Writes `verdict.md`, `verdict.json` and `verdict.svg`; the same command goes on
 where it was. docs/research.md walks through an example.
 """
 
