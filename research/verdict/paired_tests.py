@@ -118,8 +118,8 @@ def look_shares(looks: Sequence[int], level: float) -> tuple[float, ...]:
     if not looks or looks[0] < 2 or any(b <= a for a, b in itertools.pairwise(looks)):
         raise ValueError(f'looks={list(looks)}: they must rise, from at least 2 seeds.')
     z = stats.norm.isf(level / 2)
-    spent = [float(2 * stats.norm.sf(z / math.sqrt(seeds / looks[-1]))) / level for seeds in looks]
-    return tuple(after - before for before, after in itertools.pairwise([0.0, *spent]))
+    spent = [float(2 * stats.norm.sf(z / math.sqrt(seeds / looks[-1]))) / level for seeds in looks[:-1]]
+    return tuple(after - before for before, after in itertools.pairwise([0.0, *spent, 1.0]))
 
 
 def sequential_p(p_values: Sequence[float], shares: Sequence[float]) -> float:
