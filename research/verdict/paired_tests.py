@@ -15,6 +15,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from scipy import optimize, stats
@@ -97,7 +98,8 @@ def detectable(paired: Paired, level: float, wanted: float = 0.8) -> float:
 
     while lacking(most) < 0:
         most *= 2
-    return float(optimize.brentq(lacking, 0.0, most, xtol=1e-6 * most))
+    root: Any = optimize.brentq(lacking, 0.0, most, xtol=1e-6 * most)
+    return float(root)
 
 
 def look_shares(looks: Sequence[int], level: float) -> tuple[float, ...]:
