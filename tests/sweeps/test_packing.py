@@ -1,9 +1,12 @@
 """Sweeps that stop at a deadline, and go on elsewhere from a pack; what a pack may hold."""
 
+import functools
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 import zipfile
 
 import pytest
@@ -210,7 +213,7 @@ def run_until(count, config, training, workdir, monkeypatch):
 
 @pytest.mark.slow
 def test_a_real_sweep_goes_on_from_its_pack_as_if_never_stopped(digits_dir, tmp_path):
-    """Stopped within a run; the rest in another workdir; the results are those of a sweep that was not stopped."""
+    """Stopped within a run by SIGTERM, as by a deadline; the rest is made in another workdir, from the pack."""
     (tmp_path / 'sweep.py').write_text(
         'from bqat_jax.sweeps import Sweep\n\n'
         "def get_sweep():\n    return Sweep({'plain': {'replacement.distillation': 0.0}}, range(2), 'plain')\n"
@@ -218,27 +221,29 @@ def test_a_real_sweep_goes_on_from_its_pack_as_if_never_stopped(digits_dir, tmp_
     command = [sys.executable, 'main.py', '--mode=sweep', f'--config.sweep={tmp_path}/sweep.py']
     command += [f'--config.data.dir={digits_dir}', '--config.replacement.plan=none', '--config.report=false']
     command += ['--config.network.width=4', '--config.partner.steps=2', '--config.partner.optimizer.warmup_steps=0']
-    command += ['--config.train.steps=600', '--config.checkpoint.every_steps=20']
-    environment = {**os.environ, 'XLA_FLAGS': ONE_DEVICE}
+    command += ['--config.train.steps=60', '--config.checkpoint.every_steps=5', '--config.train.batch_size=16']
+    command += ['--config.quant.calibration_batches=1']
+    start = functools.partial(subprocess.Popen, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
-    def sweep(*flags):
-        done = subprocess.run(
-            [*command, *flags], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+    def sweep(name, *flags, stops=False):
+        environment = {**os.environ, 'XLA_FLAGS': ONE_DEVICE}
+        process = start([*command, f'--workdir={tmp_path}/{name}', *flags], env=environment)
+        end = time.monotonic() + 300
+        while stops and not (tmp_path / name / 'all' / 'plain' / 'seed 1' / 'checkpoints' / '10').exists():
+            assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
+            time.sleep(0.01)
+        if stops:
+            process.send_signal(signal.SIGTERM)
+        output = process.communicate()[0]
+        assert process.returncode == 0 and ('Stopped by SIGTERM' in output) == stops, output
 
-    sweep(f'--workdir={tmp_path}/whole')
-    pack, stops = f'--config.sweep_pack={tmp_path}/sweep.zip', 0
-    for number in range(60):
-        if 'Stopped by sweep_minutes' not in sweep(
-            f'--workdir={tmp_path}/{number}', pack, '--config.sweep_minutes=0.25'
-        ):
-            break
-        stops += 1
-    assert stops
-    whole, parts = (
-        json.loads((tmp_path / name / 'sweep.json').read_text())['settings']['all']['plain']['by_seed']
-        for name in ('whole', str(stops))
-    )
-    assert {seed: x['top1'] for seed, x in parts.items()} == {seed: x['top1'] for seed, x in whole.items()}
+    def results(name):
+        rows = json.loads((tmp_path / name / 'sweep.json').read_text())['settings']['all']['plain']['by_seed']
+        return {seed: (row['top1'], row['validation_top1'], row['checkpoint_step']) for seed, row in rows.items()}
+
+    sweep('whole')
+    sweep('first', f'--config.sweep_pack={tmp_path}/sweep.zip', stops=True)
+    assert (tmp_path / 'sweep.zip').stat().st_size < 2**21
+    sweep('second', f'--config.sweep_pack={tmp_path}/sweep.zip')
+    assert 'goes on after step' in (tmp_path / 'second' / 'all' / 'plain' / 'seed 1' / 'log.txt').read_text()
+    assert results('second') == results('whole')
