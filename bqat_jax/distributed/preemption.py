@@ -1,6 +1,8 @@
-"""A request to stop (SIGTERM, or Ctrl-C once) is noted, and acted on at the next step."""
+"""A request to stop (SIGTERM, Ctrl-C once, or a deadline) is noted, and acted on at the next step."""
 
+import dataclasses
 import signal
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,16 +14,31 @@ class Stopped(Exception):
     """Training was asked to stop, has saved a checkpoint and can be continued."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Deadline:
+    """A time at which to stop.
+
+    Attributes:
+        at: seconds, of `time.monotonic()`.
+        name: who set it, for the message, such as 'sweep_minutes=10'.
+    """
+
+    at: float
+    name: str
+
+
 class StopRequest:
     """Notes SIGTERM and SIGINT while it is open, as a context manager; a second SIGINT interrupts at once.
+
+    A deadline that has passed is a request too, in a run of one process.
 
     Of several processes each may be told to stop, by SIGTERM; all stop at the same point. There JAX's own preemption
     service notes the signal, and SIGINT interrupts.
     """
 
-    def __init__(self, on_request: Callable[[], None] = lambda: None):
-        """Takes what is called as soon as the request is noted."""
-        self._on_request = on_request
+    def __init__(self, on_request: Callable[[], None] = lambda: None, deadline: Deadline | None = None):
+        """Takes what is called as soon as a signal is noted, and a time at which to stop in any case."""
+        self._on_request, self._deadline = on_request, deadline
         self._signal_name: str | None = None
         self._before: dict[int, Any] = {}
         self._points = 0
@@ -43,6 +60,8 @@ class StopRequest:
             if multihost_utils.reached_preemption_sync_point(self._points):
                 self._signal_name = 'SIGTERM'
                 self._on_request()
+        elif self._signal_name is None and self._deadline is not None and time.monotonic() >= self._deadline.at:
+            self._signal_name = self._deadline.name
         return self._signal_name is not None
 
     def check(self, where: str) -> None:

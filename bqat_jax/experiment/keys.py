@@ -90,6 +90,28 @@ KEYS: tuple[Key, ...] = (
     ),
     Key('sweep', Unset(str), 'for `--mode=sweep`: the Python file that says what is compared'),
     Key(
+        'sweep_minutes',
+        Unset(float),
+        'stop a sweep after so many minutes, with a checkpoint; the same command goes on: '
+        '[research](research.md#sweeps-that-fit-a-lease)',
+        POSITIVE,
+        may_change=True,
+    ),
+    Key(
+        'sweep_pack',
+        Unset(str),
+        'zip file that a sweep goes on from, if it is there, and that it leaves at every stop: '
+        '[research](research.md#sweeps-that-fit-a-lease)',
+        may_change=True,
+    ),
+    Key(
+        'sweep_extend',
+        2,
+        'how often a sweep adds a choice beyond the edge of its grid, where the best one lies at it; 0: never',
+        COUNT_OR_NONE,
+        may_change=True,
+    ),
+    Key(
         'report',
         True,
         'write [`report.html`](report.md) at the end of a run and of a sweep; `--mode=report` writes it at any time',

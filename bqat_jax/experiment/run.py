@@ -11,7 +11,7 @@ from bqat_jax.analysis.diagnosis import DIRECTORY as DIAGNOSES
 from bqat_jax.analysis.summary import print_summary, summarize
 from bqat_jax.blocks.block_network import other_collections
 from bqat_jax.data.pipeline import Split
-from bqat_jax.distributed.preemption import StopRequest
+from bqat_jax.distributed.preemption import Deadline, StopRequest
 from bqat_jax.distributed.processes import is_first, total
 from bqat_jax.errors import UserError
 from bqat_jax.experiment.configuration import Config
@@ -41,6 +41,7 @@ def train(
     name: str,
     overrides: dict[str, Any] | None = None,
     console: rich.console.Console | None = None,
+    deadline: Deadline | None = None,
 ) -> dict[str, Any]:
     """Runs a config from wherever its workdir has got to, to the end; writes and returns `result.json`.
 
@@ -50,12 +51,13 @@ def train(
         name: of the config, for the record.
         overrides: what the command line changed, for the record.
         console: where progress is shown; the terminal if None.
+        deadline: when to stop in any case.
 
     Raises:
         UserError: for a config or a workdir that cannot work, with the remedy.
-        Stopped: if SIGTERM or SIGINT came; a checkpoint is saved.
+        Stopped: if SIGTERM or SIGINT came, or the deadline passed; a checkpoint is saved.
     """
-    with opened(workdir, config.storage.lease_seconds) as hold, StopRequest(shorten_patience) as stop:
+    with opened(workdir, config.storage.lease_seconds) as hold, StopRequest(shorten_patience, deadline) as stop:
         experiment = make_experiment(config, workdir, console or _console(), hold=hold)
         check_config(experiment)
         write_record(experiment, name, overrides)
@@ -131,7 +133,9 @@ def import_partner(
         return result
 
 
-def prepare_partner(config: Config, workdir: Place, *, name: str, console: rich.console.Console) -> None:
+def prepare_partner(
+    config: Config, workdir: Place, *, name: str, console: rich.console.Console, deadline: Deadline | None = None
+) -> None:
     """Trains or imports the partner alone and keeps it in a workdir, for `partner.workdir` of other runs.
 
     Args:
@@ -139,12 +143,13 @@ def prepare_partner(config: Config, workdir: Place, *, name: str, console: rich.
         workdir: where the partner is kept; called again with the same, it continues.
         name: of the config, for the record.
         console: where progress is shown.
+        deadline: when to stop in any case.
 
     Raises:
         UserError: for a config or a workdir that cannot work, with the remedy.
-        Stopped: if SIGTERM or SIGINT came; a checkpoint is saved.
+        Stopped: if SIGTERM or SIGINT came, or the deadline passed; a checkpoint is saved.
     """
-    with opened(workdir, config.storage.lease_seconds) as hold, StopRequest(shorten_patience) as stop:
+    with opened(workdir, config.storage.lease_seconds) as hold, StopRequest(shorten_patience, deadline) as stop:
         experiment = make_experiment(config, workdir, console, hold=hold)
         check_config(experiment)
         write_record(experiment, name, {})

@@ -236,12 +236,15 @@ def _choices(record: SweepRecord) -> Iterator[Html]:
         else:
             where = f'{one.steps} from the edge'
         cell = Html(f'<span class="warn">{where}</span>') if one.is_at_edge else where
-        rows.append((setting, method, one.key, value_of(one.value), ', '.join(map(value_of, one.grid)), cell))
+        added = _added_values(record.settings[setting][method], one.key)
+        values = ', '.join(f'{value_of(x)} (added)' if x in added else value_of(x) for x in one.grid)
+        rows.append((setting, method, one.key, value_of(one.value), values, cell))
     yield table(['setting', 'method', 'key', 'taken', 'from', 'where'], rows)
     yield grid(_choice_drawings(record))
     yield note(
         f'The choice with the best mean on held-out training images is taken (ringed): {record.metric.title}, on seeds '
-        'that are not compared. At the edge of a grid a better value may lie beyond it: extend the grid.'
+        'that are not compared. Where it lay at the edge of the grid, choices beyond it were added, at most '
+        'sweep_extend of them. At the edge even so, a better value may lie beyond: extend the grid.'
     )
 
 
@@ -274,6 +277,11 @@ def _all_positions(record: SweepRecord) -> Iterator[tuple[str, str, Position]]:
         for method, row in methods.items():
             for one in positions(row.get('choice') or {}, _candidates(row)):
                 yield setting, method, one
+
+
+def _added_values(row: Mapping[str, Any], key: str) -> list[Any]:
+    """The values of a key that the sweep added to its grid."""
+    return [one['overrides'].get(key) for one in row.get('choices', ()) if one.get('added')]
 
 
 def _candidates(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -12,11 +12,13 @@ from typing import Any
 import jax
 import rich.console
 
-from bqat_jax.distributed.preemption import Stopped
+from bqat_jax.distributed.preemption import Deadline, Stopped, StopRequest
 from bqat_jax.errors import UserError
 from bqat_jax.experiment.configuration import Config, check_resumable, to_plain
+from bqat_jax.experiment.keys import BY_NAME
 from bqat_jax.experiment.metrics import VALIDATION
 from bqat_jax.experiment.run import PARTNER, prepare_partner, train
+from bqat_jax.registry import place_in_plugins
 from bqat_jax.replacement.tasks import Metric
 from bqat_jax.storage import (
     BucketError,
@@ -29,13 +31,16 @@ from bqat_jax.storage import (
     held,
     place,
     read_json,
+    shorten_patience,
     write_json,
 )
+from bqat_jax.sweeps.choices import beyond
 from bqat_jax.sweeps.definition import Overrides, Sweep, load_sweep, override
+from bqat_jax.sweeps.packing import ERROR, RESULT, unpack, write_pack
 from bqat_jax.sweeps.reporting import report_at_the_end
 from bqat_jax.sweeps.tables import metric_of, write_tables
 
-RESULT, ERROR, LOG = 'result.json', 'error.json', 'log.txt'
+LOG = 'log.txt'
 LOG_WIDTH = 140
 
 
@@ -74,11 +79,16 @@ def run_sweep(config: Config, workdir: Place, *, name: str) -> dict[str, Any]:
 
     Raises:
         UserError: for a sweep or a workdir that cannot work.
-        Stopped: if SIGTERM or SIGINT came; what was under way continues by the same command.
+        Stopped: if SIGTERM or SIGINT came, or `config.sweep_minutes` have passed; what was under way continues by the
+            same command, here, or elsewhere from `config.sweep_pack`.
     """
+    return compare(load_sweep(config.sweep), config, workdir, name=name)
+
+
+def compare(sweep: Sweep, config: Config, workdir: Place, *, name: str) -> dict[str, Any]:
+    """Runs what is missing of a sweep that is given as an object; all else as `run_sweep`."""
     if jax.process_count() > 1:
         raise UserError(f'distributed={config.distributed!r}: a sweep runs in one process.')
-    sweep = load_sweep(config.sweep)
     metric = metric_of(config)
     for setting in sweep.settings.values():  # what is mistyped is told before hours have passed
         for method in sweep.methods.values():
@@ -92,8 +102,32 @@ def run_sweep(config: Config, workdir: Place, *, name: str) -> dict[str, Any]:
                     )
     check_reachable(workdir, '--workdir')
     workdir.mkdir(parents=True, exist_ok=True)
-    with held(workdir, config.storage.lease_seconds) as hold, _compilation_cache(workdir / 'compiled'):
-        return _Execution(config, sweep, workdir, hold, name, metric, rich.console.Console(markup=False)).execute()
+    pack = None if config.sweep_pack is None else place(config.sweep_pack, 'sweep_pack')
+    deadline = None
+    if config.sweep_minutes is not None:
+        deadline = Deadline(time.monotonic() + 60 * config.sweep_minutes, f'sweep_minutes={config.sweep_minutes:g}')
+    console = rich.console.Console(markup=False)
+    with (
+        held(workdir, config.storage.lease_seconds) as hold,
+        _compilation_cache(workdir / 'compiled'),
+        StopRequest(shorten_patience, deadline) as stop,
+    ):
+        if pack is not None and pack.is_file():
+            console.print(f'{pack}: {unpack(pack, workdir)} files were missing here')
+        execution = _Execution(config, sweep, workdir, hold, name, metric, console, stop, deadline)
+        try:
+            result = execution.execute()
+        except Stopped as stopped:
+            if pack is None:
+                raise
+            write_pack(pack, workdir)
+            raise Stopped(f'{stopped} {pack} holds what the same command needs to continue on another machine.') from (
+                stopped
+            )
+        if pack is not None:
+            write_pack(pack, workdir)
+            result['pack'] = str(pack)
+        return result
 
 
 def _check_choice(sweep: Sweep, config: Config) -> None:
@@ -134,13 +168,17 @@ class _Execution:
     name: str
     metric: Metric
     console: rich.console.Console
+    stop: StopRequest
+    deadline: Deadline | None
 
     def execute(self) -> dict[str, Any]:
         entries: dict[str, Any] = {}
         runs = failed = 0
         for setting, overrides in self.sweep.settings.items():
             config = override(self.config, overrides)
-            config.sweep = None
+            # No run depends on these.
+            config.sweep = config.sweep_minutes = config.sweep_pack = None
+            config.sweep_extend = BY_NAME['sweep_extend'].default
             folder = self.workdir / setting
             config.partner.workdir = str(self._prepare_partner(config, folder))
             config.partner.torch_file = config.partner.torch_key = None
@@ -164,9 +202,10 @@ class _Execution:
             return place(config.partner.workdir, 'partner.workdir')
         single = override(config, {'train.replicas': 1})
         workdir = folder / 'partner_of_all'
+        self.stop.check(f'before the partner of {folder.name}')
         self.console.print(f'{folder.name}: partner')
         with _log(workdir) as console:
-            prepare_partner(single, workdir, name=self.name, console=console)
+            prepare_partner(single, workdir, name=self.name, console=console, deadline=self.deadline)
         return workdir
 
     def _run_method(self, config: Config, folder: Place) -> dict[str, Any]:
@@ -174,22 +213,31 @@ class _Execution:
         entry: dict[str, Any] = {'runs': 0, 'failed': [], 'choices': []}
         choice: Overrides = {}
         if self.sweep.choices:
-            best = -math.inf
-            for candidate in self.sweep.choices:
-                where = folder / 'choices' / _label(candidate)
-                scores = self._run_seeds(override(config, candidate), where, self.sweep.choice_seeds, entry)
-                name = f'{VALIDATION}{self.metric.name}'
-                values = [score[name] for score in scores.values()]
-                complete = len(values) == len(self.sweep.choice_seeds)
-                rank = self.metric.rank(sum(values) / len(values)) if complete else -math.inf
-                seconds = sum(score['seconds'] for score in scores.values())
-                entry['choices'].append({'overrides': dict(candidate), name: values, 'seconds': seconds})
-                if rank > best:
-                    best, choice = rank, candidate
-            if best == -math.inf:
+            ranks = [self._try(config, folder, candidate, entry) for candidate in self.sweep.choices]
+            candidates = list(self.sweep.choices)
+            for _ in range(self.config.sweep_extend):
+                added = beyond(candidates, candidates[ranks.index(max(ranks))])
+                if max(ranks) == -math.inf or added is None:
+                    break
+                candidates.append(added)
+                ranks.append(self._try(config, folder, added, entry))
+                entry['choices'][-1]['added'] = True
+            if max(ranks) == -math.inf:
                 return entry | {'choice': None, 'by_seed': {}}
+            choice = candidates[ranks.index(max(ranks))]
         scores = self._run_seeds(override(config, choice), folder, self.sweep.seeds, entry)
         return entry | {'choice': dict(choice), 'by_seed': scores}
+
+    def _try(self, config: Config, folder: Place, candidate: Overrides, entry: dict[str, Any]) -> float:
+        """Runs a method with one of the choices; returns its rank, the larger the better, -inf if a seed failed."""
+        where = folder / 'choices' / _label(candidate)
+        scores = self._run_seeds(override(config, candidate), where, self.sweep.choice_seeds, entry)
+        name = f'{VALIDATION}{self.metric.name}'
+        values = [score[name] for score in scores.values()]
+        seconds = sum(score['seconds'] for score in scores.values())
+        entry['choices'].append({'overrides': dict(candidate), name: values, 'seconds': seconds})
+        is_complete = len(values) == len(self.sweep.choice_seeds)
+        return self.metric.rank(sum(values) / len(values)) if is_complete else -math.inf
 
     def _run_seeds(self, config: Config, folder: Place, seeds: Sequence[int], entry: dict[str, Any]) -> dict[str, Any]:
         """Runs all seeds, as many side by side as the config says; returns the results of those that did not fail."""
@@ -215,15 +263,18 @@ class _Execution:
         for name, fields in ((RESULT, {self.metric.name: float, 'steps': int}), (ERROR, {'error': str})):
             if (run.workdir / name).exists():
                 return read_json(run.workdir / name, **fields)
+        self.stop.check(f'before {run.workdir.relative_to(self.workdir)}')
         self.console.print(str(run.workdir.relative_to(self.workdir)))
         began = time.monotonic()
         try:
             with _log(run.workdir) as console:
-                result = train(run.config, run.workdir, name=self.name, console=console)
+                result = train(run.config, run.workdir, name=self.name, console=console, deadline=self.deadline)
         except (Stopped, KeyboardInterrupt, BucketError, InUse, Lost):  # it says nothing of this run: it is made later
             raise
         except Exception as error:  # whatever it is, the others go on
             result = {'error': f'{type(error).__name__}: {error}', 'traceback': traceback.format_exc()}
+            if (where := place_in_plugins(error)) is not None:
+                result['plugin'] = where
             self.hold.check()
             write_json(run.workdir / ERROR, result)
             self.console.print(f'  failed: {result["error"]}', markup=False)

@@ -17,6 +17,7 @@ from bqat_jax.experiment.run import PARTNER
 from bqat_jax.registry import load_plugins
 from bqat_jax.replacement.tasks import Metric, get_task
 from bqat_jax.storage import Place, write_bytes, write_json, write_text
+from bqat_jax.sweeps.choices import is_added
 from bqat_jax.sweeps.definition import Sweep
 
 matplotlib.use('agg')  # no screen is needed
@@ -24,6 +25,8 @@ from matplotlib import pyplot
 
 CONFIDENCE = 0.95
 TABLES = 'sweep.json'
+# After a choice that the sweep added to its grid.
+ADDED = 'added'
 
 
 def metric_of(config: Config) -> Metric:
@@ -123,7 +126,8 @@ def _markdown(sweep: Sweep, rows: Mapping[str, Mapping[str, Any]], metric: Metri
     for setting, methods in rows.items():
         for method, row in methods.items():
             scores = list(row['by_seed'].values())
-            cells = [setting, method, _describe_choice(row['choice']), str(len(scores))]
+            added = f' ({ADDED})' if is_added(row, row['choice'] or {}) else ''
+            cells = [setting, method, f'{_describe_choice(row["choice"])}{added}', str(len(scores))]
             if scores:
                 cells += [
                     str(scores[0]['steps']),
@@ -141,6 +145,8 @@ def _markdown(sweep: Sweep, rows: Mapping[str, Mapping[str, Any]], metric: Metri
         f'with their {CONFIDENCE:.0%} interval (Student\'s t). "Chosen" was chosen on held-out '
         'training images, with other seeds.',
     ]
+    if any(f'({ADDED})' in line for line in lines):
+        lines.append(f'\n"{ADDED}": beyond the grid of the sweep, whose best choice lay at its edge.')
     lines += [f'\nFailed: {one["workdir"]}: {_first_sentence(one["error"])}' for one in failed]
     return '\n'.join(lines) + '\n'
 

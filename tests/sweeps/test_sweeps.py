@@ -14,87 +14,19 @@ import pytest
 from scipy import stats
 
 from bqat_jax.errors import UserError
-from bqat_jax.experiment.configuration import to_plain
 from bqat_jax.storage import BucketError, InUse, Lost, write_json
 from bqat_jax.sweeps import Sweep, execution, reporting
+from bqat_jax.sweeps.choices import beyond
 from bqat_jax.sweeps.definition import load_sweep, override
 from bqat_jax.sweeps.tables import paired_difference
 from tests.conftest import ONE_DEVICE, ROOT
 from tests.experiment.test_configuration import load_recipe
 from tests.report.test_pages import check
+from tests.sweeps.conftest import FILE, run
 
-RATE = 'optimizer.learning_rate'
+RATE, PATHS = 'optimizer.learning_rate', 'replacement.paths'
+BEST = {'none': 0.1, 'prefix': 0.35}
 SWEEPS = sorted(path for path in (ROOT / 'configs' / 'sweeps').glob('*.py') if path.stem != 'common')
-FILE = """
-from bqat_jax.sweeps import Sweep
-
-def get_sweep():
-    return Sweep(
-        methods={'plain': {'replacement.plan': 'none'}, 'prefix': {}},
-        seeds=range(3),
-        baseline='plain',
-        settings={'W2A2': {}, 'W4A4': {'quant.weights.bits': 4}},
-        choices=[{'optimizer.learning_rate': rate} for rate in (0.1, 0.2)],
-        choice_seeds=(10, 11),
-    )
-"""
-
-
-@pytest.fixture
-def config(tmp_path):
-    (tmp_path / 'my_sweep.py').write_text(FILE)
-    config = load_recipe(ROOT / 'configs' / 'digits.py').get_config()
-    config.sweep = str(tmp_path / 'my_sweep.py')
-    config.report = False
-    return config
-
-
-class Training:
-    """Stands in for the training program: remembers what ran, and leaves what a run leaves."""
-
-    def __init__(self):
-        self.ran, self.fails, self.stops_after = [], lambda config: False, None
-
-    def prepare_partner(self, config, workdir, *, name, console):
-        assert config.train.replicas == 1
-        workdir.mkdir(parents=True, exist_ok=True)
-
-    def train(self, config, workdir, *, name, console):
-        if self.stops_after is not None and len(self.ran) >= self.stops_after:
-            raise KeyboardInterrupt
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_json(workdir / 'config.json', to_plain(config))
-        seeds = range(config.seed, config.seed + config.train.replicas)
-        self.ran.append((config.replacement.plan, config.quant.weights.bits, config.optimizer.learning_rate, *seeds))
-        if self.fails(config):
-            raise UserError('the loss became NaN')
-        top1 = {str(seed): self.top1(config, seed) for seed in seeds}
-        result = {'top1': statistics.mean(top1.values()), 'fp_top1': 0.99, 'steps': 5, 'checkpoint_step': 5}
-        result |= {'seconds': 2.0, 'validation_top1': result['top1'] - 0.01}
-        if len(seeds) > 1:
-            validation = {seed: value - 0.01 for seed, value in top1.items()}
-            result |= {'top1_by_seed': top1, 'validation_top1_by_seed': validation}
-        write_json(workdir / 'result.json', result)
-        return result
-
-    @staticmethod
-    def top1(config, seed):
-        """The plan none is best at 0.1, prefix at 0.2."""
-        best = 0.1 if config.replacement.plan == 'none' else 0.2
-        gain = 0.0 if config.replacement.plan == 'none' else 0.05
-        return 0.8 + gain - abs(config.optimizer.learning_rate - best) + 0.001 * seed
-
-
-@pytest.fixture
-def training(monkeypatch):
-    training = Training()
-    monkeypatch.setattr(execution, 'train', training.train)
-    monkeypatch.setattr(execution, 'prepare_partner', training.prepare_partner)
-    return training
-
-
-def run(config, workdir):
-    return execution.run_sweep(config, workdir, name='digits')
 
 
 def test_every_method_is_run_with_its_own_best_choice(config, training, tmp_path):
@@ -131,8 +63,8 @@ def test_a_sweep_ends_with_its_report(config, training, tmp_path, monkeypatch, c
 
 
 def test_of_a_task_whose_metric_is_better_when_smaller_the_smallest_is_chosen(config, training, tmp_path, monkeypatch):
-    def train(config, workdir, *, name, console):
-        result = training.train(config, workdir, name=name, console=console)
+    def train(config, workdir, **options):
+        result = training.train(config, workdir, **options)
         result = {key.replace('top1', 'mse'): value for key, value in result.items()}
         write_json(workdir / 'result.json', result)
         return result
@@ -148,6 +80,53 @@ def test_of_a_task_whose_metric_is_better_when_smaller_the_smallest_is_chosen(co
     (tmp_path / 'my_sweep.py').write_text(FILE.replace("'W2A2': {}", "'W2A2': {'task': 'classification'}"))
     with pytest.raises(UserError, match="task='classification': a sweep compares runs by one metric"):
         run(config, tmp_path / 'other')
+
+
+def test_a_choice_at_the_edge_of_its_grid_extends_it(config, training, tmp_path, monkeypatch):
+    """The plan none is best at 0.1, the smallest; prefix at 0.35, two steps beyond the largest, which fails."""
+    config.sweep_extend, config.report = 2, True
+    monkeypatch.setattr(
+        training, 'top1', lambda config, seed: 0.5 - abs(config.optimizer.learning_rate - BEST[config.replacement.plan])
+    )
+    training.fails = lambda config: config.optimizer.learning_rate > 0.5
+    run(config, tmp_path / 'sweep')
+    methods = json.loads((tmp_path / 'sweep' / 'sweep.json').read_text())['settings']['W2A2']
+    tried = {name: [one['overrides'][RATE] for one in row['choices']] for name, row in methods.items()}
+    assert tried == {'plain': [0.1, 0.2, 0.05], 'prefix': [0.1, 0.2, 0.4, 0.8]}
+    assert [one.get('added', False) for one in methods['prefix']['choices']] == [False, False, True, True]
+    assert methods['plain']['choice'] == {RATE: 0.1} and methods['prefix']['choice'] == {RATE: 0.4}
+    table = (tmp_path / 'sweep' / 'sweep.md').read_text()
+    assert '| W2A2 | prefix | learning_rate 0.4 (added) |' in table and '| plain | learning_rate 0.1 |' in table
+    assert '0.4 (added), 0.8 (added)' in check((tmp_path / 'sweep' / 'report.html').read_text())
+    count = len(training.ran)
+    run(config, tmp_path / 'sweep')
+    assert len(training.ran) == count
+
+
+@pytest.mark.parametrize(
+    ('candidates', 'chosen', 'added'),
+    [
+        ([{RATE: 0.02}, {RATE: 0.08}], 1, {RATE: 0.32}),
+        ([{RATE: 0.08}, {RATE: 0.02}], 1, {RATE: 0.005}),
+        ([{RATE: 0.1}, {RATE: 0.2}, {RATE: 0.8}], 2, {RATE: 3.2}),
+        ([{RATE: 0.1}, {RATE: 0.2}, {RATE: 0.8}], 1, None),
+        ([{RATE: 0.1, 'a': 9.0}, {RATE: 0.2, 'a': 3.0}], 1, {RATE: 0.4, 'a': 1.0}),
+        (
+            [{'replacement.paths': 2, 'b': 'x'}, {'replacement.paths': 3, 'b': 'x'}],
+            1,
+            {'replacement.paths': 4, 'b': 'x'},
+        ),
+        ([{PATHS: 1}, {PATHS: 2}], 0, None),  # 0.5 paths
+        ([{'optimizer.momentum': 0.5}, {'optimizer.momentum': 0.9}], 1, None),  # out of its range
+        ([{RATE: 0.0}, {RATE: 0.2}], 1, None),
+        ([{'a': 1.0, 'b': 1.0}, {'a': 1.0, 'b': 2.0}, {'a': 2.0, 'b': 1.0}], 2, None),  # no line
+        ([{'data.flip': False}, {'data.flip': True}], 1, None),
+        ([{RATE: 0.1}, {'a': 0.2}], 1, None),
+        ([{RATE: 0.1}], 0, None),
+    ],
+)
+def test_what_lies_beyond_the_edge(candidates, chosen, added):
+    assert beyond(candidates, candidates[chosen]) == added
 
 
 def test_no_run_is_started_twice(config, training, tmp_path):
