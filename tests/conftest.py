@@ -1,7 +1,6 @@
 """Every test runs under the strictest settings: what they forbid is where quantization code goes wrong."""
 
 import atexit
-import gc
 import os
 import shutil
 import tempfile
@@ -41,13 +40,6 @@ KILLED_CACHE = f'{os.environ["JAX_COMPILATION_CACHE_DIR"]}/killed'
 ONE_DEVICE = '--xla_backend_optimization_level=0'
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / 'shared' / 'data'
-
-
-def pytest_collection_finish() -> None:
-    """Spares the garbage collector what imports made, and most of its visits: tracing makes objects by the million."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
 
 
 @pytest.fixture(scope='session')

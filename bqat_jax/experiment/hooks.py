@@ -21,6 +21,9 @@ from bqat_jax.training.evaluation import Evaluation
 from bqat_jax.training.state import TrainState
 from bqat_jax.training.strengths import mean_strengths
 
+# The score of a checkpoint that is never selected while there is another.
+NO_CANDIDATE = float('-inf')
+
 
 class Clock:
     """Times a phase; its examples per second leave pauses out."""
@@ -135,14 +138,20 @@ class Save:
             del metrics
             if stop.is_due():
                 if self._saved != number:
-                    self.save(number, state)
+                    self.save(number, state, is_candidate=False)
                 self.checkpoints.wait()
                 stop.check(f'{where.format(number=number)}; a checkpoint is saved')
 
         return after
 
-    def save(self, number: int, state: TrainState) -> None:
+    def save(self, number: int, state: TrainState, *, is_candidate: bool = True) -> None:
         """Saves the state after step `number`, if it is sound.
+
+        Args:
+            number: of training steps that have been made.
+            state: after them.
+            is_candidate: whether it is scored, so that it may be selected. One that is saved because the run was told
+                to stop is not: what a run ends with must not depend on where it was stopped.
 
         Raises:
             UserError: if the loss was not finite, the checkpoint cannot be written, or another run has taken over.
@@ -153,7 +162,9 @@ class Save:
             self.seconds = self._log.clock.seconds
             score: float | None = None
             facts: dict[str, Any] = {'next_batch': number, 'seconds': self.seconds}
-            if self._evaluation is not None:
+            if self._evaluation is not None and not is_candidate:
+                score = NO_CANDIDATE
+            elif self._evaluation is not None:
                 name = f'{VALIDATION}{self._metric.name}'
                 values = [one.metrics[self._metric.name] for one in self._evaluation(state.params, state.collections)]
                 mean = sum(values) / len(values)

@@ -69,9 +69,20 @@ class Recorder:
         self.records.append(('sent', []))
 
 
+class StopNow:
+    def is_due(self):
+        return True
+
+    def check(self, where):
+        self.where = where
+
+
 class Checkpoints:
     def __init__(self):
         self.saved = []
+
+    def wait(self):
+        pass
 
     def save(self, step, state, facts, score):
         self.saved.append((step, facts['next_batch'], score))
@@ -124,6 +135,23 @@ def test_the_score_of_a_checkpoint_is_larger_for_a_better_network(task, sign):
     save.save(2, State())
     assert [score for _, _, score in checkpoints.saved] == [sign * 0.5, -math.inf]
     assert recorder.records[0] == (1, [f'validation_{metric.name}'])
+
+
+def test_a_checkpoint_of_a_stop_is_not_evaluated_and_never_selected():
+    """What a run ends with does not depend on where it was stopped."""
+    checkpoints, evaluated = Checkpoints(), []
+
+    def evaluation(params, collections):
+        evaluated.append(params)
+        return [Evaluation({'top1': 0.5}, 8)]
+
+    save = Save(checkpoints, Log(Recorder(), Clock(0.0, 8), lambda bad: None), evaluation, CLASSIFICATION.score, Hold())
+    after = save.stop_hook(StopNow(), 'after step {number}')
+    after(3, State(), None)
+    assert checkpoints.saved == [(3, 3, -math.inf)] and not evaluated
+    save.save(4, State())
+    after(4, State(), None)  # saved already
+    assert [(step, score) for step, _, score in checkpoints.saved] == [(3, -math.inf), (4, 0.5)] and len(evaluated) == 1
 
 
 def test_a_loss_that_is_not_finite_is_never_saved():
