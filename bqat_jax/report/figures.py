@@ -228,14 +228,7 @@ def dots(
                 axes.plot([low, high], [height + 0.28] * 2, color=MARK, linewidth=1.5, solid_capstyle='butt')
             if math.isfinite(mean):
                 axes.plot([mean], [height + 0.28], 'D', color=MARK, markersize=5, markeredgewidth=0)
-        axes.set_yticks(range(len(names)), [_cut(label) for label in names])
-        axes.set_ylim(len(names) - 0.4, -0.6)
-        axes.tick_params(axis='y', length=0)
-        axes.set_title(_cut(title))
-        axes.set_xlabel(unit)
-        axes.grid(True, axis='x')
-        axes.locator_params(axis='x', nbins=4)
-        axes.spines['left'].set_visible(False)
+        _label_rows(axes, names, title, unit)
 
     return Drawing(draw(name, (WIDTH, 80 + 34 * max(1, len(names))), paint, title=title))
 
@@ -259,14 +252,7 @@ def differences(name: str, title: str, rows: Mapping[str, Any], unit: str) -> Dr
                 color = LINES[7] if low <= 0 <= high else LINES[0]
                 axes.plot([low, high], [height] * 2, color=color, linewidth=2.5, solid_capstyle='butt')
                 axes.plot([mean], [height], 'D', color=color, markersize=6, markeredgewidth=0)
-        axes.set_yticks(range(len(names)), [_cut(label) for label in names])
-        axes.set_ylim(len(names) - 0.4, -0.6)
-        axes.tick_params(axis='y', length=0)
-        axes.set_title(_cut(title))
-        axes.set_xlabel(unit)
-        axes.grid(True, axis='x')
-        axes.locator_params(axis='x', nbins=4)
-        axes.spines['left'].set_visible(False)
+        _label_rows(axes, names, title, unit)
 
     return Drawing(draw(name, (WIDTH, 80 + 28 * max(1, len(names))), paint, title=title))
 
@@ -306,3 +292,15 @@ def choices(
         axes.margins(x=0.1, y=0.15)
 
     return Drawing(draw(name, (WIDTH, 220), paint, title=title), tuple(shown), '')
+
+
+def _label_rows(axes: Any, names: Sequence[str], title: str, unit: str) -> None:
+    """Names the rows of a drawing from the top, and what lies along them."""
+    axes.set_yticks(range(len(names)), [_cut(label) for label in names])
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.tick_params(axis='y', length=0)
+    axes.set_title(_cut(title))
+    axes.set_xlabel(unit)
+    axes.grid(True, axis='x')
+    axes.locator_params(axis='x', nbins=4)
+    axes.spines['left'].set_visible(False)
