@@ -126,7 +126,7 @@ def make_torch_runner(config: Any, variant: str) -> tuple[Callable[[int], None],
     Raises:
         ValueError: for a network other than a CIFAR ResNet with shortcut A.
     """
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     from benchmarks.torch_step import Step
 

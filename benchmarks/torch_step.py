@@ -8,9 +8,9 @@ and the last layer have 8 bits.
 import math
 from typing import Any
 
-import torch
-from torch import nn
-from torch.nn import functional
+import torch  # pyright: ignore[reportMissingImports]
+from torch import nn  # pyright: ignore[reportMissingImports]
+from torch.nn import functional  # pyright: ignore[reportMissingImports]
 
 
 class FakeQuantize(torch.autograd.Function):

@@ -4,7 +4,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun, jaxprs_in_params
+from jax.extend.core import (
+    ClosedJaxpr,  # pyright: ignore[reportPrivateImportUsage]  # JAX 0.12: Jaxpr, renamed
+    Jaxpr,
+    Literal,
+    jaxpr_as_fun,
+    jaxprs_in_params,
+)
 
 
 class ScanArguments(NamedTuple):

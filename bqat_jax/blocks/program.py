@@ -26,7 +26,14 @@ from typing import Any
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var, jaxpr_as_fun, jaxprs_in_params
+from jax.extend.core import (
+    ClosedJaxpr,  # pyright: ignore[reportPrivateImportUsage]  # JAX 0.12: Jaxpr, renamed
+    Jaxpr,
+    Literal,
+    Var,
+    jaxpr_as_fun,
+    jaxprs_in_params,
+)
 
 from bqat_jax.interception import intercept_methods
 from bqat_jax.jaxprs import consts_of, run_operation, scan_arguments

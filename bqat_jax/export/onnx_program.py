@@ -58,7 +58,7 @@ def build_model(
     jaxpr = program.jaxpr
     results = _Walk(graph, ()).run(jaxpr, program.consts, [*constants, *given], [True] * len(jaxpr.outvars))
     names = [name for name, _ in _named_leaves(shapes, 'output')]
-    full = [graph.expand(x, own.aval.shape) for x, own in zip(results, jaxpr.outvars, strict=True)]
+    full = [graph.expand(x, own.shape) for x, own in zip(results, jax.tree.leaves(shapes), strict=True)]
     return graph.model(list(zip(names, full, strict=True)))
 
 

@@ -191,7 +191,7 @@ def _check_zip(file: Path) -> None:
 
 def _load_torch(file: str | Path) -> Any:
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UserError(
             f'{_name(file)} is a PyTorch file, and reading it needs PyTorch, which is not installed here. Install it '
