@@ -1,0 +1,33 @@
+"""Whether methods differ by the learning rate that suits them: each at five rates, ResNet-20 on CIFAR-10 at W2A2.
+
+Losses are summed, so a method with k losses of one size takes steps like plain QAT's at k times the rate. Two seeds of the
+rate that the held-out images choose follow. The schedule is that of cifar10_short.py: 200 steps of 64 images.
+
+Command: python main.py --mode=sweep --config=configs/cifar10_resnet20.py \
+    --config.sweep=configs/sweeps/cifar10_losses.py --config.data.dir=DIR --config.partner.torch_file=FILE \
+    --workdir=runs/sweeps/cifar10_losses
+"""
+
+from bqat_jax.sweeps import Sweep
+from configs.sweeps.cifar10_short import COMMON
+from configs.sweeps.common import METHODS, bits, learning_rates, replacement
+
+LOSSES = {
+    'LSQ': METHODS['LSQ'],
+    'distillation': METHODS['distillation'],
+    'prefix': METHODS['prefix'],
+    'soft labels alone': {'plan': 'none', 'cross_entropy': 0.0},
+    'distillation, T 4': {'plan': 'none', 'temperature': 4.0},
+}
+
+
+def get_sweep() -> Sweep:
+    """Returns the sweep."""
+    return Sweep(
+        methods={name: {**replacement(**keys), **COMMON} for name, keys in LOSSES.items()},
+        seeds=range(2),
+        baseline='LSQ',
+        settings={name: {**keys, 'train.steps': 200} for name, keys in bits(2).items()},
+        choices=learning_rates(0.0005, 0.001, 0.002, 0.004, 0.008),
+        choice_seeds=[100],
+    )
