@@ -1,7 +1,7 @@
 """Whether methods differ by the learning rate that suits them: each at five rates, ResNet-20 on CIFAR-10 at W2A2.
 
-Losses are summed, so a method with k losses of one size takes steps like plain QAT's at k times the rate. Two seeds of the
-rate that the held-out images choose follow. The schedule is that of cifar10_short.py: 200 steps of 64 images.
+Losses are summed, so a method with k losses of one size takes steps like plain QAT's at k times the rate. The held-out
+images choose a rate, and two other seeds are trained with it. The schedule is cifar10_short.py's: 200 steps of 64.
 
 Command: python main.py --mode=sweep --config=configs/cifar10_resnet20.py \
     --config.sweep=configs/sweeps/cifar10_losses.py --config.data.dir=DIR --config.partner.torch_file=FILE \
