@@ -64,12 +64,10 @@ def write_diagnosis(directory: Place, diagnosis: Mapping[str, Any]) -> None:
 
 def draw(path: Place, diagnosis: Mapping[str, Any]) -> None:
     """Draws a diagnosis."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use('agg')  # no screen is needed
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(2, 3, figsize=(15, 8), layout='constrained')
+    figure = Figure(figsize=(15, 8), layout='constrained')
+    panels = figure.subplots(2, 3)
     names = list(dict.fromkeys(diagnosis['blocks'].values()))
     lines = {f'{loss} to {reference}': (loss, reference) for loss in LOSSES for reference in REFERENCES}
     for panel, measure, title in (
@@ -113,5 +111,5 @@ def draw(path: Place, diagnosis: Mapping[str, Any]) -> None:
     figure.suptitle(f'after step {diagnosis["step"]}')
     buffer = io.BytesIO()
     figure.savefig(buffer, format='png', dpi=110)
-    pyplot.close(figure)
+    figure.clear()  # else its arrays wait for a full garbage collection, which a large heap makes rare
     write_bytes(path, buffer.getvalue())

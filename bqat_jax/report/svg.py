@@ -72,6 +72,7 @@ def draw(name: str, size: tuple[float, float], paint: Any, *, title: str = '', i
         paint(figure)
         buffer = io.StringIO()
         figure.savefig(buffer, format='svg', transparent=True, metadata=dict.fromkeys(('Creator', 'Date'), None))
+        figure.clear()  # else its arrays wait for a full garbage collection, which a large heap makes rare
     return _embed(buffer.getvalue(), name, size, title)
 
 

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
+from matplotlib.figure import Figure
 from scipy import stats
 
 from bqat_jax.errors import UserError
@@ -19,9 +19,6 @@ from bqat_jax.replacement.tasks import Metric, get_task
 from bqat_jax.storage import Place, write_bytes, write_json, write_text
 from bqat_jax.sweeps.choices import is_added
 from bqat_jax.sweeps.definition import Sweep
-
-matplotlib.use('agg')  # no screen is needed
-from matplotlib import pyplot
 
 CONFIDENCE = 0.95
 TABLES = 'sweep.json'
@@ -180,10 +177,9 @@ def _interval(difference: Mapping[str, float] | None, metric: Metric) -> str:
 def _plot(rows: Mapping[str, Mapping[str, Any]], metric: Metric) -> bytes:
     """Every seed as a point, means as lines, a panel for each setting."""
     factor, label = (100, f'{metric.title} %') if metric.is_fraction else (1, metric.title)
-    figure, panels = pyplot.subplots(
-        1, len(rows), figsize=(1.5 + 3.2 * len(rows), 1.2 + 0.35 * max(map(len, rows.values()))), squeeze=False,
-        sharey=True, layout='constrained',
-    )  # fmt: skip
+    size = 1.5 + 3.2 * len(rows), 1.2 + 0.35 * max(map(len, rows.values()))
+    figure = Figure(figsize=size, layout='constrained')
+    panels = figure.subplots(1, len(rows), squeeze=False, sharey=True)
     for panel, (setting, methods) in zip(panels[0], rows.items(), strict=True):
         names = list(methods)
         for height, row in enumerate(methods.values()):
@@ -202,5 +198,5 @@ def _plot(rows: Mapping[str, Mapping[str, Any]], metric: Metric) -> bytes:
     panels[0][0].invert_yaxis()
     buffer = io.BytesIO()
     figure.savefig(buffer, format='png', dpi=150)
-    pyplot.close(figure)
+    figure.clear()  # else its arrays wait for a full garbage collection, which a large heap makes rare
     return buffer.getvalue()
