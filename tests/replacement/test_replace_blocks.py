@@ -61,7 +61,7 @@ def test_no_quantizer_needs_no_bits():
         ({'quantizers': {'weights': {'name': 'lsq'}, 'activations': LSQ}}, "no 'bits'"),
         ({'quantizers': {'weights': LSQ, 'activations': LSQ, 'rules': {'layers': 'x'}}}, 'are not a list'),
         ({'plan': None}, 'plan=None'),
-        ({'plan': Plan('prefix', 3)}, r"give Plan\('prefix', 2\)"),
+        ({'plan': Plan('prefix', 3)}, r"Use Plan\('prefix', 2\)"),
         ({'partner': PARTNER['params']}, "no 'params'"),
     ],
 )

@@ -464,5 +464,5 @@ def test_outputs_of_a_task_of_ones_own_may_be_scalars_and_integers():
 
 @pytest.mark.parametrize(('name', 'what'), [('segmentation', 'pixel'), ('language_model', 'token')])
 def test_one_label_of_an_image_is_none_of_its_parts(name, what):
-    with pytest.raises(ValueError, match=f'one of every {what}'):
+    with pytest.raises(ValueError, match=f'one label per {what}'):
         bq.get_task(name).check(normal(0, BATCH, CLASSES), labels(1, BATCH), CLASSES)
