@@ -140,7 +140,7 @@ def check_unquantized(found: Layers, share: float, allowed: float) -> None:
 def _as_list(batches: Iterable[Any]) -> list[Any]:
     """Returns the batches as a list, to be read more than once."""
     if hasattr(batches, 'shape') or isinstance(batches, Mapping):
-        raise ValueError('batches is a single batch. Give a list of batches, [batch].')
+        raise ValueError('batches is a single batch: must be a list. Give [batch].')
     batches = list(batches)
     if not batches:
         raise ValueError('Calibration needs at least one batch.')

@@ -53,7 +53,7 @@ def test_no_quantizer_needs_no_bits():
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
-        ({'batches': INPUTS}, r'write \[batch\]'),
+        ({'batches': INPUTS}, r'Give \[batch\]'),
         ({'batches': []}, 'at least one batch'),
         ({'quantizers': None}, 'quantizers=None'),
         ({'quantizers': {'weights': LSQ}}, 'write .*activations'),
