@@ -98,7 +98,7 @@ def test_weights_under_an_unknown_entry_are_told_with_the_key_that_takes_them(tm
 def test_a_dict_that_holds_itself_comes_to_an_end(tmp_path):
     content = weights()
     content['model'] = content
-    assert 'beside tensors' in message_of(saved(tmp_path, content))
+    assert 'next to tensors' in message_of(saved(tmp_path, content))
 
 
 def test_metadata_beside_weights_is_left_out_and_told(tmp_path):
@@ -223,7 +223,7 @@ NO_WEIGHTS = {
     'zip': (zip_of(readme='hello'), 'a zip that torch.save did not write: it holds readme'),
     'empty_zip': (zip_of(), 'it holds nothing'),
     'torchscript': (zip_of(**{'net__data.pkl': '', 'net__constants.pkl': ''}), 'TorchScript program'),
-    'cut_zip': (torch_bytes(LARGE)[:2000], 'a zip, as torch.save writes, but damaged or cut off'),
+    'cut_zip': (torch_bytes(LARGE)[:2000], 'a zip, as torch.save writes, but damaged or truncated'),
     'cut_old_format': (torch_bytes(LARGE, _use_new_zipfile_serialization=False)[:1000], 'could not be read as PyTorch'),
     'cut_pickle': (torch_bytes(LARGE, _use_new_zipfile_serialization=False)[:20], 'could not be read'),
     'old_tar': (tar_of('sys_info', 'pickle', 'storages', 'tensors'), 'tar format of the first releases of PyTorch'),
