@@ -319,7 +319,7 @@ def _divide_scan(operation: Any, given: list[Any], targets: Targets) -> list[Any
     names = {length - 1 if n is None else n: path if n is None else f'{path}[{n}]' for n in targets[path]}
     if max(names) >= length or (operation.params['reverse'] and set(names) != {length - 1}):
         why = f'has the iterations 0 to {length - 1}' if max(names) >= length else 'runs backwards'
-        raise ValueError(f'The cut after {path}[{max(names)}] is impossible: this nn.scan {why}.')
+        raise ValueError(f'The cut after {path}[{max(names)}]: this nn.scan {why}.')
     constant, carry, stacked = scan_arguments(operation, given)
     carries = len(carry)
     carried, call = [number for number in marks if number < carries], next(iter(marks.values())).rpartition('#')[2]

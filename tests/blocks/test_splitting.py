@@ -267,7 +267,7 @@ REFUSED = {
     'iterations': (modules.Scanned(), ['embed', 'layers[4]'], r'layers\[4\]: this nn.scan has the iterations 0 to 3'),
     'no iterations': (modules.SetUp(), ['embed', 'layers_0[0]'], r"'layers_0\[0\]' is never reached"),
     'cond': (modules.Conditional(), ['first', 'one'], "'one' is within 'cond'"),
-    'training': (modules.TwoViews(), ['first', 'second'], "behind 'first' .*in evaluation, and in training"),
+    'training': (modules.TwoViews(), ['first', 'second'], "after 'first' .*in evaluation, and in training"),
 }
 
 

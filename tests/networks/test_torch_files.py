@@ -84,7 +84,7 @@ def test_an_unknown_key_lists_what_the_file_has(tmp_path):
     for part in ["partner.torch_key='model_emma.inner'", '"model" (2 tensors)', '"model_ema" (dict)', '"epoch" (int)']:
         assert part in text
     assert '"model_ema.inner" (2 tensors)' in text and "Did you mean 'model_ema.inner'" in text
-    assert 'has 2 tensors of its own' in message_of(saved(tmp_path, weights()), 'model')
+    assert 'has 2 tensors at the top level' in message_of(saved(tmp_path, weights()), 'model')
 
 
 def test_weights_under_an_unknown_entry_are_told_with_the_key_that_takes_them(tmp_path):
