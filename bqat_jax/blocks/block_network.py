@@ -42,7 +42,7 @@ class Crossing(NamedTuple):
 
     @property
     def can_merge(self) -> bool:
-        """Whether the values of several batches can be concatenated, or are equal."""
+        """Whether the values of several batches can be merged, or are equal."""
         return self.is_shared if self.axis is None else self.shape[self.axis] == 1
 
 

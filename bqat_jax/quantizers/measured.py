@@ -106,7 +106,7 @@ class DoReFa(UniformQuantizer):
 
 
 class _FromWeights(UniformQuantizer):
-    """Base of weight quantizers whose step is computed from the weights; gradients pass through step and clip."""
+    """Base of weight quantizers; the step is computed from the weights without a gradient, clipped weights get one."""
 
     per_channel = True
     not_for_activations = WEIGHTS_ALONE

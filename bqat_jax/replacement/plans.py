@@ -4,7 +4,7 @@ A plan's mask m[k, i] is true where block i of MP model k is low precision (LP),
 full-precision (FP) partner's. The head of every MP model is the partner's (ours).
 
     none            no MP model: plain quantization-aware training, or distillation
-    prefix          all n-1 models whose first blocks are LP, every step (arXiv 2411.01547, by the authors' team)
+    prefix          all n-1 models whose first blocks are LP, every step (arXiv 2411.01547, by the paper's team)
     single          all n models with one LP block, every step: the other reading of "replacement on the FP model"
     suffix          all n-1 models whose last blocks are LP, every step: an ablation (ours)
     prefix_sampled  k models of `prefix`, drawn per step, weighted so that the expected loss equals that of `prefix`
