@@ -231,7 +231,7 @@ NO_WEIGHTS = {
     'pickle': (pickle.dumps({'w': 1}), 'a pickle, but not one of torch.save'),
     'namespace': (torch_bytes({'model': LARGE, 'args': argparse.Namespace()}), 'an object argparse.Namespace'),
     'numpy_scalar': (torch_bytes({'model': LARGE, 'top1': np.float64(1)}), 'an object numpy'),
-    'whole_model': (torch_bytes(torch.nn.Linear(2, 2)), 'torch.nn.modules.linear.Linear, perhaps a whole model'),
+    'whole_model': (torch_bytes(torch.nn.Linear(2, 2)), 'torch.nn.modules.linear.Linear, perhaps a complete model'),
     'list': (torch_bytes([torch.zeros(2)]), 'no state_dict'),
     'tensor': (torch_bytes(torch.zeros(2)), 'no state_dict'),
     'no_entries': (torch_bytes({}), 'It has no entries at all. Save the model'),
