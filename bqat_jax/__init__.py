@@ -1,7 +1,7 @@
 """Quantization-aware training with block replacement on a full-precision partner (arXiv 2412.15846), in JAX.
 
-The names below are the library; it needs jax, flax, optax and numpy. The training program, `bqat_jax.experiment` and
-`bqat_jax.sweeps`, needs the rest of requirements.txt.
+The names below are the library, which needs jax, flax, optax and numpy. The training program (`bqat_jax.experiment`,
+`bqat_jax.sweeps`) needs the rest of requirements.txt.
 """
 
 import importlib.metadata
@@ -101,7 +101,7 @@ __all__ = [
 
 
 def _version() -> str:
-    """The version of the installed package, or of the checkout that is run without an installation."""
+    """Returns the version of the installed package, or of the checkout if the package is not installed."""
     try:
         return importlib.metadata.version('bqat_jax')
     except importlib.metadata.PackageNotFoundError:

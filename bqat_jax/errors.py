@@ -1,5 +1,5 @@
-"""The one kind of error whose message is written for the person at the command line."""
+"""The exception for errors that the user can fix."""
 
 
 class UserError(ValueError):
-    """Something the user can mend. The message names the value, the cause and the remedy; no traceback is needed."""
+    """An error that the user can fix: the message names the value, the cause and the remedy."""

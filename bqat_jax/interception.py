@@ -1,8 +1,8 @@
-"""Flax's method interceptors, in force also where JAX has traced a program before.
+"""Flax method interceptors that also apply to programs that JAX has already traced.
 
-JAX traces a jitted function once for arguments of the same shapes, and `nn.jit` does so for all instances of a class.
-An interceptor would see nothing of the later calls, and what an earlier one changed would stay. Here whatever follows
-the beginning of an interceptor, or of a call within it, has a key of its own in JAX's caches.
+JAX traces a jitted function once per argument shapes, and `nn.jit` once for all instances of a class. A plain
+interceptor would miss the later calls, and the changes of an earlier interceptor would persist. Here every interceptor,
+and every call within it, has a separate key in JAX's caches.
 """
 
 import contextlib
@@ -18,25 +18,25 @@ Interceptor = Callable[[Callable[..., Any], Any, Any, Any], Any]
 
 
 def without_modules() -> contextlib.AbstractContextManager:
-    """Returns a context for functions that call no module: JAX's caches serve them as they do outside interceptors.
+    """Returns a context for functions that call no module, in which JAX's caches work as outside interceptors.
 
-    Without it every function of `jax.numpy` is traced again in every layer.
+    Without it, every `jax.numpy` function is traced again in every layer.
     """
     return _KEY(None)
 
 
 @contextlib.contextmanager
 def intercept_methods(interceptor: Interceptor, key: Hashable = None) -> Iterator[None]:
-    """Within it `interceptor(call, args, kwargs, context)` replaces every call of a module's method.
+    """Replaces every call of a module's method by `interceptor(call, args, kwargs, context)` inside the context.
 
     Args:
-        interceptor: as `flax.linen.intercept_methods` takes it.
-        key: equal for interceptors that do the same, which may then share programs; by default none does.
+        interceptor: a function for `flax.linen.intercept_methods`.
+        key: interceptors with equal keys share traced programs, so they must behave identically. None: no sharing.
     """
     key, numbers = object() if key is None else key, itertools.count()
 
     def intercept(call, args, kwargs, context):
-        # It stays until the call around this one ends: Flax enters the programs of `nn.jit` between two calls.
+        # The key stays until the enclosing call ends: Flax enters the programs of `nn.jit` between two calls.
         running[-1].enter_context(_KEY((key, next(numbers))))
         with contextlib.ExitStack() as own:
             running.append(own)

@@ -1,4 +1,4 @@
-"""What evaluates a traced program (a jaxpr) operation by operation needs: to change it, or to look into it."""
+"""Helpers that evaluate a traced program (a jaxpr) operation by operation."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,8 +18,8 @@ class ScanArguments(NamedTuple):
 
     Attributes:
         constant: read by every iteration.
-        carry: handed from one iteration to the next.
-        stacked: of which each iteration reads its own slice.
+        carry: passed from one iteration to the next.
+        stacked: each iteration reads one slice.
     """
 
     constant: list[Any]
@@ -47,7 +47,7 @@ def consts_of(operation: Any) -> Sequence[Any]:
 
 
 def scan_arguments(operation: Any, given: Sequence[Any]) -> ScanArguments:
-    """Divides the arguments of a scan by their shapes: how `scan` counts them differs between versions of JAX."""
+    """Returns the arguments of a scan, classified by shape: `scan`'s parameters differ between JAX versions."""
     (inner,) = jaxprs_in_params(operation.params)
     results: list[Sequence[Any]] = [inner.outvars, operation.outvars]
     arguments: list[Sequence[Any]] = [inner.invars, operation.invars]

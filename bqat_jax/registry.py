@@ -1,4 +1,4 @@
-"""Names for quantizers, estimators, schedules, plans and networks; a user's own files that register more of them."""
+"""Registries of quantizers, estimators, schedules, plans and networks, and plugins that extend them."""
 
 import dataclasses
 import difflib
@@ -15,12 +15,12 @@ from typing import Any
 
 from bqat_jax.errors import UserError
 
-# What the modules of plugins are called, before their own name.
+# Prefix of the module names of plugins.
 PLUGIN = 'bqat_jax_plugin_'
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """Returns ' Did you mean ...?' with the known name that is most like `name`, or '' if none is."""
+    """Returns ' Did you mean ...?' with the known name closest to `name`, or '' if none is close."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f' Did you mean {near[0]!r}?' if near else ''
 
@@ -29,7 +29,7 @@ class Names:
     """Objects by name, in the order of their registration.
 
     Attributes:
-        kind: what they are, for messages, such as 'network'.
+        kind: kind of object for error messages, such as 'network'.
     """
 
     def __init__(self, kind: str):
@@ -40,29 +40,29 @@ class Names:
         return iter(self.entries)
 
     def register(self, name: str) -> Callable[[Any], Any]:
-        """Returns a decorator that makes a class or function known by `name`.
+        """Returns a decorator that registers a class or function as `name`.
 
         Raises:
-            ValueError: if the name is empty or holds any of ':,= ', or belongs to an object of another module.
+            ValueError: if the name is empty, contains any of ':,= ', or is registered by another module.
         """
         if not name or set(name) & set(':,= '):
-            raise ValueError(f'{name!r} cannot name a {self.kind}: it must not be empty or hold any of ":,= ".')
+            raise ValueError(f'{name!r} cannot name a {self.kind}: it must not be empty or contain any of ":,= ".')
 
         def decorate(entry: Any) -> Any:
             known = self.entries.get(name)
             if known is not None and known.__module__ != entry.__module__:
                 where = f'{known.__module__}.{known.__qualname__}'
-                raise ValueError(f'There is a {self.kind} {name!r} already, {where}; take another name.')
+                raise ValueError(f'The {self.kind} {name!r} is already registered, by {where}. Use another name.')
             self.entries[name] = self._complete(entry, name)
             return self.entries[name]
 
         return decorate
 
     def get(self, name: str) -> Any:
-        """Returns the object called `name`.
+        """Returns the object registered as `name`.
 
         Raises:
-            ValueError: if there is none; the message lists the names there are, and the nearest.
+            ValueError: if the name is not registered; the message lists the registered names and suggests one.
         """
         if name not in self.entries:
             raise ValueError(
@@ -71,13 +71,13 @@ class Names:
         return self.entries[name]
 
     def _complete(self, entry: Any, name: str) -> Any:
-        """What is kept for an object that is registered."""
+        """Returns the object to store for a registered entry."""
         del name
         return entry
 
 
 class Registry(Names):
-    """Frozen dataclasses by name; their fields that have defaults and are not fixed by the caller are options."""
+    """Frozen dataclasses by name; their fields, except those that the caller sets, are options."""
 
     def __init__(self, kind: str, fixed: tuple[str, ...] = ()):
         super().__init__(kind)
@@ -88,10 +88,10 @@ class Registry(Names):
 
         Args:
             text: 'name' or 'name:option=value,option=value'.
-            **fixed: fields that the caller gives, and that the text cannot.
+            **fixed: fields that the caller sets and the text must not.
 
         Raises:
-            ValueError: for a name or option that does not exist, or a value that it cannot take.
+            ValueError: for an unknown name or option, or an invalid value.
         """
         name, _, options = text.partition(':')
         cls = self.get(name)
@@ -116,7 +116,7 @@ class Registry(Names):
         return cls(**given, **fixed)
 
     def describe(self, instance: Any) -> str:
-        """Returns the text that `make` makes the object from: its name and the options that are not the default."""
+        """Returns the text from which `make` builds the object: its name and its non-default options."""
         options = [
             f'{field.name}={str(getattr(instance, field.name)).lower()}'
             for field in dataclasses.fields(instance)
@@ -131,21 +131,18 @@ class Registry(Names):
 
 
 def _declared_kind(cls: type, field: str) -> Any:
-    """The type of an option that is declared as `int | None`, and is None by default: int."""
+    """Returns the type of an option declared as `TYPE | None`."""
     declared = typing.get_args(typing.get_type_hints(cls)[field])
     return next(kind for kind in declared if kind is not type(None))
 
 
 def load_plugins(files: Iterable[Path]) -> None:
-    """Runs a user's files, so that what they register can be named.
+    """Runs Python files that register objects.
 
-    A file that has been run in this process, and has not changed since, is not run again.
-
-    Args:
-        files: Python files.
+    A file that already ran in this process and has not changed since is skipped.
 
     Raises:
-        UserError: for a file that is not there, or fails.
+        UserError: if a file does not exist or fails.
     """
     for file in files:
         if not file.is_file():
@@ -158,27 +155,27 @@ def load_plugins(files: Iterable[Path]) -> None:
 
 
 def loaded_plugins() -> list[str]:
-    """Returns the paths of the plugins that were run in this process."""
+    """Returns the paths of the plugins that ran in this process."""
     return [module.stamp[0] for name, module in list(sys.modules.items()) if name.startswith(PLUGIN)]
 
 
 def place_in_plugins(error: BaseException) -> str | None:
-    """Returns the innermost line of a plugin in an error's traceback, in words; None if no plugin has part in it."""
+    """Returns text that names the innermost plugin line of an error's traceback, or None if there is none."""
     loaded, lines = loaded_plugins(), traceback.extract_tb(error.__traceback__)
     own = [line for line in lines if str(Path(line.filename).resolve()) in loaded]
     return f'The plugin {own[-1].filename}, line {own[-1].lineno},' if own else None
 
 
 def run_file(file: Path, name: str, kind: str) -> ModuleType:
-    """Runs a Python file of the user's as the module `name`.
+    """Runs a user's Python file as the module `name`.
 
     Args:
-        file: it is there.
-        name: of the module; classes that the file defines are looked up under it.
-        kind: what the file is, for messages.
+        file: an existing file.
+        name: module name, under which the file's classes are looked up.
+        kind: kind of file for error messages, such as 'plugin'.
 
     Raises:
-        UserError: if its name does not end in .py, or it fails.
+        UserError: if the file name does not end in .py, or the file fails.
     """
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:

@@ -1,4 +1,4 @@
-"""Two gradient estimators whose verdict is known: docs/research.md tries them.
+"""Two gradient estimators with a known verdict, used in docs/research.md.
 
 Command: python -m research.verdict --plugin=examples/my_estimators.py --estimator=turned
 """
@@ -11,14 +11,14 @@ class Copy(bq.Estimator):
     """The straight-through estimator under another name."""
 
     def backward(self, cotangent, value, rounded, context):
-        """Returns the gradient as it came."""
+        """Returns the gradient unchanged."""
         return cotangent
 
 
 @bq.register_estimator('turned')
 class Turned(bq.Estimator):
-    """The straight-through estimator with its sign turned: it climbs the loss."""
+    """The straight-through estimator with the opposite sign: it increases the loss."""
 
     def backward(self, cotangent, value, rounded, context):
-        """Returns the gradient with its sign turned."""
+        """Returns the negated gradient."""
         return -cotangent

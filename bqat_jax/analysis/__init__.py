@@ -1,1 +1,1 @@
-"""What goes on inside a low-precision network: its gradients, features and quantizers, measured on some batches."""
+"""Measures gradient, feature and quantization errors of a low-precision network on some batches."""

@@ -1,4 +1,4 @@
-"""A diagnosis of a network as a whole, and as files: `diagnosis/step_N.json` and `diagnosis/step_N.png`."""
+"""The complete diagnosis of a network and its files, `diagnosis/step_N.json` and `diagnosis/step_N.png`."""
 
 import dataclasses
 import io
@@ -21,19 +21,19 @@ from bqat_jax.training.spec import TrainSpec
 from bqat_jax.training.state import TrainState
 
 DIRECTORY = 'diagnosis'
-# Of layers on an axis.
+# Layer names are omitted from an axis above this number of layers.
 MOST_NAMES = 30
 
 
 def make_diagnosis(
     spec: TrainSpec, blocks: Mapping[str, str], settings: DiagnosisSettings
 ) -> Callable[[TrainState, Any, Sequence[Batch]], dict[str, Any]]:
-    """Returns what diagnoses a network, all but oscillations; see `make_oscillation_measurement`.
+    """Returns a function that diagnoses a network, without oscillations; see `make_oscillation_measurement`.
 
     Args:
-        spec: what is trained.
-        blocks: layer path to the name of its block.
-        settings: how much is measured.
+        spec: the static parts of training.
+        blocks: block name by layer path.
+        settings: the amount of data.
 
     Returns:
         `diagnose(state, partner, batches)` for the state of one network, the partner's variables and
@@ -56,7 +56,7 @@ def make_diagnosis(
 
 
 def write_diagnosis(directory: Place, diagnosis: Mapping[str, Any]) -> None:
-    """Writes a diagnosis as `step_N.json` and `step_N.png` into a directory, which is made if it is not there."""
+    """Writes a diagnosis as `step_N.json` and `step_N.png` into a directory, which is created if necessary."""
     directory.mkdir(exist_ok=True)
     write_json(directory / f'step_{diagnosis["step"]}.json', diagnosis)
     draw(directory / f'step_{diagnosis["step"]}.png', diagnosis)

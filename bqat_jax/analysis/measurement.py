@@ -1,17 +1,16 @@
-"""Measures a low-precision network at one moment of its training.
+"""Measurements of a low-precision network at one training step.
 
 Gradients are with respect to the weights that training updates, on training images without augmentation. The pseudo-
-gradient of the quantized network's loss is compared with two that are meant to be truer:
+gradient of the quantized network's loss is compared with two references:
 
-    full precision  the gradient of the same loss at the same weights, with no quantizer anywhere
+    full precision  the gradient of the loss at these weights without quantizers
     smoothed        the gradient of the loss averaged over perturbed weights: every weight is rounded up or down at
-                    random, so that it keeps its value in the mean, and the straight-through gradients of K draws are
-                    averaged. Averaged over draws, the loss is a smooth function of the weights.
+                    random with its value as the mean, and the straight-through gradients of K draws are averaged.
+                    Averaged over draws, the loss is a smooth function of the weights.
 
-Both choices are ours; arXiv 2412.15846 claims truer gradients and does not, in what we could read, say against what.
+Both references are ours; arXiv 2412.15846 claims truer gradients without, in what we could read, naming a reference.
 
-Each `make_*` returns a function that keeps its compiled programs: a run that is diagnosed often
-compiles them once.
+Each `make_*` returns a function that keeps its compiled programs, so that repeated diagnoses compile once.
 """
 
 import dataclasses
@@ -42,21 +41,21 @@ from bqat_jax.transform import FULL_PRECISION, Quantization
 
 LOSSES = ('lp', 'full')
 REFERENCES = ('full_precision', 'smoothed')
-# Of the average that notes oscillations.
+# Momentum of the moving average of oscillations.
 MOMENTUM = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
 class DiagnosisSettings:
-    """How much is measured.
+    """The amount of data of a diagnosis.
 
     Attributes:
-        batches: of training images.
-        samples: K, draws of perturbed weights for the smoothed gradient.
-        oscillation_steps: training steps during which weights are watched; 0 for none.
+        batches: number of batches of training images.
+        samples: K, number of draws of perturbed weights for the smoothed gradient.
+        oscillation_steps: number of training steps in which oscillations are tracked; 0 for none.
 
     Raises:
-        ValueError: for fewer than two batches, or one sample.
+        ValueError: for fewer than two batches or no sample.
     """
 
     batches: int
@@ -66,25 +65,25 @@ class DiagnosisSettings:
     def __post_init__(self):
         for name, least in (('batches', 2), ('samples', 1), ('oscillation_steps', 0)):
             if getattr(self, name) < least:
-                raise ValueError(f'diagnosis.{name}={getattr(self, name)}: it must be at least {least}.')
+                raise ValueError(f'diagnosis.{name}={getattr(self, name)}: must be at least {least}.')
 
 
 def make_gradient_measurement(
     spec: TrainSpec, blocks: Mapping[str, str], samples: int
 ) -> Callable[[TrainState, Any, Iterable[Batch]], dict[str, Any]]:
-    """Returns what compares pseudo-gradients with their references, and how much they differ from batch to batch.
+    """Returns a function that compares pseudo-gradients with their references and measures their variance over batches.
 
     Args:
-        spec: what is trained.
-        blocks: layer path to the name of its block.
+        spec: the static parts of training.
+        blocks: block name by layer path.
         samples: K.
 
     Returns:
         `measure(state, partner, batches)` for the state of one network, the partner's variables and at least two
         prepared batches. It returns {loss: {'layers': {path: measures}, 'blocks': {block: measures}}} for the losses
-        'lp' (the labels' cross entropy of the LP network alone) and 'full' (the whole of training's), with the measures
-        'cosine_to_*' and 'relative_norm_to_*', the mean over batches, and 'variance': the mean squared distance from
-        the mean gradient of the batches, divided by that gradient's square.
+        'lp' (the task's loss of the LP network only, such as the labels' cross entropy) and 'full' (the training loss).
+        The measures are 'cosine_to_*' and 'relative_norm_to_*', means over batches, and 'variance': the mean squared
+        distance from the mean gradient of the batches, divided by that gradient's square.
     """
     task = task_loss_alone(spec)
     smooth = _with_estimator(task, 'stochastic')
@@ -152,7 +151,7 @@ def make_gradient_measurement(
 def _summarize(
     loss: str, comparisons: list[Any], mean_squares: Mapping[str, Any], paths: list[str]
 ) -> dict[str, float]:
-    """The measures of some layers taken together."""
+    """Returns the measures of a group of layers."""
     measures: dict[str, float] = {}
     for reference in REFERENCES:
         merged = [_add([compared[loss][reference][path] for path in paths]) for compared in comparisons]
@@ -175,7 +174,7 @@ def _with_quantization(spec: TrainSpec, quantization: Quantization) -> TrainSpec
 
 
 def _with_estimator(spec: TrainSpec, name: str) -> TrainSpec:
-    """The same training with another estimator for all weights."""
+    """Returns `spec` with another estimator for all weights."""
     estimator, layers = get_estimator(name), {}
     for path, layer in spec.replacement.quantization.layers.items():
         weights = None if layer.weights is None else dataclasses.replace(layer.weights, estimator=estimator)
@@ -186,11 +185,10 @@ def _with_estimator(spec: TrainSpec, name: str) -> TrainSpec:
 def make_feature_measurement(
     spec: TrainSpec,
 ) -> Callable[[TrainState, Any, Iterable[Batch]], dict[str, dict[str, float]]]:
-    """Returns what measures every LP block's output against the partner's.
+    """Returns a function that compares the output of every LP block with the partner's.
 
-    `measure(state, partner, batches)` returns 'cka' and 'relative_error' in evaluation, by block: means over batches.
-    Linear CKA depends on the size of a batch. Of a block that gives several arrays, the first of floating-point numbers
-    is measured.
+    `measure(state, partner, batches)` returns 'cka' and 'relative_error' in evaluation by block, averaged over batches.
+    Linear CKA depends on the batch size. If a block returns several arrays, the first floating-point array is measured.
     """
     network, quantization = spec.replacement.network, spec.replacement.quantization
 
@@ -212,17 +210,17 @@ def make_feature_measurement(
 
 
 def first_float(feature: Any) -> jax.Array:
-    """Returns the first array of floating-point numbers in a feature."""
+    """Returns the first floating-point array of a feature."""
     return floats_of(feature)[0]
 
 
 def make_quantizer_measurement(
     spec: TrainSpec,
 ) -> Callable[[TrainState, Iterable[Batch]], dict[str, dict[str, dict[str, float]]]]:
-    """Returns what measures quantizers: `measure(state, batches)`.
+    """Returns a function `measure(state, batches)` that measures quantization errors.
 
-    It returns 'snr' in decibels and 'clipped', a fraction of all values, by layer and role. The signal is what arrives
-    at the quantizer in the LP network in evaluation, the noise what quantization changes.
+    It returns 'snr' in decibels and 'clipped', a fraction of all values, by layer and role. The signal is the input of
+    the quantizer in the LP network in evaluation; the noise is the quantization error.
     """
     quantization = spec.replacement.quantization
 
@@ -239,7 +237,7 @@ def make_quantizer_measurement(
     def measure(state, batches):
         counts = [jax.device_get(look(state.variables, batch.inputs)) for batch in batches]
         sums = jax.tree.map(lambda *values: sum(value.sum() for value in values), *counts)
-        # In the order of the layers, which a map over trees does not keep.
+        # Restores the order of the layers, which `jax.tree.map` does not keep.
         return {path: {role: summarize(counts) for role, counts in sums[path].items()} for path in quantization.layers}
 
     return measure
@@ -248,14 +246,14 @@ def make_quantizer_measurement(
 def make_oscillation_measurement(
     spec: TrainSpec, step: Callable[[TrainState, Any], TrainState]
 ) -> Callable[[TrainState, Iterable[Any]], dict[str, float]]:
-    """Returns what measures, by layer, the fraction of weights whose code went back on its last change at least once.
+    """Returns a function that measures the fraction of weights that oscillate at least once, by layer.
 
     Args:
-        spec: what is trained.
-        step: `step(state, batch) -> state`, a training step with an optimizer that does learn; it may donate `state`.
+        spec: the static parts of training.
+        step: `step(state, batch) -> state`, a training step with a positive learning rate; it may donate `state`.
 
     Returns:
-        `measure(state, batches)` for the state to begin with and one batch for each step.
+        `measure(state, batches)` for the initial state and one batch per step.
     """
     quantizers = {
         path: layer.weights
@@ -287,7 +285,7 @@ def make_oscillation_measurement(
         for batch in batches:
             state = step(state, batch)
             trackers = watch(state, trackers)
-        # The frequency is a moving average: positive once a weight has oscillated.
+        # The frequency is a moving average, so it is positive after the first oscillation.
         shares = jax.device_get({path: jnp.mean(tracker.frequency > 0) for path, tracker in trackers.items()})
         return {path: float(shares[path]) for path in trackers}
 

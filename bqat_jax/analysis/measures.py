@@ -1,21 +1,21 @@
-"""The measures, as functions of arrays; everything is computed in float32."""
+"""The measures as functions of arrays, computed in float32."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-# Of a denominator that would otherwise be zero.
+# Lower bound of denominators.
 SMALLEST = 1e-30
 
 
 class Products(NamedTuple):
-    """What is needed to compare two vectors that come in parts; parts add up.
+    """Products for the comparison of two vectors; the products of parts of the vectors add up.
 
     Attributes:
-        dot: their inner product.
-        square: of the first.
-        reference_square: of the second.
+        dot: the inner product.
+        square: the squared norm of the first vector.
+        reference_square: the squared norm of the second vector.
     """
 
     dot: jax.Array
@@ -24,17 +24,17 @@ class Products(NamedTuple):
 
     @property
     def cosine(self) -> jax.Array:
-        """Cosine similarity; 0 where one of the two vanishes."""
+        """Cosine similarity; 0 if one of the vectors is zero."""
         return self.dot / jnp.maximum(jnp.sqrt(self.square * self.reference_square), SMALLEST)
 
     @property
     def relative_norm(self) -> jax.Array:
-        """Norm of the first, divided by that of the second."""
+        """Norm of the first vector divided by the norm of the second."""
         return jnp.sqrt(self.square / jnp.maximum(self.reference_square, SMALLEST))
 
 
 def products(x: jax.Array, reference: jax.Array) -> Products:
-    """Returns the products of two arrays of one shape."""
+    """Returns the products of two arrays of equal shape."""
     x, reference = x.astype(jnp.float32), reference.astype(jnp.float32)
     return Products(jnp.sum(x * reference), jnp.sum(x**2), jnp.sum(reference**2))
 
@@ -50,7 +50,8 @@ def linear_cka(x: jax.Array, y: jax.Array) -> jax.Array:
 
         ‖Yᵀ X‖² / (‖Xᵀ X‖ · ‖Yᵀ Y‖)   with Frobenius norms, of features centred over the examples
 
-    1 if one is a rotation and scaling of the other; computed from the examples' Gram matrices, which gives the same.
+    It is 1 if one set is a rotation and scaling of the other. It is computed from the Gram matrices of the examples,
+    which is equivalent.
 
     Args:
         x: (examples, ...); all other axes are features.
@@ -68,7 +69,7 @@ def centred_gram(features: jax.Array) -> jax.Array:
 
 
 def alignment(first: jax.Array, second: jax.Array) -> jax.Array:
-    """Returns the linear CKA of two sets of features whose centred Gram matrices are given; see `linear_cka`."""
+    """Returns the linear CKA of two sets of features from their centred Gram matrices; see `linear_cka`."""
     norm = jnp.sqrt(jnp.sum(first**2) * jnp.sum(second**2))
     return jnp.sum(first * second) / jnp.maximum(norm, SMALLEST)
 

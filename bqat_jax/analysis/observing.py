@@ -1,4 +1,4 @@
-"""Looks at what arrives at the quantizers of a network while it runs, wherever in the network they are."""
+"""Counts statistics of the inputs of all quantizers while a network runs."""
 
 import dataclasses
 import functools
@@ -15,16 +15,16 @@ from bqat_jax.replacement.paths import Variables, run_backbone
 from bqat_jax.training.state import floats_of
 from bqat_jax.transform import ROLES, LayerQuantizers, Quantization
 
-# From a quantizer, its parameters and what it is given, to float32 arrays by name.
+# float32 arrays by name.
 Counts = dict[str, jax.Array]
 
 
 class Counting(NamedTuple):
-    """What is counted at a quantizer; both functions are of a module, not of a function.
+    """The statistics of a quantizer's input; both functions must be module-level functions.
 
     Attributes:
-        zeros: from a quantizer to the counts of nothing, float32 arrays.
-        count: from a quantizer, its parameters and its input to the counts, of the same shapes.
+        zeros: `zeros(quantizer)` returns zero counts, float32 arrays.
+        count: `count(quantizer, parameters, v)` returns the counts of an input, in the shapes of `zeros`.
     """
 
     zeros: Callable[[Quantizer], Counts]
@@ -32,13 +32,13 @@ class Counting(NamedTuple):
 
 
 def no_errors(quantizer: Quantizer) -> Counts:
-    """Returns the counts of nothing; see `count_errors`."""
+    """Returns zero counts; see `count_errors`."""
     del quantizer
     return dict.fromkeys(('signal', 'noise', 'clipped', 'values'), jnp.float32(0))
 
 
 def count_errors(quantizer: Quantizer, parameters: Any, v: jax.Array) -> Counts:
-    """Returns scalars: 'signal' and 'noise', sums of squares; 'clipped' of the 'values', their numbers."""
+    """Returns scalars: the sums of squares 'signal' and 'noise', and the numbers 'values' and 'clipped'."""
     x, y = v.astype(jnp.float32), quantizer.fake_quantize(parameters, v).astype(jnp.float32)
     return {
         'signal': jnp.sum(x**2),
@@ -54,15 +54,15 @@ ERRORS = Counting(no_errors, count_errors)
 def observe_quantizers(
     replacement: BlockReplacement, variables: Variables, inputs: Any, counting: Counting
 ) -> dict[str, dict[str, Counts]]:
-    """Returns what is counted at every quantizer of the LP network in evaluation, by layer and role; to be jitted.
+    """Returns the counts of every quantizer of the LP network in evaluation, by layer and role; to be jitted.
 
-    The counts of layers that are stacked have the stack's leading axes.
+    Counts of stacked layers have the stack's leading axes.
 
     Args:
         replacement: the network and its quantizers.
-        variables: of the network.
-        inputs: a batch, as the network takes it.
-        counting: what is counted.
+        variables: variables of the network.
+        inputs: a batch of the network's inputs.
+        counting: the statistics to count.
     """
     layers = {
         path: dataclasses.replace(layer, **{role: _Observed(own, counting) for role, own in _roles(layer)})
@@ -93,9 +93,9 @@ def _roles(layer: LayerQuantizers) -> list[tuple[str, Any]]:
 
 @dataclasses.dataclass(frozen=True)
 class _Observed:
-    """A quantizer in the place of another, which counts: the counts are a gradient, that of its parameter `probe`.
+    """A quantizer that also counts; the counts are the gradient of its parameter `probe`.
 
-    So they come out of `nn.scan` and `nn.remat` too; see `bqat_jax.transform.calibration`.
+    As gradients, they are available inside `nn.scan` and `nn.remat` too.
     """
 
     quantizer: Quantizer
@@ -112,7 +112,7 @@ class _Observed:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _observe(quantizer: Quantizer, counting: Counting, parameters: Any, v: jax.Array, probe: Any) -> jax.Array:
-    """Quantizes v; the gradient of the probe is what is counted."""
+    """Quantizes v; the gradient of `probe` is the counts."""
     del counting, probe
     return quantizer.fake_quantize(parameters, v)
 

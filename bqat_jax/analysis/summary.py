@@ -1,4 +1,4 @@
-"""What a network is before it is trained: layers, quantizers, parameters, operations and size."""
+"""The summary of a network: layers, quantizers, parameters, operations and sizes."""
 
 import math
 from collections.abc import Mapping
@@ -17,28 +17,28 @@ from bqat_jax.transform.operations import NO_LAYER
 from bqat_jax.transform.rules import LayerSettings, QuantizerSettings
 
 FULL_PRECISION_BITS = 32
-# Of a table that does not go to a terminal.
+# Width of a table that is not printed to a terminal.
 TABLE_WIDTH = 140
 
 
 def summarize(
     network: BlockNetwork, variables: Any, layers: Layers, settings: Mapping[str, LayerSettings]
 ) -> dict[str, Any]:
-    """Returns the summary of a network as JSON; nothing is computed.
+    """Returns the summary of a network as JSON; the network is only traced.
 
-    Per layer: 'path', 'block', 'kind', 'kernel' (its shape), 'weights' and 'activations' (quantizer and bits, or None),
-    'parameters', 'macs' (multiply-accumulate operations for one image) and 'bitops', which are MACs × bits of the
-    weights × bits of the input, 32 for full precision (Baskin et al., arXiv 1804.10969, section 4.1). In 'totals' what
-    is in no layer that can be quantized counts too: batch norms among the parameters, the products within attention
-    among the operations. Sizes are of parameters in bytes, at the bits of the weights' quantizers and without those
-    quantizers' own parameters. 'not_quantizable' has the path of every other weight, and why no quantizer reaches it,
-    and 'not_quantizable_share' their share of the multiply-accumulates with weights.
+    Each entry of 'layers' has 'path', 'block', 'kind', 'kernel' (its shape), 'weights' and 'activations' (quantizer and
+    bits, or None), 'parameters', 'macs' (multiply-accumulate operations for one image) and 'bitops': MACs × bits of the
+    weights × bits of the input, 32 for full precision (Baskin et al., arXiv 1804.10969, section 4.1). 'totals' includes
+    what is not in quantizable layers: parameters of batch norms, products within attention. Sizes are bytes of
+    parameters at the bits of the weights' quantizers, without quantizer parameters. 'not_quantizable' has the path of
+    every other weight and why it is not quantized, 'not_quantizable_share' their share of the multiply-accumulates with
+    weights.
 
     Args:
-        network: the network; it knows its inputs.
+        network: the network, with known inputs.
         variables: its variables, or their shapes.
-        layers: what `find_layers` found in it.
-        settings: what `assign_quantizers` said of them.
+        layers: layers from `find_layers`.
+        settings: settings from `assign_quantizers`.
     """
 
     def run(variables, x):
@@ -105,7 +105,7 @@ def print_summary(console: rich.console.Console, title: str, summary: dict[str, 
     totals = summary['totals']
     rest = {name: totals[name] - sum(row[name] for row in summary['layers']) for name in ('macs', 'bitops')}
     if rest['macs']:
-        what = 'products of no such layer, as in attention'
+        what = 'products outside of layers, as in attention'
         table.add_row('', '', what, *['full precision'] * 2, '', *(_short(rest[name]) for name in ('macs', 'bitops')))
     table.add_section()
     table.add_row('all', '', '', '', '', *(_short(totals[name]) for name in ('parameters', 'macs', 'bitops')))

@@ -1,1 +1,1 @@
-"""How a network is divided into blocks: what block replacement knows of one, chains of modules, a user's own module."""
+"""Networks divided into blocks: the network interface of block replacement, chains, and wrappers of Linen modules."""

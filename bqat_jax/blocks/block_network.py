@@ -1,4 +1,4 @@
-"""What block replacement needs to know of a network: a Linen module, its inputs, and where its blocks end."""
+"""The network interface of block replacement: a Linen module, its inputs, and where its blocks end."""
 
 import contextlib
 import dataclasses
@@ -15,7 +15,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from bqat_jax.blocks.program import Program, mark_modules, trace
 from bqat_jax.blocks.switch import Call, switch_module
 
-# Collections whose values are not carried from step to step: what `sow` and `perturb` leave there.
+# Collections of `sow` and `perturb`, whose values are not carried from step to step.
 PASSING = ('intermediates', 'perturbations')
 PARAMS, BATCH_STATS, DROPOUT = 'params', 'batch_stats', 'dropout'
 Within = Callable[[], contextlib.AbstractContextManager]
@@ -25,10 +25,10 @@ class Crossing(NamedTuple):
     """A value that is alive at a cut, or an output.
 
     Attributes:
-        shape: for a batch of one.
-        dtype: of it.
-        axis: along which examples lie; None if there is no such axis.
-        is_shared: whether it depends on the inputs alone and not on variables, as a mask does.
+        shape: the shape for a batch of one.
+        dtype: the dtype.
+        axis: the batch axis; None if there is none.
+        is_shared: whether the value depends on the inputs only and not on variables, such as a mask.
     """
 
     shape: tuple[int, ...]
@@ -42,17 +42,17 @@ class Crossing(NamedTuple):
 
     @property
     def can_merge(self) -> bool:
-        """Whether examples of several batches can be put beside each other, or are the same."""
+        """Whether the values of several batches can be merged, or are equal."""
         return self.is_shared if self.axis is None else self.shape[self.axis] == 1
 
 
 class Run(NamedTuple):
-    """What a run of the whole network gives.
+    """The results of a run of the network.
 
     Attributes:
         outputs: a tree.
-        features: for every block what its end gives: an array, or a tuple of arrays.
-        alive: for every cut what is carried over it, a tuple of arrays.
+        features: for every block, the output of its last submodule: an array or a tuple of arrays.
+        alive: for every cut, the values carried over it, a tuple of arrays.
         state: the collections that training changes.
     """
 
@@ -64,17 +64,17 @@ class Run(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class BlockNetwork:
-    """A network whose blocks run one after another: each reaches from the end of the one before to its own end.
+    """A network whose blocks run one after another; each block starts where the previous one ends.
 
     Attributes:
         module: the Linen module.
-        blocks: paths of the submodules behind which it is cut, in the order of their calls; perhaps with an iteration
-            of an `nn.scan`, 'layers[3]'. The first block begins at the input; the head is what follows the last.
-        call: runs the bound module: `call(module, inputs, train)`.
+        blocks: paths of the submodules after which the network is cut, in the order of their calls, optionally with an
+            iteration of an `nn.scan`, 'layers[3]'. The first block starts at the input; the head follows the last.
+        call: `call(module, inputs, train)` runs the bound module.
         inputs: shapes and dtypes of one example, a tree of `jax.ShapeDtypeStruct`; None before `with_inputs`.
-        crossings: what is alive at every cut, and at last the outputs.
+        crossings: the values alive at every cut, followed by the outputs.
         streams: names of the random streams that the module asks for in training.
-        mutable: collections of variables that training changes, beside the parameters.
+        mutable: collections that training changes, without the parameters.
     """
 
     module: nn.Module
@@ -87,7 +87,7 @@ class BlockNetwork:
 
     def __post_init__(self):
         if len(self.blocks) < 2:
-            raise ValueError(f'There are {len(self.blocks)} blocks: block replacement needs at least two.')
+            raise ValueError(f'The network has {len(self.blocks)} blocks: block replacement needs at least two.')
 
     def batch_of(self, size: int) -> Any:
         """Returns shapes and dtypes of a batch of `size` inputs.
@@ -96,17 +96,17 @@ class BlockNetwork:
             ValueError: before `with_inputs`.
         """
         if self.inputs is None:
-            raise ValueError('The network does not know its inputs yet: take with_inputs(network, shapes).')
+            raise ValueError('The inputs of the network are not known yet. Use with_inputs(network, shapes).')
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape), x.dtype), self.inputs)
 
     def init(self, key: jax.Array, inputs: Any = None) -> dict[str, Any]:
-        """Returns fresh variables by collection, 'params', 'batch_stats' and others.
+        """Returns initial variables by collection, 'params', 'batch_stats' and others.
 
-        Boxes of metadata about parameters (`nn.with_partitioning`) are taken off; see `init_boxed`.
+        Metadata boxes of parameters (`nn.with_partitioning`) are removed; see `init_boxed`.
 
         Args:
-            key: random.
-            inputs: as of `with_inputs`; by default the network's own.
+            key: random key.
+            inputs: inputs as in `with_inputs`; by default those of the network.
 
         Raises:
             ValueError: if variables depend on values of inputs.
@@ -114,21 +114,21 @@ class BlockNetwork:
         return nn.meta.unbox(self.init_boxed(key, inputs))
 
     def init_boxed(self, key: jax.Array, inputs: Any = None) -> dict[str, Any]:
-        """Returns what `init` returns, with the boxes; arguments as `init`."""
+        """Returns the variables of `init` with their metadata boxes; arguments as `init`."""
         network = self if inputs is None else dataclasses.replace(self, inputs=describe_inputs(inputs))
         if network._reads_inputs():
             raise ValueError(
-                'The network makes variables out of its inputs, and here are only their shapes: take those that '
-                'module.init(key, a batch) returns.'
+                'The network makes variables out of its inputs, and only their shapes are known here. Use the '
+                'variables that module.init(key, a batch) returns.'
             )
         return network._start(switch_module(self.module, False).lazy_init, key, network.batch_of(1))
 
     def _reads_inputs(self) -> bool:
-        """Whether fresh variables depend on values of inputs: Flax would take zeros for them (0.12.12)."""
+        """Returns whether initial variables depend on values of inputs, which Flax 0.12.12 would replace by zeros."""
         init, batch = switch_module(self.module, False).init, self.batch_of(1)
         program = jax.make_jaxpr(lambda x: self._start(init, jax.random.key(0), x))(batch).jaxpr
         read, printed = (dce_jaxpr(program, [used] * len(program.outvars))[1] for used in (True, False))
-        # What is read although no variable is wanted goes to a jax.debug.print.
+        # Inputs that are read even if no variable is wanted only go to a jax.debug.print.
         return any(r and not p for r, p in zip(read, printed, strict=True))
 
     def shapes(self) -> dict[str, Any]:
@@ -150,17 +150,17 @@ class BlockNetwork:
         key: jax.Array | None = None,
         around: Callable[[Any], contextlib.AbstractContextManager] | None = None,
     ) -> tuple[Any, dict[str, Any]]:
-        """Runs the whole network, as the module itself does.
+        """Runs the network.
 
         Args:
-            variables: by collection.
+            variables: variables by collection.
             inputs: a batch.
-            train: with batch statistics and dropout, or else as in evaluation.
-            key: of the random streams; a network that draws in evaluation too draws from a fixed one there if None.
+            train: True for batch statistics and dropout, False for evaluation.
+            key: key of the random streams; if None, a network that draws in evaluation uses a fixed key.
             around: `around(module)` is a context in which the bound module is called.
 
         Returns:
-            The outputs, and the collections that training changes, as they are afterwards.
+            The outputs, and the updated collections that training changes.
         """
         state = {name: variables.get(name, {}) for name in self.mutable}
         if key is None and not train:
@@ -182,7 +182,7 @@ class BlockNetwork:
     def as_function(
         self, variables: Any, *, train: bool, key: jax.Array | None = None
     ) -> Callable[[Any, Any], tuple[Any, Any]]:
-        """Returns `run(params, inputs)`, the whole network with other parameters; arguments and output as `apply`."""
+        """Returns `run(params, inputs)`, which runs the network with `params`; arguments and results as `apply`."""
 
         def run(params, inputs):
             return self.apply({BATCH_STATS: {}, **variables, PARAMS: params}, inputs, train=train, key=key)
@@ -190,7 +190,7 @@ class BlockNetwork:
         return run
 
     def trace(self, variables: Any, key: Any, *, train: bool, size: int) -> Program:
-        """Returns the network's program for a batch of `size` examples; arrays or shapes as `apply` takes them."""
+        """Returns the network's program for a batch of `size` examples; arguments as `apply`, arrays or shapes."""
 
         def run(arguments, inputs):
             return self.apply(arguments[0], inputs, train=train, key=arguments[1], around=mark_modules)
@@ -200,12 +200,12 @@ class BlockNetwork:
     def bind(
         self, variables: Any, *, train: bool, key: jax.Array | None = None, within: Within = contextlib.nullcontext
     ) -> 'BoundNetwork':
-        """Returns the network with its variables, to be run with its cuts or block by block; arguments as `apply`.
+        """Returns the network with its variables, to run it completely or block by block.
 
         Args:
-            variables: by collection.
-            train: as `apply`.
-            key: as `apply`.
+            variables: variables by collection.
+            train: see `apply`.
+            key: see `apply`.
             within: `within()` is a context in which the network is traced.
 
         Raises:
@@ -215,7 +215,7 @@ class BlockNetwork:
         return BoundNetwork(self, variables, train, key, within)
 
     def batch_size(self, cut: int, alive: Sequence[Any]) -> int:
-        """Returns how many examples there are in what is alive at cut number `cut`."""
+        """Returns the number of examples in the values alive at cut number `cut`."""
         for crossing, x in zip(self.crossings[cut], alive, strict=True):
             if crossing.axis is not None:
                 return x.shape[crossing.axis] // crossing.shape[crossing.axis]
@@ -224,7 +224,7 @@ class BlockNetwork:
 
 @dataclasses.dataclass(frozen=True)
 class BoundNetwork:
-    """A network with its variables; it is traced once for every size of a batch, when it first runs on it."""
+    """A network with its variables; it is traced once per batch size, on the first run."""
 
     network: BlockNetwork
     variables: Any
@@ -234,10 +234,10 @@ class BoundNetwork:
     programs: dict[int, Program] = dataclasses.field(default_factory=dict)
 
     def run(self, inputs: Any) -> Run:
-        """Runs the whole network on a batch.
+        """Runs the network on a batch.
 
         Raises:
-            ValueError: for inputs of another shape or dtype than the network's.
+            ValueError: if the shape or dtype of the inputs is not that of the network's inputs.
         """
         inputs = jax.tree.map(jnp.asarray, inputs)
         own = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), inputs)
@@ -250,17 +250,17 @@ class BoundNetwork:
         return Run(*self._program(size).run((self.variables, self.key), inputs))
 
     def run_pieces(self, first: int, last: int, alive: Sequence[Any]) -> Any:
-        """Runs blocks number `first` to `last`, counted from 0; the head has the number behind the last block's.
+        """Runs blocks `first` to `last`; indices start at 0, and the head follows the last block.
 
-        The collections that training changes stay as they are.
+        The collections that training changes are not updated.
 
         Args:
-            first: above 0.
-            last: of them.
-            alive: at the cut before the first.
+            first: index of the first block, above 0.
+            last: index of the last block.
+            alive: values alive at the cut before the first block.
 
         Returns:
-            What is alive at the cut behind the last, a tuple of arrays; the outputs if the last is the head.
+            The values alive at the cut after the last block, a tuple of arrays; the outputs if it is the head.
         """
         program = self._program(self.network.batch_size(first - 1, alive))
         return program.run_piece(first, last, (self.variables, self.key), alive)
@@ -275,18 +275,18 @@ class BoundNetwork:
 
 
 def check_alike(network: BlockNetwork, program: Program, size: int, when: str) -> None:
-    """Checks that a program's cuts carry what the network's do.
+    """Checks that the cuts of a program carry arrays of the shapes and dtypes of the network's cuts.
 
     Raises:
-        ValueError: if they do not.
+        ValueError: if shapes or dtypes differ.
     """
-    names = (*(f'the cut behind {block!r}' for block in network.blocks), 'the outputs')
+    names = (*(f'the cut after {block!r}' for block in network.blocks), 'the outputs')
     for name, crossings, own in zip(names, network.crossings, program.crossing_shapes(), strict=True):
         known = [(crossing.shape_of(size), jnp.dtype(crossing.dtype)) for crossing in crossings]
         if known != own:
             raise ValueError(
                 f'At {name} the network carries {_listed(known)} by itself in evaluation, and {when} {_listed(own)}: '
-                'blocks could not stand in for each other. Cut elsewhere, or let a submodule return what differs.'
+                'blocks could not replace each other. Cut elsewhere, or let a submodule return the values that differ.'
             )
 
 
@@ -295,7 +295,7 @@ def _listed(shapes: Sequence[tuple[tuple[int, ...], Any]]) -> str:
 
 
 def other_collections(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns all collections of a network's variables but 'params'; batch statistics are {} if there are none."""
+    """Returns all collections of a network's variables except 'params'; missing batch statistics are {}."""
     return {BATCH_STATS: {}, **{name: tree for name, tree in variables.items() if name != PARAMS}}
 
 
@@ -305,21 +305,21 @@ def stream_keys(key: jax.Array, streams: Sequence[str]) -> dict[str, jax.Array]:
 
 
 def describe_inputs(inputs: Any) -> Any:
-    """Returns shapes and dtypes of inputs as a tree of `jax.ShapeDtypeStruct`; a tuple of numbers is float32."""
+    """Returns shapes and dtypes of inputs as a tree of `jax.ShapeDtypeStruct`; a plain shape means float32."""
     if isinstance(inputs, Sequence) and all(isinstance(n, int | np.integer) for n in inputs):
         return jax.ShapeDtypeStruct(tuple(map(int, inputs)), jnp.float32)
     for x in jax.tree.leaves(inputs):
         if not hasattr(x, 'shape') or not hasattr(x, 'dtype'):
             raise ValueError(
-                f'inputs={inputs!r}: give a tree of jax.ShapeDtypeStruct(shape, dtype) or of arrays, of one example; a '
-                'shape alone stands for one array of float32.'
+                f'inputs={inputs!r}: must be a tree of jax.ShapeDtypeStruct(shape, dtype) or of arrays, for one '
+                'example, or a plain shape for one float32 array.'
             )
-    # As JAX takes them: float64 and int64 of NumPy become float32 and int32.
+    # JAX converts NumPy's float64 and int64 to float32 and int32.
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(tuple(x.shape), jax.dtypes.canonicalize_dtype(x.dtype)), inputs)
 
 
 def short(inputs: Any) -> str:
-    """Returns shapes and dtypes of a tree in words."""
+    """Returns shapes and dtypes of a tree as text."""
     if isinstance(inputs, Mapping):
         return '{' + ', '.join(f'{name!r}: {short(x)}' for name, x in inputs.items()) + '}'
     if isinstance(inputs, tuple | list):

@@ -1,4 +1,4 @@
-"""A stem, stages of blocks and a head that run one after another: the shape of the networks of this project."""
+"""Chains of a stem, stages of blocks and a head: the structure of most networks of this project."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ class Chain(nn.Module):
     """Named submodules that run one after another.
 
     Attributes:
-        parts: name and constructor of each; a submodule is called as `submodule(x, train)`.
+        parts: (name, constructor) of each; a submodule is called as `submodule(x, train)`.
     """
 
     parts: tuple[tuple[str, Make], ...]
@@ -40,11 +40,11 @@ def split_chain(stem: Make, stages: Sequence[Mapping[str, Make]], head: Make, cu
     """Returns a chain cut into blocks.
 
     Args:
-        stem: makes what comes before the first block.
-        stages: for each stage its blocks by name.
-        head: makes what comes after the last block.
-        cut: 'stage', 'block', or names of blocks behind which to cut, separated by commas; what follows the last of
-            them is a block too.
+        stem: constructor of the module before the first block.
+        stages: for each stage, the constructors of its blocks by name.
+        head: constructor of the module after the last block.
+        cut: 'stage', 'block', or comma-separated names of blocks after which to cut; blocks after the last cut form one
+            more block.
 
     Raises:
         ValueError: for another cut.
@@ -64,13 +64,13 @@ def _split_after(names: tuple[str, ...], ends: tuple[str, ...]) -> tuple[tuple[s
     positions = [names.index(end) + 1 if end in names else 0 for end in ends]
     if 0 in positions or sorted(set(positions)) != positions:
         raise ValueError(
-            f'cut={",".join(ends)!r}: it must be one of {", ".join(CUTS)}, or some of these, in this order, separated '
-            f'by commas: {", ".join(names)}.'
+            f'cut={",".join(ends)!r}: must be one of {", ".join(CUTS)}, or some of these names, in this order, '
+            f'separated by commas: {", ".join(names)}.'
         )
     starts, stops = [0, *positions], [*positions, len(names)]
     return tuple(names[start:stop] for start, stop in zip(starts, stops, strict=True) if start < stop)
 
 
 def stage_blocks(number: int, makes: Sequence[Make]) -> dict[str, Make]:
-    """Returns the blocks of stage `number`, counted from 1, by their names 'stage1_block1', ..."""
+    """Returns the blocks of stage `number` (from 1) by name: 'stage1_block1', ..."""
     return {f'stage{number}_block{position}': make for position, make in enumerate(makes, 1)}

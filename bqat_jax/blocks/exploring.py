@@ -1,4 +1,4 @@
-"""Looks at a network by tracing it on shapes: its random streams and collections, and what passes its cuts."""
+"""Traces a network on shapes to determine its random streams, its collections and the values that cross its cuts."""
 
 import dataclasses
 import re
@@ -26,28 +26,28 @@ _STREAM = re.compile(r'needs PRNG for "(.*?)"')
 
 
 def with_inputs(network: BlockNetwork, inputs: Any) -> BlockNetwork:
-    """Returns the network for inputs like one example; it is traced, and nothing is computed.
+    """Returns the network for inputs of the shapes of one example; the network is only traced.
 
     Args:
-        network: it may know its inputs already.
-        inputs: a tree of shapes and dtypes without the batch axis, `jax.ShapeDtypeStruct`s or arrays; the shape alone,
-            such as (32, 32, 3), stands for an array of float32.
+        network: a network, with or without inputs.
+        inputs: a tree of shapes and dtypes without the batch axis, `jax.ShapeDtypeStruct`s or arrays; a plain shape,
+            such as (32, 32, 3), means one float32 array.
 
     Raises:
-        ValueError: if the network cannot be run on them or be cut so, if it was made for other inputs, or if an
-            `nnx.Module` is in it.
+        ValueError: if the network does not run on the inputs, cannot be cut at its blocks, has other inputs already, or
+            contains an `nnx.Module`.
     """
     return explore(network, inputs)[0]
 
 
 def explore(network: BlockNetwork, inputs: Any) -> tuple[BlockNetwork, dict[str, Any]]:
-    """Returns what `with_inputs` does, and shapes and dtypes of the network's variables; arguments as `with_inputs`."""
+    """Returns the network of `with_inputs`, and shapes and dtypes of its variables; arguments as `with_inputs`."""
     inputs = describe_inputs(inputs)
     if network.inputs is not None:
         if network.inputs != inputs:
             raise ValueError(
                 f'The network was made for inputs like {short(network.inputs)}, and these are like {short(inputs)} '
-                '(shapes without the batch axis). Make it for these.'
+                '(shapes without the batch axis). Make the network for these inputs.'
             )
         return network, network.shapes()
     network = dataclasses.replace(network, inputs=inputs)
@@ -63,21 +63,21 @@ def explore(network: BlockNetwork, inputs: Any) -> tuple[BlockNetwork, dict[str,
         check_alike(network, training, 2, 'in training')
     except (errors.ScopeParamNotFoundError, errors.ScopeCollectionNotFound, errors.ScopeVariableNotFoundError) as error:
         raise ValueError(
-            f'In training the network asks for a variable that its start in evaluation did not make ({error}). '
-            'Make all variables in both, such as those of a head that is used in training alone.'
+            f'In training the network asks for a variable that initialization in evaluation did not make ({error}). '
+            'Make all variables in both, such as those of a head that is only used in training.'
         ) from error
     except NameError as error:
         if 'axis name' not in str(error):
             raise
         raise ValueError(
-            f'The network asks for a mapped axis ({error}), which only pmap or vmap bind. A batch is whole here, also '
-            'where devices share it: leave axis_name out.'
+            f'The network asks for a mapped axis ({error}), which only pmap or vmap bind. A network sees the complete '
+            'batch here, even if it is sharded over devices: leave axis_name out.'
         ) from error
     return network, variables
 
 
 def _trace_training(network: BlockNetwork, variables: Any, key: Any) -> tuple[BlockNetwork, Program]:
-    """The network with the random streams that it asks for, and its program in training."""
+    """Returns the network with the random streams that it asks for, and its program in training."""
     network = dataclasses.replace(network, streams=())
     while True:
         try:
@@ -90,13 +90,13 @@ def _trace_training(network: BlockNetwork, variables: Any, key: Any) -> tuple[Bl
 
 
 def _find_mutable(variables: Any, training: Program) -> tuple[str, ...]:
-    """The collections that training changes, and the batch statistics."""
+    """Returns the names of the batch statistics and of the other collections that training changes."""
     changed = [BATCH_STATS]
     for name, (shapes, is_same) in training.describe_state().items():
         if jax.tree.map(lambda x: (x.shape, x.dtype), variables[name]) != shapes:
             raise ValueError(
-                f'The collection {name!r} has another structure after a step than before, as what `sow` leaves: it '
-                "cannot be carried. Sow into 'intermediates', or return the values as outputs."
+                f'The collection {name!r} has another structure after a step than before, as with `sow`, so it cannot '
+                "be carried. Sow into 'intermediates', or return the values as outputs."
             )
         if not is_same and name not in changed:
             changed.append(name)
@@ -104,8 +104,8 @@ def _find_mutable(variables: Any, training: Program) -> tuple[str, ...]:
 
 
 def _find_crossings(network: BlockNetwork, small: Program, large: Program) -> tuple[tuple[Crossing, ...], ...]:
-    """What crosses every cut, and the outputs, from programs for batches of two and of three."""
-    names = (*(f'The cut behind {block!r}' for block in network.blocks), 'The network')
+    """Returns the values that cross every cut, and the outputs, from programs for batches of two and of three."""
+    names = (*(f'The cut after {block!r}' for block in network.blocks), 'The network')
     crossings = []
     shapes = zip(names, small.crossing_shapes(), large.crossing_shapes(), small.are_shared(), strict=True)
     for name, twos, threes, shared in shapes:
@@ -121,18 +121,18 @@ def _crossing(name: str, two: Any, three: Any) -> Crossing:
     axes = [axis for axis, (a, b) in enumerate(zip(shape, larger, strict=True)) if a != b]
     if len(axes) > 1 or any(3 * shape[axis] != 2 * larger[axis] for axis in axes):
         raise ValueError(
-            f'{name} carries an array of shape {list(shape)} for two examples and {list(larger)} for three: examples '
-            'must lie along one axis of it. Cut elsewhere.'
+            f'{name} carries an array of shape {list(shape)} for two examples and {list(larger)} for three: it must '
+            'have one batch axis. Cut elsewhere.'
         )
     axis = axes[0] if axes else None
     return Crossing(tuple(n // 2 if number == axis else n for number, n in enumerate(shape)), dtype, axis, False)
 
 
 def check_switch(network: BlockNetwork) -> None:
-    """Checks that a module which has no switch needs none; it knows its inputs.
+    """Checks that a network without a training switch does not need one; its inputs must be known.
 
     Raises:
-        ValueError: if there are batch norms or dropouts in it, naming the first.
+        ValueError: if it contains batch norms or dropouts; the message names the first.
     """
     seen = []
 
@@ -146,17 +146,17 @@ def check_switch(network: BlockNetwork) -> None:
         network.shapes()
     if seen:
         raise ValueError(
-            f'The network has {seen[0]}, which computes something else in training, and nothing is found that says '
-            f'whether it is trained: no argument of __call__ and no field called {", ".join(TRAIN_NAMES)}, or the '
-            f'other way round {", ".join(EVALUATE_NAMES)}. Give call=lambda module, inputs, train: ... .'
+            f'The network has {seen[0]}, which differs between training and evaluation, but no training switch: no '
+            f'argument of __call__ and no field is called {", ".join(TRAIN_NAMES)}, or, with the opposite meaning, '
+            f'{", ".join(EVALUATE_NAMES)}. Give call=lambda module, inputs, train: ... .'
         )
 
 
 def check_acts(network: BlockNetwork) -> None:
-    """Checks that the switch that was found reaches the modules that need it; the network knows its inputs.
+    """Checks that the recognized training switch reaches the modules that need it; the inputs must be known.
 
     Raises:
-        ValueError: if there are batch norms or dropouts, and all of them run in training as in evaluation.
+        ValueError: if all batch norms and dropouts run in training as in evaluation.
     """
     seen: dict[str, bool] = {}
 
@@ -177,6 +177,6 @@ def check_acts(network: BlockNetwork) -> None:
     jax.eval_shape(run, network.shapes(), network.batch_of(2))
     if seen and not any(seen.values()):
         raise ValueError(
-            f'In training {next(iter(seen))} does what it does in evaluation: what was found by its name does not '
-            'reach it. Give call=lambda module, inputs, train: ... , which tells all of the network.'
+            f'In training {next(iter(seen))} behaves as in evaluation: the training switch that was recognized by name '
+            'does not reach it. Give call=lambda module, inputs, train: ... that sets all switches of the network.'
         )

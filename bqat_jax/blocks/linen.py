@@ -1,4 +1,4 @@
-"""Only Linen modules can be quantized from outside: their calls can be intercepted, those of NNX modules cannot."""
+"""Checks that modules are Linen modules: their calls can be intercepted, those of NNX modules cannot."""
 
 import contextlib
 from typing import Any
@@ -7,19 +7,19 @@ import flax.linen as nn
 
 from bqat_jax.interception import intercept_methods
 
-REMEDY = 'this project wraps Linen modules; write it with flax.linen.'
+REMEDY = 'this project wraps Linen modules. Write the module with flax.linen.'
 
 
 def check_linen(module: Any) -> None:
     """Checks that a module is a Linen module.
 
     Raises:
-        ValueError: for an `nnx.Module`, also within `nnx.bridge.to_linen`, or anything else.
+        ValueError: for an `nnx.Module`, including one wrapped by `nnx.bridge.to_linen`, or any other object.
     """
     if _is_nnx(module):
         raise ValueError(f'{_name(module)} is an nnx.Module: {REMEDY}')
     if not isinstance(module, nn.Module):
-        raise ValueError(f'module={module!r} is no Linen module: give an instance of a subclass of flax.linen.Module.')
+        raise ValueError(f'module={module!r}: not a Linen module. Give an instance of a subclass of flax.linen.Module.')
 
 
 def check_called() -> contextlib.AbstractContextManager:
@@ -35,10 +35,10 @@ def check_called() -> contextlib.AbstractContextManager:
 
 
 def _is_nnx(module: Any) -> bool:
-    """By name, since `flax.nnx` is slow to import."""
+    """Checks by name, because `flax.nnx` is slow to import."""
     return any(kind.__module__.startswith('flax.nnx.') for kind in type(module).__mro__)
 
 
 def _name(module: Any) -> str:
-    inner = module.nnx_class if isinstance(module, nn.Module) else type(module)  # `to_linen` knows the class
+    inner = module.nnx_class if isinstance(module, nn.Module) else type(module)  # `to_linen` stores the class.
     return getattr(inner, '__name__', str(inner))

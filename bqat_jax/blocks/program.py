@@ -1,20 +1,21 @@
-"""A network as a program (a jaxpr) that is cut at marks: what is alive at a cut, and pieces that run on their own.
+"""A network as a program (a jaxpr) that is cut at marks into pieces that run separately.
 
-The network is traced once, as it is, and what the end of a block gives is marked by a named identity. The operations up
-to a mark, in the order in which the network's code does them, are the blocks up to it. A value is alive at a cut if it
-depends on the inputs, is an input or computed before the cut, and is read after it or is an output. So whatever passes
-by a cut is carried over it: shortcuts, masks, lengths, the skip connections of a UNet, carries.
+The network is traced once, unchanged; a named identity marks the output of each block's end. The operations before a
+mark, in program order, belong to the blocks up to it. A value is alive at a cut if it depends on the inputs, is an
+input or computed before the cut, and is read after the cut or is an output. A cut thus carries everything that crosses
+it: shortcuts, masks, lengths, skip connections of a UNet, carries.
 
-These hold:
-- Running all pieces is running the network's own operations: nothing is replaced and nothing is left out.
-- A piece reads what is alive at its cut, and what depends on variables and random keys alone. The latter is computed in
-  every piece that reads it, from that piece's own variables.
-- Values are alive in the same order in training and in evaluation, in low and in full precision; `check_alike` sees to
-  it. To this end every module marks its output, so that a dropout that does nothing still makes a value of its own.
+Invariants:
+- Running all pieces runs exactly the operations of the network.
+- A piece reads the values alive at its cut, and values that depend on variables and random keys only. Every piece that
+  reads the latter recomputes them from its variables.
+- The values alive at a cut have one order in training and evaluation, in low and full precision; `check_alike` checks
+  their shapes and dtypes. Every module therefore marks its output, so that a dropout without effect still makes a new
+  value.
 
-A mark inside `nn.remat`, `nn.jit` or the like stands in a program within the program. If nothing follows it there, the
-cut lies behind the inner program; else that one is written out in the outer program, and `nn.remat` does not recompute
-it. Between iterations of `nn.scan` a cut divides the scan in two, over slices of the stack.
+A mark inside `nn.remat`, `nn.jit` or the like is in an inner program. If no operation follows the mark there, the cut
+is after the inner program. Otherwise the inner program is inlined in the outer one, and `nn.remat` does not recompute
+it. A cut between iterations of `nn.scan` divides the scan in two, over slices of the stack.
 """
 
 import contextlib
@@ -39,22 +40,22 @@ from bqat_jax.interception import intercept_methods
 from bqat_jax.jaxprs import consts_of, run_operation, scan_arguments
 
 MARK = 'bqat_jax:'
-# Methods that compute nothing; Flax calls the second itself.
+# Methods that compute nothing; Flax itself calls '<lambda>'.
 SETUP = ('setup', '<lambda>')
-# Programs within a program that can be written out in it, by the name of the operation that runs them.
+# Operations whose inner programs can be inlined.
 CALLS = ('jit', 'pjit', 'closed_call', 'core_call', 'remat2', 'checkpoint', 'remat')
 Targets = Mapping[str, list[int | None]]
 _INDEXED = re.compile(r'(.*)\[(\d+)\]')
 
 
 def parse_end(end: str) -> tuple[str, int | None]:
-    """Returns path and iteration of an end such as 'encoder/layers[3]'; the iteration of 'encoder/layer3' is None."""
+    """Returns (path, iteration) of an end such as 'encoder/layers[3]'; the iteration of 'encoder/layer3' is None."""
     match = _INDEXED.fullmatch(end)
     return (match[1], int(match[2])) if match else (end, None)
 
 
 def mark(value: Any, path: str, call: int = 0) -> Any:
-    """Returns a tree of arrays, marked as what call number `call` of the submodule at `path` gives."""
+    """Returns a tree of arrays marked as the output of call number `call` of the submodule at `path`."""
 
     def name(x):
         return checkpoint_name(x, f'{MARK}{path}#{call}') if isinstance(x, jax.Array) else x
@@ -63,12 +64,12 @@ def mark(value: Any, path: str, call: int = 0) -> Any:
 
 
 def mark_modules(root: Any) -> contextlib.AbstractContextManager:
-    """Returns a context in which every submodule of the bound module `root` marks what it gives."""
+    """Returns a context in which every submodule of the bound module `root` marks its output."""
     depth, calls, running = len(root.path), itertools.count(), []
 
     def interceptor(call, args, kwargs, context):
         path = '/'.join(context.module.path[depth:])
-        if not path or path in running or context.method_name in SETUP:  # a module's own methods call each other
+        if not path or path in running or context.method_name in SETUP:  # Methods of a module may call each other.
             return call(*args, **kwargs)
         running.append(path)
         try:
@@ -84,9 +85,9 @@ class Cut:
     """A cut through a program.
 
     Attributes:
-        position: the operations before it.
-        value: what the end of the block gives.
-        alive: what is carried over it.
+        position: number of operations before the cut.
+        value: the output of the block's end.
+        alive: the values carried over the cut.
     """
 
     position: int
@@ -96,14 +97,14 @@ class Cut:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A traced network, `run(variables, inputs) -> outputs, state`, cut behind the ends of its blocks.
+    """A traced network, `run(variables, inputs) -> outputs, state`, cut after the ends of its blocks.
 
     Attributes:
-        program: of flat variables and inputs to flat outputs and state.
-        variables: how many of its arguments are variables and random keys.
-        outputs: how many of its results are outputs.
-        structure: of (outputs, state).
-        cuts: one for each end.
+        program: maps flat variables and inputs to flat outputs and state.
+        variables: number of arguments that are variables and random keys.
+        outputs: number of results that are outputs.
+        structure: tree structure of (outputs, state).
+        cuts: one cut per end.
     """
 
     program: ClosedJaxpr
@@ -113,7 +114,7 @@ class Program:
     cuts: tuple[Cut, ...]
 
     def run(self, variables: Any, inputs: Any) -> tuple[Any, list[Any], list[tuple[Any, ...]], Any]:
-        """Returns (outputs, what the blocks' ends give, what is alive at every cut, state)."""
+        """Returns (outputs, outputs of the blocks' ends, values alive at every cut, state)."""
         jaxpr = self.program.jaxpr
         groups = [jaxpr.outvars, *(cut.value for cut in self.cuts), *(cut.alive for cut in self.cuts)]
         results = iter(
@@ -125,16 +126,16 @@ class Program:
         return outputs, [value[0] if len(value) == 1 else value for value in values], alive, state
 
     def run_piece(self, first: int, last: int, variables: Any, alive: Sequence[Any]) -> Any:
-        """Runs the pieces from number `first` to number `last`; there is one more than there are cuts.
+        """Runs pieces `first` to `last`; there is one more piece than there are cuts.
 
         Args:
-            first: above 0.
-            last: the last of them that runs.
-            variables: as the program was traced with.
-            alive: at the cut before the first.
+            first: index of the first piece, above 0.
+            last: index of the last piece.
+            variables: variables with the structure of the traced ones.
+            alive: values alive at the cut before the first piece.
 
         Returns:
-            What is alive at the cut behind the last, a tuple; the outputs if there is none behind it.
+            The values alive at the cut after the last piece, a tuple; the outputs if no cut follows it.
         """
         jaxpr, ends = self.program.jaxpr, last == len(self.cuts)
         own, known = jaxpr.invars[: self.variables], self.cuts[first - 1].alive
@@ -144,18 +145,18 @@ class Program:
         return jax.tree.unflatten(jax.tree.structure(self._outputs), results) if ends else tuple(results)
 
     def crossing_shapes(self) -> list[list[tuple[tuple[int, ...], Any]]]:
-        """Returns shape and dtype of what is alive at every cut, and of the outputs."""
+        """Returns shapes and dtypes of the values alive at every cut, and of the outputs."""
         avals: list[list[Any]] = [[x.aval for x in crossing] for crossing in self._crossings]
         return [[(aval.shape, aval.dtype) for aval in crossing] for crossing in avals]
 
     def are_shared(self) -> list[list[bool]]:
-        """Returns of the same whether they depend on inputs alone, and not on variables."""
+        """Returns for the values of `crossing_shapes` whether they depend on inputs only, not on variables."""
         jaxpr = self.program.jaxpr
         on_variables = _depend_on(jaxpr, jaxpr.invars[: self.variables])
         return [[isinstance(x, Literal) or x not in on_variables for x in crossing] for crossing in self._crossings]
 
     def describe_state(self) -> dict[str, tuple[Any, bool]]:
-        """Returns for every collection of the state (shape and dtype of every leaf, whether nothing is changed)."""
+        """Returns for every collection of the state (shape and dtype of every leaf, whether it is unchanged)."""
         jaxpr = self.program.jaxpr
         given = set(jaxpr.invars)
         _, state = jax.tree.unflatten(self.structure, jaxpr.outvars)
@@ -194,16 +195,16 @@ class Program:
 
 
 def trace(run: Callable[[Any, Any], tuple[Any, Any]], variables: Any, inputs: Any, ends: Sequence[str]) -> Program:
-    """Returns the program of `run(variables, inputs) -> outputs, state`, cut behind `ends`.
+    """Returns the program of `run(variables, inputs) -> outputs, state`, cut after `ends`.
 
     Args:
         run: runs the network with its modules' outputs marked.
         variables: a tree of arrays or shapes.
         inputs: a tree of arrays or shapes.
-        ends: paths of submodules in the order of their calls, perhaps with an iteration: 'layers[3]'.
+        ends: paths of submodules in the order of their calls, optionally with an iteration: 'layers[3]'.
 
     Raises:
-        ValueError: for an end that is never reached or where no cut can be.
+        ValueError: for an end that is never reached or where a cut is impossible.
     """
     program, shapes = jax.make_jaxpr(run, return_shape=True)(variables, inputs)
     structure = jax.tree.structure(shapes)
@@ -220,7 +221,7 @@ def trace(run: Callable[[Any, Any], tuple[Any, Any]], variables: Any, inputs: An
 
 
 def _targets(ends: Sequence[str]) -> dict[str, list[int | None]]:
-    """Path of every end to the iterations behind which it is cut; None stands for all of them."""
+    """Returns for the path of every end the iterations after which to cut; None means after all of them."""
     targets: dict[str, list[int | None]] = {}
     for end in ends:
         path, index = parse_end(end)
@@ -229,36 +230,36 @@ def _targets(ends: Sequence[str]) -> dict[str, list[int | None]]:
 
 
 def _mark_of(operation: Any) -> str | None:
-    """'path#call' if an operation is a mark."""
+    """Returns 'path#call' if an operation is a mark, else None."""
     name = operation.params['name'] if operation.primitive.name == 'name' else ''
     return name.removeprefix(MARK) if name.startswith(MARK) else None
 
 
 def _path_of(operation: Any) -> str | None:
-    found = _mark_of(operation)
-    return None if found is None else found.rpartition('#')[0]
+    marked = _mark_of(operation)
+    return None if marked is None else marked.rpartition('#')[0]
 
 
 def _marks_inside(operation: Any, targets: Targets) -> set[str]:
-    """The paths among `targets` that are marked within an operation's inner programs."""
+    """Returns the paths among `targets` that are marked within an operation's inner programs."""
     inner = [_marked_paths(program.eqns) for program in jaxprs_in_params(operation.params)]
     return set().union(*inner) & set(targets)
 
 
 def _marked_paths(operations: Sequence[Any]) -> set[str]:
-    """The paths that are marked in operations and in the programs within them."""
+    """Returns the paths that are marked in operations and in their inner programs."""
     paths = {path for path in map(_path_of, operations) if path is not None}
     return paths.union(*(_marked_paths(inner.eqns) for x in operations for inner in jaxprs_in_params(x.params)))
 
 
 def _ends_with(program: Jaxpr, path: str) -> dict[int, str]:
-    """Results of a program that the mark of `path` made, by number, with the mark; {} if anything follows the mark."""
+    """Returns the marks of `path` by index of the marked result; {} if an operation follows a mark."""
     marks: dict[Var, str] = {}
     for operation in program.eqns:
         read = [x for x in operation.invars if not isinstance(x, Literal) and x in marks]
         if _path_of(operation) == path:
             marks[operation.outvars[0]] = operation.params['name']
-        elif _mark_of(operation) is not None and read:  # the mark of a module around it
+        elif _mark_of(operation) is not None and read:  # The mark of an enclosing module.
             marks[operation.outvars[0]] = marks[read[0]]
         elif read:
             return {}
@@ -269,7 +270,7 @@ def _ends_with(program: Jaxpr, path: str) -> dict[int, str]:
 
 
 def _write_out(jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[Any], targets: Targets) -> Any:
-    """Evaluates a program with all cuts moved to its top."""
+    """Evaluates a program with all cuts moved to its top level."""
     values: dict[Var, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *arguments], strict=True))
 
     def read(x):
@@ -285,15 +286,15 @@ def _write_out(jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[Any], ta
             results = _divide_scan(operation, given, targets)
         else:
             raise ValueError(
-                f'The cut behind {sorted(inside)[0]!r} lies within {operation.primitive.name!r}, where no program can '
-                'be cut: cut behind the module that holds it.'
+                f'The cut after {sorted(inside)[0]!r} is within {operation.primitive.name!r}, which cannot be cut. Cut '
+                'after the module that contains it.'
             )
         values |= dict(zip(operation.outvars, results, strict=True))
     return [read(x) for x in jaxpr.outvars]
 
 
 def _write_out_call(jaxpr: Jaxpr, operation: Any, given: list[Any], targets: Targets) -> list[Any]:
-    """An inner program as it is with the mark behind it, if it ends with the mark; else written out."""
+    """Runs an inner program unchanged, with its mark moved after it, if it ends with the mark; otherwise inlines it."""
     (inner,), inside = jaxprs_in_params(operation.params), _marks_inside(operation, targets)
     path = min(inside)
     marks = _ends_with(inner, path) if len(inside) == 1 and targets[path] == [None] * len(targets[path]) else {}
@@ -304,7 +305,7 @@ def _write_out_call(jaxpr: Jaxpr, operation: Any, given: list[Any], targets: Tar
 
 
 def _divide_scan(operation: Any, given: list[Any], targets: Targets) -> list[Any]:
-    """A scan in as many parts as it is cut into; the marks stand behind the parts."""
+    """Runs a scan in parts, one per cut, with the marks after the parts."""
     (inner,), length = jaxprs_in_params(operation.params), operation.params['length']
     inside = _marks_inside(operation, targets)
     path = min(inside, key=len)
@@ -312,13 +313,13 @@ def _divide_scan(operation: Any, given: list[Any], targets: Targets) -> list[Any
     deeper = sorted(inside - {path})
     if deeper or not marks:
         raise ValueError(
-            f'The cut behind {(deeper or [path])[0]!r} lies within an iteration of nn.scan: cut behind the scanned '
-            "module, or between its iterations, as 'layers[3]' does behind the fourth of 'layers'."
+            f'The cut after {(deeper or [path])[0]!r} is within an iteration of nn.scan. Cut after the scanned module, '
+            "or between its iterations: 'layers[3]' cuts after the fourth iteration of 'layers'."
         )
     names = {length - 1 if n is None else n: path if n is None else f'{path}[{n}]' for n in targets[path]}
     if max(names) >= length or (operation.params['reverse'] and set(names) != {length - 1}):
         why = f'has the iterations 0 to {length - 1}' if max(names) >= length else 'runs backwards'
-        raise ValueError(f'The cut behind {path}[{max(names)}]: this nn.scan {why}.')
+        raise ValueError(f'The cut after {path}[{max(names)}]: this nn.scan {why}.')
     constant, carry, stacked = scan_arguments(operation, given)
     carries = len(carry)
     carried, call = [number for number in marks if number < carries], next(iter(marks.values())).rpartition('#')[2]
@@ -348,8 +349,8 @@ def _divide_scan(operation: Any, given: list[Any], targets: Targets) -> list[Any
 
 
 def _find_cuts(jaxpr: Jaxpr, variables: int, outputs: int, ends: Sequence[str]) -> tuple[Cut, ...]:
-    """Finds the marks of the ends, one after another, and what is alive there."""
-    groups: list[Any] = []  # every call's mark and the operations that make it
+    """Returns a cut at the mark of every end, in order, with the values alive there."""
+    groups: list[Any] = []  # (path, positions of the mark's operations) of every call
     numbers: dict[str, int] = {}
     for position, operation in enumerate(jaxpr.eqns):
         name = _mark_of(operation)
@@ -363,10 +364,10 @@ def _find_cuts(jaxpr: Jaxpr, variables: int, outputs: int, ends: Sequence[str]) 
     for number, end in enumerate(ends):
         start = next((n + 1 for n in range(start, len(order)) if order[n][0] == end), 0)
         if not start:
-            behind = 'the input' if number == 0 else repr(ends[number - 1])
+            previous = 'the input' if number == 0 else repr(ends[number - 1])
             paths = list(dict.fromkeys(path for path, _ in order))
             raise ValueError(
-                f'The cut behind {end!r} is never reached: no submodule of that path gives an array after {behind}. '
+                f'The cut after {end!r} is never reached: no submodule of that path returns an array after {previous}. '
                 f'In the order of their calls these do: {", ".join(paths) or "none"}.'
             )
         marks.append(order[start - 1][1])
@@ -383,7 +384,7 @@ def _find_cuts(jaxpr: Jaxpr, variables: int, outputs: int, ends: Sequence[str]) 
 
 
 def _depend_on(jaxpr: Jaxpr, sources: Sequence[Var]) -> set[Var]:
-    """The values that depend on some of the arguments."""
+    """Returns the values that depend on any of the arguments `sources`."""
     depends = set(sources)
     for operation in jaxpr.eqns:
         if any(not isinstance(x, Literal) and x in depends for x in operation.invars):
@@ -392,7 +393,7 @@ def _depend_on(jaxpr: Jaxpr, sources: Sequence[Var]) -> set[Var]:
 
 
 def _last_reads(jaxpr: Jaxpr, outputs: int) -> dict[Var, int]:
-    """The last operation that reads a value on the way to the outputs; beyond all of them for an output itself."""
+    """Returns the position of the last operation that reads each value for the outputs; for outputs, past the end."""
     last = {x: len(jaxpr.eqns) for x in jaxpr.outvars[:outputs] if not isinstance(x, Literal)}
     for position in reversed(range(len(jaxpr.eqns))):
         operation = jaxpr.eqns[position]
@@ -404,7 +405,7 @@ def _last_reads(jaxpr: Jaxpr, outputs: int) -> dict[Var, int]:
 
 
 def _operations_for(jaxpr: Jaxpr, known: Sequence[Var], wanted: Sequence[Any]) -> list[Any]:
-    """The operations that compute `wanted` from what is known and from variables."""
+    """Returns the operations that compute `wanted` from the values `known` and from variables."""
     given, needed, kept = set(known), {x for x in wanted if not isinstance(x, Literal)}, []
     for operation in reversed(jaxpr.eqns):
         if any(x in needed and x not in given for x in operation.outvars):

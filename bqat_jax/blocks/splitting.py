@@ -1,4 +1,4 @@
-"""Cuts a user's own Linen module into blocks, without a change to it."""
+"""Divides any Linen module into blocks without changing it."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -16,29 +16,29 @@ Piece = Callable[[Any, Any, bool], Any]
 
 
 def split_after(module: nn.Module, ends: Sequence[str], inputs: Any, call: Call | None = None) -> BlockNetwork:
-    """Returns a module divided after the submodules called `ends`.
+    """Returns a module divided after the submodules `ends`.
 
-    A block reaches from the end of the one before, or from the input, to the output of its submodule in `ends`; the
-    head is what follows. It does not matter whether the submodules are made in `setup` or in a compact method, nor what
-    stands between them, nor what passes by a cut: all of it is carried over.
+    A block starts at the end of the previous block, or at the input, and ends at the output of its submodule in `ends`.
+    The head follows the last block. Submodules may be created in `setup` or in a compact method. Everything that
+    crosses a cut is carried over it, including operations between submodules and shortcuts.
 
     Args:
         module: the module, called as `module(x)` or `module(x, train=...)`.
-        ends: paths of the submodules in the order of their calls, such as 'layer1' or 'encoder/layer1'; one that is
-            called more than once may stand there as often. 'layers[3]' is the fourth iteration of an `nn.scan`.
+        ends: paths of the submodules in the order of their calls, such as 'layer1' or 'encoder/layer1'; a submodule
+            with several calls may be listed several times. 'layers[3]' is the fourth iteration of an `nn.scan`.
         inputs: shapes and dtypes of one example without the batch axis, a tree of `jax.ShapeDtypeStruct` or arrays; a
-            tuple of inputs is given to the module as arguments, a dict by keyword. (height, width, channels) alone
-            stands for an array of float32.
-        call: `call(module, inputs, train)` calls the bound module and returns its outputs; by default all arguments
-            and fields that say whether it is trained are found by their names.
+            tuple is passed as positional arguments, a dict as keyword arguments. A plain (height, width, channels)
+            means one float32 array.
+        call: `call(module, inputs, train)` calls the bound module and returns its outputs; by default, arguments and
+            fields that switch between training and evaluation are recognized by name.
 
     Raises:
-        ValueError: if a submodule does not run, a cut cannot be there, or nothing says whether the module is trained
-            though it has batch norm or dropout; for fewer than two ends; or for a module that is not Linen.
+        ValueError: if a submodule does not run, a cut is impossible there, or the module has batch norm or dropout but
+            no recognized training switch; for fewer than two ends; or for a module that is not Linen.
     """
     check_linen(module)
     if isinstance(ends, str):
-        raise ValueError(f'ends={ends!r}: give a list of paths, [{ends!r}, ...].')
+        raise ValueError(f'ends={ends!r}: must be a list. Give a list of paths, [{ends!r}, ...].')
     network = BlockNetwork(module, tuple(ends), call or make_call(module))
     if call is None and not has_switch(module):
         check_switch(dataclasses.replace(network, inputs=describe_inputs(inputs)))
@@ -49,13 +49,13 @@ def split_after(module: nn.Module, ends: Sequence[str], inputs: Any, call: Call 
 
 
 def split_into(module: nn.Module, stem: Piece, blocks: Sequence[Piece], head: Piece) -> BlockNetwork:
-    """Returns a module divided into pieces that are given as functions `piece(module, x, train)` of the bound module.
+    """Returns a module divided into functions `piece(module, x, train)` of the bound module.
 
     Args:
-        module: the module; one that makes its submodules in `setup`, so that functions can call them.
-        stem: from inputs to what enters the first block.
-        blocks: one function each; at least two.
-        head: from what leaves the last block to outputs.
+        module: a module that creates its submodules in `setup`, so that the functions can call them.
+        stem: maps the inputs to the input of the first block.
+        blocks: one function per block; at least two.
+        head: maps the output of the last block to the outputs.
 
     Raises:
         ValueError: for fewer than two blocks, or for a module that is not Linen.

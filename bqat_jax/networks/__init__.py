@@ -1,4 +1,4 @@
-"""Networks in plain Flax Linen that know nothing of quantization, each divided into stem, blocks and head."""
+"""Networks in plain Flax Linen, without quantization, each divided into stem, blocks and head."""
 
 from bqat_jax.networks.cifar_resnet import cifar_resnet
 from bqat_jax.networks.decoder import decoder

@@ -1,4 +1,4 @@
-"""Batch norm that keeps little for its backward pass, and can normalise parts of a batch apart."""
+"""Batch norm with a memory-efficient backward pass, optionally over separate groups of a batch."""
 
 import contextlib
 import functools
@@ -16,12 +16,11 @@ from bqat_jax.interception import intercept_methods, without_modules
 def normalize(
     x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns x normalised by its own mean and variance, and these (Ioffe and Szegedy, arXiv 1502.03167, section 3).
+    """Returns x normalised by its mean and variance, and both (Ioffe and Szegedy, arXiv 1502.03167, section 3).
 
-    y = (x - μ) / √(σ² + ε) · γ + β, with sums over the positions of each channel in each part. JAX's own derivative of
-    it keeps x - μ beside x, and sums three times over the batch where two sums do; here x is kept alone. Mean and
-    variance are for the stored statistics: no gradient goes through them as results. No forward-mode derivative is
-    defined.
+    y = (x - μ) / √(σ² + ε) · γ + β, with sums over the positions of each channel in each part. JAX's derivative saves
+    x - μ in addition to x, and needs three sums over the batch instead of two; here only x is saved. Mean and variance
+    are for the stored statistics: as results they have no gradient. There is no forward-mode derivative.
 
     Args:
         x: float32 (parts, examples, ..., channels).
@@ -30,7 +29,7 @@ def normalize(
         epsilon: added to the variance.
 
     Returns:
-        y like x; mean and variance, (parts, 1, ..., channels).
+        y in the shape of x; mean and variance, (parts, 1, ..., channels).
     """
     return _normalize_forward(x, scale, bias, epsilon)[0]
 
@@ -46,7 +45,7 @@ def _normalize_forward(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon:
 def _normalize_backward(epsilon: float, saved: Any, cotangents: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The paper's derivatives: with x̂ = (x - μ) / σ and means over positions, g_x = γ/σ · (g - mean(g) - x̂·mean(g·x̂)).
 
-    They are written such that x - μ appears in no array of its own: if it did XLA would keep the forward pass's.
+    The formulas avoid the array x - μ, which XLA would otherwise keep from the forward pass.
     """
     del epsilon
     x, mean, inverse, scale = saved
@@ -69,33 +68,34 @@ def _mean(x: jax.Array) -> jax.Array:
 
 
 def _as_wide(vector: jax.Array, x: jax.Array) -> jax.Array:
-    """(channels,) with as many axes as x."""
+    """Returns a vector (channels,) with the number of axes of x."""
     return vector[(None,) * (x.ndim - 1)]
 
 
 class BatchNorm(nn.BatchNorm):
-    """Linen's batch norm over all axes but the last, by `normalize` where it normalises by the batch.
+    """Linen's batch norm over all axes but the last, with `normalize` for batch statistics.
 
-    Of Linen's options it has `use_running_average`, `momentum`, `epsilon` and the initialisers; it computes in float32.
+    It supports Linen's options `use_running_average`, `momentum`, `epsilon` and the initialisers, and computes in
+    float32.
     """
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalises float32 x (examples, ..., channels); moves the stored statistics if these are mutable."""
+        """Normalises float32 x (examples, ..., channels), and updates the stored statistics if they are mutable."""
         by_batch = not (self.use_running_average or self.is_initializing())
         return _normalize_parts(self, x, 1) if by_batch else super().__call__(x)
 
 
 @contextlib.contextmanager
 def batch_norm_in_groups(count: int) -> Iterator[None]:
-    """Within it, networks that are applied in training normalise each of `count` equal parts of the batch apart.
+    """Within the context, batch norm in training normalises each of `count` equal parts of the batch separately.
 
-    Part k has the k-th of `count` runs of neighbouring examples: with as many parts as devices share the batch, each
-    normalises its own examples and nothing is sent ("ghost batch norm", arXiv 1705.08741). The stored statistics move
-    towards the mean over parts of means and of variances. Layers that normalise by stored statistics stay as they are.
+    Part k is the k-th contiguous part of the batch. With one part per device, every device normalises its examples
+    without communication ("ghost batch norm", arXiv 1705.08741). The stored statistics are updated with the means over
+    parts of mean and variance. Layers that use stored statistics do not change.
 
     Args:
-        count: divides the number of examples; 1 for batch norm as it is.
+        count: number of parts; it must divide the number of examples. 1 is plain batch norm.
     """
     if count == 1:
         yield
@@ -113,7 +113,7 @@ def batch_norm_in_groups(count: int) -> Iterator[None]:
 
 
 def _normalize_parts(norm: nn.BatchNorm, x: jax.Array, count: int) -> jax.Array:
-    """What the layer would return for each part, put together again; moves its stored statistics."""
+    """Returns the concatenated outputs of the layer for the parts, and updates its stored statistics."""
     parts = x.reshape(count, x.shape[0] // count, *x.shape[1:]).astype(jnp.float32)
     channels = x.shape[-1:]
     scale: Any = norm.get_variable('params', 'scale') if norm.use_scale else jnp.ones(channels)

@@ -1,4 +1,4 @@
-"""Residual networks for small images: CIFAR ResNet-20, -32, -44, -56, -110 and their shallower relatives."""
+"""Residual networks for small images: CIFAR ResNet-20, -32, -44, -56, -110 and shallower ones."""
 
 from collections.abc import Callable
 from functools import partial
@@ -40,26 +40,26 @@ def cifar_resnet(
         width: channels of the first stage.
         shortcut: where the shape changes, 'A' subsamples and pads channels with zeros, half of them on each side; 'B'
             is a 1×1 convolution, with batch norm unless `preactivation`.
-        preactivation: batch norm and ReLU come before each convolution (He et al., arXiv 1603.05027).
-        dtype: of the computation, 'float32' or 'bfloat16'; parameters are float32.
-        remat: whether blocks recompute their inside in the backward pass.
+        preactivation: whether batch norm and ReLU precede each convolution (He et al., arXiv 1603.05027).
+        dtype: dtype of the computation, 'float32' or 'bfloat16'; parameters are float32.
+        remat: whether blocks recompute their activations in the backward pass.
         cut: 'stage', 'block' or names of blocks, see `blocks.chain.split_chain`.
-        conv_general_dilated: computes the convolutions; Linen's own if None.
+        conv_general_dilated: computes the convolutions; None for Linen's default.
 
     Raises:
-        ValueError: for a depth that is not 6n + 2, or another value that does not exist.
+        ValueError: for a depth that is not 6n + 2, or another invalid value.
     """
     if depth < 8 or (depth - 2) % 6:
         raise ValueError(f'depth={depth}: a CIFAR ResNet has 6n + 2 layers (8, 14, 20, 32, 44, 56, 110).')
     if shortcut not in SHORTCUTS:
-        raise ValueError(f'shortcut={shortcut!r}: it must be one of {", ".join(SHORTCUTS)}.')
+        raise ValueError(f'shortcut={shortcut!r}: must be one of {", ".join(SHORTCUTS)}.')
     compute = computation(dtype, conv_general_dilated)
     block = block_class(PreactivationBlock if preactivation else ResidualBlock, remat)
     stages = []
     for number in range(NUM_STAGES):
         strides = [2 if number else 1] + [1] * ((depth - 2) // 6 - 1)
         makes = [partial(block, width * 2**number, stride, shortcut, compute) for stride in strides]
-        if preactivation and number == 0:  # here the block's own activation would follow the stem's
+        if preactivation and number == 0:  # The first activation replaces the stem's, so the shortcut needs it too.
             makes[0] = partial(makes[0], activate_shortcut=True)
         stages.append(stage_blocks(number + 1, makes))
     return split_chain(
@@ -85,19 +85,19 @@ class Stem(nn.Module):
 
 
 def _pad_shortcut(x: jax.Array, features: int, stride: int) -> jax.Array:
-    """Option A: every stride-th pixel, with channels of zeros on both sides."""
+    """Returns shortcut A: every stride-th pixel, with zero channels on both sides."""
     missing = features - x.shape[-1]
     return jnp.pad(x[:, ::stride, ::stride, :], ((0, 0), (0, 0), (0, 0), (missing // 2, missing - missing // 2)))
 
 
 class ResidualBlock(nn.Module):
-    """Two 3×3 convolutions with batch norm around a shortcut (He et al., arXiv 1512.03385, section 4.2).
+    """Two 3×3 convolutions with batch norm and a shortcut (He et al., arXiv 1512.03385, section 4.2).
 
     Attributes:
         features: channels of the output.
-        stride: of the first convolution.
+        stride: stride of the first convolution.
         shortcut: 'A' or 'B', see `cifar_resnet`.
-        compute: how the layers compute.
+        compute: dtype and convolution of the layers.
     """
 
     features: int
@@ -124,10 +124,10 @@ class PreactivationBlock(nn.Module):
 
     Attributes:
         features: channels of the output.
-        stride: of the first convolution.
+        stride: stride of the first convolution.
         shortcut: 'A' or 'B', see `cifar_resnet`.
-        compute: how the layers compute.
-        activate_shortcut: the shortcut starts behind the first ReLU, as in the network's first block.
+        compute: dtype and convolution of the layers.
+        activate_shortcut: whether the shortcut starts after the first ReLU, as in the network's first block.
     """
 
     features: int

@@ -1,4 +1,4 @@
-"""A convolution whose gradients are quick on CPUs too."""
+"""A convolution whose gradients are also fast on CPUs."""
 
 import functools
 from collections.abc import Sequence
@@ -10,32 +10,32 @@ import jax.numpy as jnp
 from bqat_jax.interception import without_modules
 
 LAYOUT = ('NHWC', 'HWIO', 'NHWC')
-# Size of what `kernel_gradient` lays side by side at once; it should stay in a core's cache beside what it is
-# multiplied with. With 2 MiB of cache for each core a step of ResNet-20 took 462 ms with 0.65 MB, 451 to 486 with 0.16
-# to 1.3 MB, and 637 with 5 MB (JAX 0.12.0.1; seven turns, other jobs beside it).
+# Size of the matrix of patches in `kernel_gradient`; matrix and gradient should fit into a core's cache. With 2 MiB of
+# cache per core, a step of ResNet-20 took 462 ms with 0.65 MB, 451 to 486 with 0.16 to 1.3 MB, and 637 with 5 MB (JAX
+# 0.12.0.1; seven runs on a shared machine).
 COLUMN_BYTES = 650_000
 
 
 def conv_general_dilated(
     lhs: jax.Array, rhs: jax.Array, window_strides: Sequence[int], padding: Any, **options: Any
 ) -> jax.Array:
-    """Returns `jax.lax.conv_general_dilated` of the same arguments, for programs that run on one device.
+    """Returns `jax.lax.conv_general_dilated` of its arguments, for programs that run on one device.
 
-    XLA for CPUs computes the gradient of a small kernel as a convolution with a window as large as the image, at a
-    fraction of the speed of the convolution itself; and the gradient of an image inside a branch of a `lax.cond` as one
-    with a transposed kernel, for which it has no quick code there (13 times slower, JAX 0.10.2). Where channels are
-    neither grouped nor pixels spread, we take `kernel_gradient` and `input_gradient` on a CPU. On other platforms
-    nothing changes. A program that spans several (virtual) CPU devices must take JAX's own function: such devices wait
-    for each other in collectives, and with loops between these we have seen them wait for ever (JAX 0.10.2).
+    On CPUs, XLA computes the gradient of a small kernel as a convolution with a window as large as the image, at a
+    fraction of the speed of the convolution itself. Inside a branch of a `lax.cond`, it computes the gradient of an
+    image with a transposed kernel, for which it has no fast code there (13 times slower, JAX 0.10.2). On a CPU, this
+    function uses `kernel_gradient` and `input_gradient` for convolutions without groups and dilation. On other
+    platforms it changes nothing. Programs on several (virtual) CPU devices must use JAX's function: the devices wait
+    for each other in collectives, and with loops between collectives we have seen deadlocks (JAX 0.10.2).
 
-    Like the estimators, it defines no forward-mode derivative.
+    Like the estimators, the function has no forward-mode derivative.
 
     Args:
         lhs: images (batch, height, width, channels).
         rhs: kernel (height, width, channels, features).
-        window_strides: of the convolution.
+        window_strides: strides of the convolution.
         padding: 'SAME', 'VALID', or pixels before and after for height and width.
-        **options: the others of `jax.lax.conv_general_dilated`.
+        **options: other options of `jax.lax.conv_general_dilated`.
     """
     plain = functools.partial(jax.lax.conv_general_dilated, window_strides=window_strides, padding=padding, **options)
     if not _is_simple(lhs, rhs, **options):
@@ -48,7 +48,7 @@ def conv_general_dilated(
         return jax.vjp(plain, x, kernel)[1](gradient)
 
     def gradients_on_cpu(x, kernel, gradient):
-        # Else XLA computes what makes the gradient, such as batch norm's, within both of its readers.
+        # Otherwise XLA computes the producer of the gradient, such as batch norm's, within both of its readers.
         gradient = jax.lax.optimization_barrier(gradient)
         of_x = input_gradient(x.shape, kernel, gradient, sides, window_strides, **options)
         of_kernel = kernel_gradient(x, gradient, sides, kernel.shape[:2], window_strides)
@@ -77,17 +77,17 @@ def input_gradient(
     strides: Sequence[int] = (1, 1),
     **options: Any,
 ) -> jax.Array:
-    """Returns the gradient of a convolution's input: the output's, spread by the strides, with the kernel turned round.
+    """Returns the gradient of a convolution's input: the output's, dilated and convolved with the flipped kernel.
 
-    The kernel is turned and its channels swapped as an array of its own, so that what is left is a plain convolution.
+    The kernel is flipped and its channels are swapped in a separate array, so that the rest is a plain convolution.
 
     Args:
-        shape: of the input (batch, height, width, channels).
-        kernel: (height, width, channels, features).
-        gradient: of the output (batch, rows, columns, features).
+        shape: shape of the input (batch, height, width, channels).
+        kernel: kernel (height, width, channels, features).
+        gradient: gradient of the output (batch, rows, columns, features).
         padding: pixels before and after for height and width.
-        strides: of the convolution, for height and width.
-        **options: others of the convolution, such as its precision.
+        strides: strides of the convolution, for height and width.
+        **options: other options of the convolution, such as its precision.
     """
     sides = []
     for size, window, rows, stride, (before, _) in zip(
@@ -107,18 +107,18 @@ def kernel_gradient(
     window: Sequence[int],
     strides: Sequence[int] = (1, 1),
 ) -> jax.Array:
-    """Returns the gradient of a convolution's kernel as products of matrices, a few images at a time.
+    """Returns the gradient of a convolution's kernel as matrix products, a few images at a time.
 
-    Entry (i, j) of the kernel meets pixel (i + r · stride, j + c · stride) of the padded images for pixel (r, c) of the
-    output. What all entries meet stands side by side in one matrix, whose product with the output's gradient is the
-    sum over pixels. It is made for so few images at once that it stays in a processor's cache.
+    Entry (i, j) of the kernel multiplies pixel (i + r · stride, j + c · stride) of the padded images for pixel (r, c)
+    of the output. A matrix holds these pixels for all entries (im2col); its product with the output's gradient is the
+    sum over pixels. The matrix has few enough images to fit into a processor's cache.
 
     Args:
         x: input (batch, height, width, channels).
-        gradient: of the output (batch, rows, columns, features).
+        gradient: gradient of the output (batch, rows, columns, features).
         padding: pixels before and after for height and width.
         window: height and width of the kernel.
-        strides: of the convolution, for height and width.
+        strides: strides of the convolution, for height and width.
 
     Returns:
         float32 (window height, window width, channels, features).
@@ -128,7 +128,7 @@ def kernel_gradient(
     entries = window[0] * window[1] * channels
     images = max(1, min(batch, COLUMN_BYTES // (rows * columns * entries * x.dtype.itemsize)))
     parts = -(-batch // images)
-    spare = parts * images - batch  # images of zeros, which add nothing
+    spare = parts * images - batch  # number of zero images, which do not change the sum
     if spare:
         x, gradient = (jnp.pad(v, ((0, spare), (0, 0), (0, 0), (0, 0))) for v in (x, gradient))
     x = x.reshape(parts, images, *x.shape[1:])
@@ -137,7 +137,7 @@ def kernel_gradient(
 
     def add(total, part):
         x, gradient = part
-        # Padded here: before the loop XLA would fuse whatever made x into the padding, which is slow.
+        # Padded inside the loop: before it, XLA would fuse the producer of x into the padding, which is slow.
         x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
         seen = [
             x[:, i : i + reach[0] : strides[0], j : j + reach[1] : strides[1]]
@@ -145,7 +145,7 @@ def kernel_gradient(
             for j in range(window[1])
         ]
         matrix = jnp.concatenate(seen, axis=-1).reshape(-1, entries)
-        # Transposed by itself: XLA hands only products of plain matrices to its quick library.
+        # Transposed separately: XLA uses its fast library only for products of plain matrices.
         turned = jax.lax.optimization_barrier(gradient.T)
         return total + jnp.matmul(turned, matrix, preferred_element_type=jnp.float32), None
 
@@ -164,7 +164,7 @@ def _is_simple(
     batch_group_count: int = 1,
     **_: Any,
 ) -> bool:
-    """Whether the gradients below hold for a convolution."""
+    """Returns whether `kernel_gradient` and `input_gradient` support a convolution."""
     if lhs.ndim != 4 or feature_group_count * batch_group_count != 1:
         return False
     layout = jax.lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)

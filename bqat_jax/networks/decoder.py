@@ -32,24 +32,24 @@ def decoder(
 ) -> BlockNetwork:
     """Returns a decoder-only transformer for sequences of tokens (Radford et al., GPT-2, 2019).
 
-    Layers have the norm before attention and MLP, positions are learned, and their number is the length of the inputs.
-    Parts: embed, positions, layers (one `nn.scan`), norm, head.
+    Layers have the norm before attention and MLP; learned positions have the length of the inputs. Parts: embed,
+    positions, layers (one `nn.scan`), norm, head.
 
     Args:
         num_classes: size of the vocabulary.
         depth: number of layers.
-        width: of a token.
-        heads: of attention; their number divides the width.
-        dtype: of the computation, 'float32' or 'bfloat16'; parameters, layer norm and softmax are float32.
-        unroll: whether the loop over the layers is written out: quicker steps, more to compile.
-        cut: 'stage' (two blocks of equally many layers), 'block' (one layer each) or the last layers of the blocks, as
-            in 'layers[0],layers[3]'.
+        width: width of a token.
+        heads: number of attention heads; it must divide the width.
+        dtype: dtype of the computation, 'float32' or 'bfloat16'; parameters, layer norm and softmax are float32.
+        unroll: whether the loop over the layers is unrolled: faster steps, slower compilation.
+        cut: 'stage' (two blocks with equal numbers of layers), 'block' (one layer each) or the last layers of the
+            blocks, such as 'layers[0],layers[3]'.
 
     Raises:
         ValueError: for a value that does not fit.
     """
     if width % heads:
-        raise ValueError(f'heads={heads}, width={width}: the heads must divide the width.')
+        raise ValueError(f'heads={heads}, width={width}: heads must divide width.')
     if depth < 2:
         raise ValueError(f'depth={depth}: block replacement needs at least two layers.')
     if cut in CUTS:
@@ -59,7 +59,7 @@ def decoder(
     elif _CUT.fullmatch(cut.replace(' ', '')):
         ends = tuple(cut.replace(' ', '').split(','))
     else:
-        raise ValueError(f"cut={cut!r}: it must be one of {', '.join(CUTS)}, or layers such as 'layers[0],layers[3]'.")
+        raise ValueError(f"cut={cut!r}: must be one of {', '.join(CUTS)}, or layers such as 'layers[0],layers[3]'.")
     module = Decoder(num_classes, depth, width, heads, unroll, computation(dtype, None).dtype)
     return BlockNetwork(module, ends, make_call(module))
 
@@ -76,7 +76,7 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Maps tokens, int32 (batch, length), to logits of the token that follows, float32 (batch, length, classes)."""
+        """Maps tokens, int32 (batch, length), to logits of the next tokens, float32 (batch, length, classes)."""
         embed = nn.Embed(self.num_classes, self.width, embedding_init=WEIGHT_INIT, dtype=self.dtype, name='embed')
         positions = self.param('positions', WEIGHT_INIT, (tokens.shape[1], self.width))
         x = embed(tokens) + positions.astype(self.dtype)[None]
@@ -93,7 +93,7 @@ class Decoder(nn.Module):
 
 
 class Layer(nn.Module):
-    """Causal self-attention and an MLP, each behind a layer norm and around a shortcut."""
+    """Causal self-attention and an MLP, each after a layer norm and with a shortcut."""
 
     heads: int
     depth: int
@@ -103,7 +103,7 @@ class Layer(nn.Module):
     def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
         """Maps features (batch, length, width) to features."""
         width = x.shape[-1]
-        # Of what is added to the shortcut, so that its sum does not grow with the depth.
+        # Layers that add to the shortcut start small, so that the sum does not grow with the depth.
         small = nn.initializers.normal(0.02 / (2 * self.depth) ** 0.5)
         y = layer_norm(x, 'norm1')
         query, key, value = (
@@ -120,12 +120,12 @@ class Layer(nn.Module):
 
 
 def layer_norm(x: jax.Array, name: str) -> jax.Array:
-    """Layer norm in float32, whatever the dtype of x, which the output has."""
+    """Returns the layer norm, computed in float32, in the dtype of x."""
     return nn.LayerNorm(dtype=jnp.float32, name=name)(x.astype(jnp.float32)).astype(x.dtype)
 
 
 def attend_backwards(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """Returns softmax(q kᵀ / √d) v over positions up to one's own, for arrays (batch, length, heads, d), in float32."""
+    """Returns causal attention, softmax(q kᵀ / √d) v, of arrays (batch, length, heads, d); the softmax is float32."""
     scores = jnp.einsum('bqhd,bkhd->bhqk', query, key, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
     causal = jnp.tril(jnp.ones(scores.shape[-2:], bool))[None, None]
     weights = nn.softmax(jnp.where(causal, scores, jnp.finfo(jnp.float32).min), axis=-1).astype(value.dtype)

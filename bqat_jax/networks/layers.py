@@ -1,4 +1,4 @@
-"""Layers as PyTorch's networks have them, so that their weights mean the same here."""
+"""Layers with the conventions of PyTorch, for compatibility with its weights."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from bqat_jax.interception import without_modules
 from bqat_jax.networks.batch_norm import BatchNorm
 
-# PyTorch's defaults, with which most public weights were made; Linen counts the momentum the other way round.
+# PyTorch's defaults, which most public weights use; Linen's momentum is 1 minus PyTorch's.
 BATCH_NORM_MOMENTUM = 0.9
 BATCH_NORM_EPSILON = 1e-5
 
@@ -21,11 +21,11 @@ DTYPES = ('float32', 'bfloat16')
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-    """How a network's layers compute.
+    """The dtype and the convolution of a network's layers.
 
     Attributes:
-        dtype: of activations; parameters are float32.
-        conv_general_dilated: of the convolutions; Linen's own, `jax.lax`'s, if None.
+        dtype: dtype of activations; parameters are float32.
+        conv_general_dilated: computes the convolutions; None for Linen's default, that of `jax.lax`.
     """
 
     dtype: Any = jnp.float32
@@ -36,10 +36,10 @@ FLOAT32 = Computation()
 
 
 def traced_once(init: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """Returns an initializer, `init(key, shape, dtype)`, that JAX traces once for each shape.
+    """Returns an initializer, `init(key, shape, dtype)`, that JAX traces once per shape.
 
-    Flax traces the initializer of every parameter whenever a network is traced, to compare shapes: for a ResNet-20 that
-    was nearly half of the time.
+    To compare shapes, Flax traces the initializer of every parameter whenever a network is traced: for a ResNet-20,
+    almost half of the tracing time.
     """
     jitted = jax.jit(init, static_argnums=(1, 2))
 
@@ -54,18 +54,18 @@ KAIMING = traced_once(nn.initializers.kaiming_normal())
 
 
 def computation(dtype: str, conv_general_dilated: Callable[..., jax.Array] | None) -> Computation:
-    """Returns the computation in the dtype called 'float32' or 'bfloat16'.
+    """Returns the computation in the dtype 'float32' or 'bfloat16'.
 
     Raises:
         ValueError: for another name.
     """
     if dtype not in DTYPES:
-        raise ValueError(f'dtype={dtype!r}: it must be one of {", ".join(DTYPES)}.')
+        raise ValueError(f'dtype={dtype!r}: must be one of {", ".join(DTYPES)}.')
     return Computation(jnp.dtype(dtype), conv_general_dilated)
 
 
 def block_class(cls: type[nn.Module], remat: bool) -> Any:
-    """Returns the class of a block, which recomputes its inside in the backward pass if `remat`, to save memory."""
+    """Returns the class of a block; with `remat` it recomputes its activations in the backward pass to save memory."""
     return nn.remat(cls, static_argnums=(2,)) if remat else cls
 
 
@@ -79,16 +79,16 @@ def conv(
 ) -> nn.Conv:
     """Returns a square convolution without bias.
 
-    Kernels start from Kaiming's normal distribution. Padding is kernel // 2 pixels on each side, as in PyTorch.
+    Kernels are initialized with Kaiming's normal distribution. Padding is kernel // 2 pixels per side, as in PyTorch.
 
     Args:
-        computation: dtype and implementation.
+        computation: dtype and convolution.
         features: output channels.
         kernel: size of the kernel, odd.
-        stride: of the convolution.
-        name: of the layer.
-        **options: other fields of `nn.Conv`, such as `padding='SAME'`, which, as in TensorFlow, pads only one side of
-            an even-sized image at stride 2.
+        stride: stride of the convolution.
+        name: name of the layer.
+        **options: other fields of `nn.Conv`, such as `padding='SAME'`, which pads only one side of an even-sized image
+            at stride 2, as in TensorFlow.
     """
     both = (kernel // 2, kernel // 2)
     given = {
@@ -102,7 +102,7 @@ def conv(
 
 
 def depthwise_init(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
-    """Kaiming's normal distribution over the fan-out of one group, as PyTorch's networks initialise these."""
+    """Returns depthwise kernels from Kaiming's normal distribution over the fan-out of a group, as in PyTorch."""
     return jax.random.normal(key, shape, dtype) * jnp.sqrt(jnp.asarray(2 / (shape[0] * shape[1]), dtype))
 
 
@@ -116,14 +116,14 @@ def batch_norm(
 ) -> Callable[[jax.Array], jax.Array]:
     """Returns a batch norm over all axes but the last.
 
-    It computes in float32 whatever the dtype: XLA fuses the casts into it, and Linen's own does not run in bfloat16
-    where JAX forbids implicit promotion.
+    It always computes in float32: XLA fuses the casts, and Linen's batch norm does not run in bfloat16 with strict
+    dtype promotion.
 
     Args:
-        computation: its dtype is that of the output.
-        train: with the batch's statistics, or else with the stored ones.
-        name: of the layer.
-        momentum: the part of the stored statistics that stays.
+        computation: determines the dtype of the output.
+        train: True for batch statistics, False for the stored ones.
+        name: name of the layer.
+        momentum: weight of the stored statistics in an update.
         epsilon: added to the variance.
     """
 

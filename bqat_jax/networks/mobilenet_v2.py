@@ -35,7 +35,7 @@ STAGES = (
 )
 STEM_WIDTH, HEAD_WIDTH = 32, 1280
 CHANNEL_MULTIPLE = 8
-# How convolutions pad: as PyTorch, the same on both sides; or as TensorFlow, at the end of an even-sized image.
+# Padding of convolutions: as in PyTorch, equal on both sides; or as in TensorFlow, at the end of an even-sized image.
 PADDINGS = {'torch': None, 'tf': 'SAME'}
 
 
@@ -54,28 +54,28 @@ def mobilenet_v2(
 ) -> BlockNetwork:
     """Returns MobileNetV2 (Sandler et al., arXiv 1801.04381, table 2).
 
-    Seventeen inverted residuals in seven stages; five of them halve the image, with the stem. Parts: stem,
-    stage1_block1, ..., head. Weights that were trained in TensorFlow, Hugging Face's among them, want padding='tf' and
+    Seventeen inverted residuals in seven stages; the stem and four of the stages halve the image. Parts: stem,
+    stage1_block1, ..., head. Weights trained in TensorFlow, including Hugging Face's, need padding='tf' and
     norm_epsilon=0.001.
 
     Args:
         num_classes: number of logits.
-        width_multiplier: of all channels; the head's 1280 do not shrink.
-        padding: of the convolutions, 'torch' (the same on both sides) or 'tf' (SAME).
-        norm_epsilon: of batch norm.
-        norm_momentum: of batch norm: the part of the running statistics that stays.
-        dtype: of the computation, 'float32' or 'bfloat16'; parameters are float32.
-        remat: whether blocks recompute their inside in the backward pass.
+        width_multiplier: factor of all channels; the head has at least 1280.
+        padding: padding of the convolutions, 'torch' (equal on both sides) or 'tf' (SAME).
+        norm_epsilon: epsilon of batch norm.
+        norm_momentum: weight of the running statistics in an update of batch norm.
+        dtype: dtype of the computation, 'float32' or 'bfloat16'; parameters are float32.
+        remat: whether blocks recompute their activations in the backward pass.
         cut: 'stage', 'block' or names of blocks, see `blocks.chain.split_chain`.
-        conv_general_dilated: computes the convolutions; Linen's own if None.
+        conv_general_dilated: computes the convolutions; None for Linen's default.
 
     Raises:
-        ValueError: for a value that does not exist.
+        ValueError: for an invalid value.
     """
     if padding not in PADDINGS:
-        raise ValueError(f'padding={padding!r}: it must be one of {", ".join(PADDINGS)}.')
+        raise ValueError(f'padding={padding!r}: must be one of {", ".join(PADDINGS)}.')
     if width_multiplier <= 0:
-        raise ValueError(f'width_multiplier={width_multiplier}: it must be positive.')
+        raise ValueError(f'width_multiplier={width_multiplier}: must be positive.')
     compute = computation(dtype, conv_general_dilated)
     layer = partial(ConvNorm, padding=PADDINGS[padding], momentum=norm_momentum, epsilon=norm_epsilon, compute=compute)
     block = block_class(InvertedResidual, remat)
@@ -93,24 +93,24 @@ def mobilenet_v2(
 
 
 def make_divisible(channels: float, multiple: int = CHANNEL_MULTIPLE) -> int:
-    """Returns the multiple of `multiple` nearest to a number of channels, but no less than nine tenths of it."""
+    """Returns the multiple of `multiple` nearest to `channels`, but at least 0.9 · `channels`."""
     rounded = max(multiple, int(channels + multiple / 2) // multiple * multiple)
     return rounded + multiple if rounded < 0.9 * channels else rounded
 
 
 class ConvNorm(nn.Module):
-    """Convolution without bias, batch norm, and ReLU6 if `activate`; the stem is one of stride 2.
+    """Convolution without bias, batch norm, and ReLU6 if `activate`; the stem is a `ConvNorm` of stride 2.
 
     Attributes:
         features: output channels.
         kernel: size of the kernel.
-        stride: of the convolution.
-        groups: of channels.
+        stride: stride of the convolution.
+        groups: number of channel groups.
         activate: whether ReLU6 follows.
-        padding: of the convolution; None for kernel // 2 pixels on each side.
-        momentum: of batch norm.
-        epsilon: of batch norm.
-        compute: how the layers compute.
+        padding: padding of the convolution; None for kernel // 2 pixels on each side.
+        momentum: momentum of batch norm.
+        epsilon: epsilon of batch norm.
+        compute: dtype and convolution of the layers.
     """
 
     features: int
@@ -135,14 +135,13 @@ class ConvNorm(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """1×1 expansion, 3×3 depthwise convolution and linear 1×1 projection, around a shortcut where the shape stays.
+    """1×1 expansion, 3×3 depthwise convolution and linear 1×1 projection, with a shortcut if the shape does not change.
 
     Attributes:
-        layer: makes a `ConvNorm`.
-        expansion: how many times as many channels the depthwise convolution has as the input; without the 1×1
-            expansion if 1.
+        layer: constructor of a `ConvNorm`.
+        expansion: channels of the depthwise convolution divided by those of the input; 1 omits the 1×1 expansion.
         features: channels of the output.
-        stride: of the depthwise convolution.
+        stride: stride of the depthwise convolution.
     """
 
     layer: Callable[..., ConvNorm]

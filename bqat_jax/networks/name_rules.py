@@ -1,8 +1,8 @@
-r"""Which PyTorch name is which of our parameters, for each family of networks and the libraries that publish weights.
+r"""Rules from PyTorch names to our parameters, for each family of networks and the libraries that publish weights.
 
-A rule is (pattern of a PyTorch name, our path); the first pattern that matches the whole name counts. In a path \1 is
-the pattern's first group and {\1+1} that number plus one: PyTorch counts blocks from 0, we from 1. A rule with several
-paths splits its array among them along the first axis.
+A rule is (pattern of a PyTorch name, our path); the first pattern that matches the full name applies. In a path, \1 is
+the pattern's first group and {\1+1} is that number plus one: PyTorch numbers blocks from 0, we from 1. A rule with
+several paths splits its array along the first axis.
 """
 
 from bqat_jax.networks.mobilenet_v2 import STAGES as MOBILENET_STAGES
@@ -35,16 +35,16 @@ def _batch_norm(torch_name: str, path: str) -> list[Rule]:
 
 
 def _conv_norm(torch_conv: str, torch_norm: str, path: str) -> list[Rule]:
-    """A `ConvNorm`, or a convolution and its norm that are called so."""
+    """Returns the rules of a `ConvNorm`, or of a convolution and its norm with these names."""
     return _conv(torch_conv, f'{path}/conv') + _batch_norm(torch_norm, f'{path}/norm')
 
 
 def _hf_conv_norm(torch_name: str, path: str) -> list[Rule]:
-    """A convolution and its norm as Hugging Face's layers call them."""
+    """Returns the rules of a convolution and its norm with Hugging Face's names."""
     return _conv_norm(rf'{torch_name}\.convolution', rf'{torch_name}\.normalization', path)
 
 
-# akamaster/pytorch_resnet_cifar10, and networks like it.
+# akamaster/pytorch_resnet_cifar10 and similar networks.
 _BLOCK, _BLOCK_PATH = r'layer(\d+)\.(\d+)\.', r'stage\1_block{\2+1}'
 CIFAR_RESNET_RULES = (
     *_conv_norm('conv1', 'bn1', 'stem'),
@@ -75,7 +75,7 @@ RESNET_RULES = (
 
 
 def _mobilenet_v2_block(stage: int, block: int, index: int) -> list[Rule]:
-    """The rules of one inverted residual, which is number `index` of all; stages and blocks count from 0."""
+    """Returns the rules of one inverted residual, number `index` of all; indices start at 0."""
     first = index == 0
     path = f'stage{stage + 1}_block{block + 1}'
     parts = ('depthwise', 'project') if first else ('expand', 'depthwise', 'project')
@@ -86,7 +86,7 @@ def _mobilenet_v2_block(stage: int, block: int, index: int) -> list[Rule]:
     rules = []
     for number, part in enumerate(parts):
         vision = rf'features\.{index + 1}\.conv\.'
-        # In torchvision the projection and its norm stand beside the other convolutions, each a pair with its norm.
+        # In torchvision, each other convolution forms a Sequential with its norm; projection and norm do not.
         pair = (f'{number}', f'{number + 1}') if part == 'project' else (rf'{number}\.0', rf'{number}\.1')
         rules += _conv_norm(vision + pair[0], vision + pair[1], f'{path}/{part}')
         rules += _conv_norm(timm + timm_convs[number], f'{timm}bn{number + 1}', f'{path}/{part}')
@@ -109,7 +109,7 @@ MOBILENET_V2_RULES = (
 
 
 def _fused(torch_weight: str, torch_bias: str, path: str) -> list[Rule]:
-    """One matrix for query, key and value."""
+    """Returns the rules of a fused matrix for query, key and value."""
     parts = ('query', 'key', 'value')
     return [
         (torch_weight, tuple(f'params/{path}/{part}/kernel' for part in parts)),
@@ -118,7 +118,7 @@ def _fused(torch_weight: str, torch_bias: str, path: str) -> list[Rule]:
 
 
 def _vit_blocks(start: str, path: str, layers: dict[str, str]) -> list[Rule]:
-    """The rules of all blocks: `layers` is our name of a layer to the part of its PyTorch name behind `start`."""
+    """Returns the rules of all blocks; `layers` maps our layer names to PyTorch's without the prefix `start`."""
     rules = []
     for name, torch_name in layers.items():
         make = _layer_norm if name.startswith('norm') else _dense
@@ -141,7 +141,7 @@ VIT_RULES = (
     ),
     *_layer_norm('norm', 'head/norm'),
     *_dense('head', 'head/dense'),
-    # torchvision; the MLP's layers were called linear_1 and linear_2 before its release 0.12
+    # torchvision; before release 0.12, the MLP's layers were called linear_1 and linear_2
     ('class_token', 'params/stem/class_token'),
     (r'encoder\.pos_embedding', 'params/stem/positions'),
     *_dense('conv_proj', 'stem/patch_embed'),
@@ -159,7 +159,7 @@ VIT_RULES = (
     ),
     *_layer_norm(r'encoder\.ln', 'head/norm'),
     *_dense(r'heads\.head', 'head/dense'),
-    # Hugging Face's ViTForImageClassification: its files, and the names inside its release 5
+    # Hugging Face's ViTForImageClassification: names in its files, and names inside release 5
     (r'vit\.embeddings\.cls_token', 'params/stem/class_token'),
     (r'vit\.embeddings\.position_embeddings', 'params/stem/positions'),
     *_dense(r'vit\.embeddings\.patch_embeddings\.projection', 'stem/patch_embed'),
@@ -195,8 +195,8 @@ VIT_RULES = (
     *_dense('classifier', 'head/dense'),
 )
 
-# A plain Sequential `features` of convolution, batch norm and ReLU, with a pool behind every second, and `classifier`;
-# names as torchvision's VGG networks with batch norm would give them. Convolutions may have no bias.
+# A Sequential `features` of convolution, batch norm and ReLU, with a pool after every second ReLU, and `classifier`, as
+# in torchvision's VGG networks with batch norm. Convolutions must not have a bias.
 _VGG_CONVS = {'stem': 0, 'stage1_block2': 3, 'stage2_block1': 7, 'stage2_block2': 10}
 _VGG_CONVS |= {'stage3_block1': 14, 'stage3_block2': 17}
 VGG_SMALL_RULES = (

@@ -1,4 +1,4 @@
-"""Networks by name: how a config names them, and how a user adds one."""
+"""The registry of networks."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -7,20 +7,20 @@ from typing import Any
 from bqat_jax.blocks.block_network import BlockNetwork
 from bqat_jax.registry import Names, suggest
 
-# Name to a function `make(num_classes, *, cut, **options)`; its options are the keys of `config.network`.
+# Functions `make(num_classes, *, cut, **options)` by name; the options are the keys of `config.network`.
 NETWORKS = Names('network')
-# What the caller gives a network whose function takes it, and a config cannot: see `register_network`.
+# An argument that the program passes, not the config; see `register_network`.
 CONVOLUTION = 'conv_general_dilated'
 
 
 def register_network(name: str) -> Callable[[Callable], Callable]:
-    """Returns a decorator by which `config.network.name` knows a function `make(num_classes, *, cut, **options)`.
+    """Returns a decorator that registers a function `make(num_classes, *, cut, **options)` for `config.network.name`.
 
-    The function returns a `BlockNetwork`; its options are the keys of `config.network`. If it has a parameter
-    `conv_general_dilated` it is given a convolution for its `flax.linen.Conv`s, or None for Linen's own.
+    The function returns a `BlockNetwork`; its options are the keys of `config.network`. A parameter
+    `conv_general_dilated` receives a convolution for `flax.linen.Conv`, or None for Linen's default.
 
     Raises:
-        ValueError: if the name belongs to a function of another module.
+        ValueError: if another module registered the name.
     """
     return NETWORKS.register(name)
 
@@ -28,17 +28,17 @@ def register_network(name: str) -> Callable[[Callable], Callable]:
 def make_network(
     name: str, num_classes: int, cut: str, options: Mapping[str, Any], conv_general_dilated: Callable | None = None
 ) -> BlockNetwork:
-    """Returns the network called `name`, divided into blocks.
+    """Returns the network `name`, divided into blocks.
 
     Args:
         name: a registered name.
         num_classes: number of logits.
-        cut: where it is divided, 'stage', 'block' or names of its parts.
-        options: of the network.
-        conv_general_dilated: computes its convolutions, where the network can be told; Linen's own if None.
+        cut: 'stage', 'block' or names of the network's parts.
+        options: options of the network.
+        conv_general_dilated: computes the convolutions, if the network has the parameter; None for Linen's default.
 
     Raises:
-        ValueError: for a name, an option or a cut that does not exist, or an option that is missing or of another type.
+        ValueError: for an unknown name, option or cut, or an option that is missing or of another type.
     """
     make = NETWORKS.get(name)
     parameters = {parameter.name: parameter for parameter in list(inspect.signature(make).parameters.values())[1:]}
@@ -48,7 +48,7 @@ def make_network(
             listed = ', '.join(known)
             raise ValueError(
                 f'The network {name!r} has no option {key!r}; there are: {listed}.{suggest(key, known)} A recipe for '
-                'another network sets config.network whole.'
+                'another network must replace config.network.'
             )
     for key in known:
         if parameters[key].default is inspect.Parameter.empty and key not in options:
@@ -60,9 +60,9 @@ def make_network(
 
 
 def _check_type(name: str, parameter: inspect.Parameter, value: Any) -> None:
-    """Checks an option by the type of its default, or by its annotation where it has none."""
+    """Checks the type of an option against its default, or against its annotation if it has no default."""
     default = parameter.default
     kind = parameter.annotation if default is inspect.Parameter.empty else type(default)
     kinds = {bool: bool, int: int, float: (int, float), str: str}.get(kind)
     if kinds and not (isinstance(value, kinds) and (kind is bool or not isinstance(value, bool))):
-        raise ValueError(f'network.{parameter.name}={value!r}: of {name!r} it must be of type {kind.__name__}.')
+        raise ValueError(f'network.{parameter.name}={value!r}: must be of type {kind.__name__} for {name!r}.')

@@ -13,11 +13,11 @@ from bqat_jax.blocks.chain import split_chain, stage_blocks
 from bqat_jax.networks.layers import FLOAT32, Computation, batch_norm, block_class, computation, conv
 from bqat_jax.networks.registry import register_network
 
-# Blocks of each stage (He et al., arXiv 1512.03385, table 1); from 50 layers on the blocks are bottlenecks.
+# Blocks per stage (He et al., arXiv 1512.03385, table 1); networks of 50 and more layers have bottleneck blocks.
 STAGE_SIZES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 BOTTLENECK_DEPTH = 50
 EXPANSION = 4
-POOL_PADDING: Any = ((1, 1), (1, 1))  # with -inf; the same on both sides, as in PyTorch
+POOL_PADDING: Any = ((1, 1), (1, 1))  # with -inf; equal on both sides, as in PyTorch
 
 
 @register_network('resnet')
@@ -33,20 +33,20 @@ def resnet(
 ) -> BlockNetwork:
     """Returns a ResNet for ImageNet (He et al., arXiv 1512.03385, table 1).
 
-    Four stages with 1, 2, 4 and 8 times `width` channels, four times as many behind bottlenecks. As in PyTorch's
-    networks ("v1.5"), the stride of a bottleneck is that of its 3×3 convolution. Parts: stem, stage1_block1, ..., head.
+    Four stages with 1, 2, 4 and 8 times `width` channels; outputs of bottleneck blocks have four times as many. As in
+    PyTorch ("v1.5"), the 3×3 convolution of a bottleneck has the stride. Parts: stem, stage1_block1, ..., head.
 
     Args:
         num_classes: number of logits.
         depth: 18, 34, 50 or 101.
         width: channels of the stem.
-        dtype: of the computation, 'float32' or 'bfloat16'; parameters are float32.
-        remat: whether blocks recompute their inside in the backward pass.
+        dtype: dtype of the computation, 'float32' or 'bfloat16'; parameters are float32.
+        remat: whether blocks recompute their activations in the backward pass.
         cut: 'stage', 'block' or names of blocks, see `blocks.chain.split_chain`.
-        conv_general_dilated: computes the convolutions; Linen's own if None.
+        conv_general_dilated: computes the convolutions; None for Linen's default.
 
     Raises:
-        ValueError: for a depth or another value that does not exist.
+        ValueError: for an invalid depth or another invalid value.
     """
     if depth not in STAGE_SIZES:
         raise ValueError(f'depth={depth}: a ResNet for ImageNet has {", ".join(map(str, STAGE_SIZES))} layers.')
@@ -76,12 +76,12 @@ class Stem(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two 3×3 convolutions with batch norm around a shortcut, a 1×1 convolution where the shape changes.
+    """Two 3×3 convolutions with batch norm and a shortcut, a 1×1 convolution where the shape changes.
 
     Attributes:
         features: channels of the output.
-        stride: of the first convolution.
-        compute: how the layers compute.
+        stride: stride of the first convolution.
+        compute: dtype and convolution of the layers.
     """
 
     features: int
@@ -100,12 +100,12 @@ class BasicBlock(nn.Module):
 
 
 class BottleneckBlock(nn.Module):
-    """1×1, 3×3 and 1×1 convolutions with batch norm around a shortcut, a 1×1 convolution where the shape changes.
+    """1×1, 3×3 and 1×1 convolutions with batch norm and a shortcut, a 1×1 convolution where the shape changes.
 
     Attributes:
         features: channels of the 3×3 convolution; the output has four times as many.
-        stride: of the 3×3 convolution.
-        compute: how the layers compute.
+        stride: stride of the 3×3 convolution.
+        compute: dtype and convolution of the layers.
     """
 
     features: int

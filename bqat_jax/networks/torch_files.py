@@ -1,4 +1,4 @@
-"""Reads files of PyTorch weights, by their content and not by their name: those of torch.save, and safetensors."""
+"""Reads PyTorch weights from torch.save and safetensors files, which are recognized by content."""
 
 import dataclasses
 import json
@@ -18,12 +18,12 @@ import numpy as np
 from bqat_jax.errors import UserError
 from bqat_jax.registry import suggest
 
-# Where training programs keep the state_dict in a file that holds more. Of several the first one counts: the weights
-# that were trained come before their moving averages.
+# Keys under which training programs store the state_dict. The first key with weights applies: trained weights
+# precede their moving averages.
 INNER_KEYS = ('state_dict', 'model_state_dict', 'model', 'net', 'state_dict_ema', 'ema')
-DEPTH = 4  # so many of them may lie inside one another
-SHOWN = 12  # entries that a message lists
-# How a file begins that is something else.
+DEPTH = 4  # largest nesting of such keys
+SHOWN = 12  # number of entries that a message lists
+# First bytes of other files.
 OTHER_FILES = {
     b'\x89HDF': 'an HDF5 file, such as Keras writes',
     b'\x93NUMPY': 'a NumPy array',
@@ -31,9 +31,9 @@ OTHER_FILES = {
     b'\x1f\x8b': 'compressed by gzip; unpack it first',
     b'version https://git-lfs': 'the pointer of Git LFS to the file; fetch it with git lfs pull',
     b'<': 'HTML or XML, such as the page of a download that failed',
-    b'{': 'JSON, such as the index of weights that lie in several files',
+    b'{': 'JSON, such as the index of weights in several files',
 }
-# The dtypes of the safetensors format; those that are missing here pack several numbers into a byte.
+# The dtypes of the safetensors format, except those that pack several numbers into a byte.
 SAFETENSORS_DTYPES: dict[str, Any] = {
     **{'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': jnp.bfloat16},
     **{'F8_E4M3': jnp.float8_e4m3fn, 'F8_E5M2': jnp.float8_e5m2, 'F8_E8M0': jnp.float8_e8m0fnu},
@@ -48,10 +48,10 @@ class StateDict:
     """A state_dict that was read.
 
     Attributes:
-        arrays: by PyTorch's name; those of floating point as float32.
-        entry: dotted key of the entry of the file that it was; '' if it was all of it.
-        others: dotted keys of other entries that would have done.
-        ignored: entries beside the weights that are no arrays, each with its type.
+        arrays: arrays by PyTorch name; floating-point arrays are float32.
+        entry: dotted key of the state_dict in the file; '' if the file is a state_dict.
+        others: dotted keys of other state_dicts in the file.
+        ignored: entries of the state_dict that are not arrays, each with its type.
     """
 
     arrays: dict[str, np.ndarray]
@@ -60,7 +60,7 @@ class StateDict:
     ignored: tuple[str, ...] = ()
 
     def describe(self) -> str:
-        """Returns what of the file was taken and what was not, as the end of a sentence; '' if it was taken whole."""
+        """Returns which entries of the file were read and ignored, as the end of a sentence; '' if all were read."""
         others = f' (not {", ".join(map(repr, self.others))})' if self.others else ''
         ignored = f', without {_some(self.ignored)}' if self.ignored else ''
         return (f', its entry {self.entry!r}{others}' if self.entry else '') + ignored
@@ -69,18 +69,17 @@ class StateDict:
 def read_state_dict(file: str | Path, key: str | None = None) -> StateDict:
     """Returns the state_dict in a file of PyTorch weights.
 
-    The file is a safetensors file or one of torch.save, whatever it is called. The latter is read with
-    `weights_only=True`, so that it cannot run code. If it holds more than a state_dict, this is looked for under
-    `INNER_KEYS`, in this order, and there again. Numbers of floating point come as float32: 8 and 16 bits exactly,
-    64 bits rounded.
+    The file is a safetensors or torch.save file with any name. A torch.save file is read with `weights_only=True`, so
+    that it cannot run code. A nested state_dict is searched under `INNER_KEYS`, in this order, recursively. Floating-
+    point numbers are converted to float32: 8 and 16 bits exactly, 64 bits with rounding.
 
     Args:
-        file: of weights.
-        key: the entry to take, dotted for one inside another (`partner.torch_key`); found as above if None.
+        file: path of the file.
+        key: dotted key of the entry to read (`partner.torch_key`); None searches under `INNER_KEYS`.
 
     Raises:
-        UserError: if the package that reads it is not installed, or the file is missing, damaged or something else, or
-            has no such entry, or holds tensors that no array can stand for.
+        UserError: if the package that reads the file is not installed, or the file is missing, damaged or of another
+            kind, or has no such entry, or has tensors that cannot be converted to arrays.
     """
     kind = _find_kind(Path(file))
     loaded = _load_safetensors(file) if kind == 'safetensors' else _load_torch(file)
@@ -91,14 +90,14 @@ def read_state_dict(file: str | Path, key: str | None = None) -> StateDict:
         if isinstance(loaded, Mapping) and loaded:
             remedy = f'name the entry with --config.partner.torch_key, or {remedy}'
         raise UserError(
-            f'{_name(file)}{where}: there is no state_dict, which is names and tensors, or an entry with one under '
+            f'{_name(file)}{where}: there is no state_dict (tensors by name), and no entry with one under '
             f'{", ".join(INNER_KEYS)}. {_contents(loaded)} {remedy[0].upper()}{remedy[1:]}'
         )
     nested = [str(name) for name, value in tree.items() if not _is_tensor(value) and _holds_tensor(value)]
     if nested:
         raise UserError(
-            f'{_name(file)}: the entries {_some(nested)} hold tensors in an inner list or dict, beside tensors; a '
-            'state_dict is flat. Save the state_dict alone, or name its entry with --config.partner.torch_key.'
+            f'{_name(file)}: the entries {_some(nested)} hold tensors in an inner list or dict, next to tensors; a '
+            'state_dict is flat. Save only the state_dict, or name its entry with --config.partner.torch_key.'
         )
     tensors = {str(name): value for name, value in tree.items() if _is_tensor(value)}
     ignored = tuple(f'{name} ({type(value).__name__})' for name, value in tree.items() if not _is_tensor(value))
@@ -110,20 +109,20 @@ def _name(file: str | Path) -> str:
 
 
 def _some(items: Any) -> str:
-    """The first few of a list."""
+    """Returns the first items of a list as text."""
     items = list(items)
     more = f' and {len(items) - SHOWN} more' if len(items) > SHOWN else ''
     return ', '.join(items[:SHOWN]) + more
 
 
 def _first_line(error: Exception) -> str:
-    """What a library says, in one short line without a stop at its end."""
+    """Returns the first line of an error message, shortened and without a final period."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:160].rstrip('. ')
 
 
 def _find_kind(file: Path) -> str:
-    """'safetensors' or 'torch', by what the file begins with."""
+    """Returns 'safetensors' or 'torch', by the first bytes of the file."""
     if file.is_dir():
         inside = sorted(path.name for path in file.iterdir() if path.suffix in ('.safetensors', '.pt', '.pth', '.bin'))
         files = f'Give a file in it: {_some(inside)}.' if inside else 'Give a file of weights.'
@@ -136,9 +135,9 @@ def _find_kind(file: Path) -> str:
     except OSError as error:
         raise UserError(f'{_name(file)} cannot be opened ({error.strerror}). Check its permissions.') from error
     if not start:
-        raise UserError(f'{_name(file)} is empty: it was not downloaded or saved to its end. Get it again.')
-    # The length of a header, which is below 2**32, and the header, which is JSON. Other files' first bytes may be the
-    # digits of such a length, so that this is asked first.
+        raise UserError(f'{_name(file)} is empty: its download or saving did not finish. Get it again.')
+    # A safetensors file starts with the length of its JSON header, below 2**32. The length may look like the first
+    # bytes of another kind of file, so this check comes first.
     if start[4:9] == b'\0\0\0\0{':
         return 'safetensors'
     if start.startswith((b'PK\x03\x04', b'PK\x05\x06')):
@@ -168,13 +167,13 @@ def _refuse_tar(file: Path) -> NoReturn:
 
 
 def _check_zip(file: Path) -> None:
-    """Checks that a zip is whole, and one that torch.save wrote."""
+    """Checks that a zip is complete and was written by torch.save."""
     try:
         with zipfile.ZipFile(file) as archive:
             names = archive.namelist()
     except zipfile.BadZipFile as error:
         raise UserError(
-            f'{_name(file)} is a zip, as torch.save writes, but damaged or cut off. Get it again.'
+            f'{_name(file)} is a zip, as torch.save writes, but damaged or truncated. Get it again.'
         ) from error
     inside = {name.partition('/')[2] for name in names}
     if 'data.pkl' not in inside:
@@ -184,7 +183,7 @@ def _check_zip(file: Path) -> None:
         )
     if 'constants.pkl' in inside:
         raise UserError(
-            f'{_name(file)} is a TorchScript program, not weights. Save the weights alone: '
+            f'{_name(file)} is a TorchScript program, not weights. Save only the weights: '
             'torch.save(torch.jit.load(FILE).state_dict(), NEW).'
         )
 
@@ -195,32 +194,32 @@ def _load_torch(file: str | Path) -> Any:
     except ImportError as error:
         raise UserError(
             f'{_name(file)} is a PyTorch file, and reading it needs PyTorch, which is not installed here. Install it '
-            '(pip install torch), take a safetensors file or a partner from a workdir (--config.partner.workdir=DIR).'
+            '(pip install torch), use a safetensors file or a partner from a workdir (--config.partner.workdir=DIR).'
         ) from error
     try:
-        # Given a name, torch.load would go by its ending.
+        # With a path, torch.load would depend on the suffix.
         with warnings.catch_warnings(), Path(file).open('rb') as stream:
-            warnings.simplefilter('ignore')  # of formats that PyTorch itself is about to leave
+            warnings.simplefilter('ignore')  # PyTorch warns of formats that it deprecates.
             return torch.load(stream, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
         _refuse_pickle(file, error)
-    except Exception as error:  # torch raises many kinds for a damaged file
+    except Exception as error:  # torch raises many kinds of errors for a damaged file.
         raise UserError(
-            f'{_name(file)} could not be read as PyTorch weights: {_first_line(error)}. Get it again, or save it anew '
+            f'{_name(file)} could not be read as PyTorch weights: {_first_line(error)}. Get it again, or save it again '
             'with torch.save.'
         ) from error
 
 
 def _refuse_pickle(file: str | Path, error: Exception) -> NoReturn:
-    """Says why PyTorch does not read a pickle without running its code."""
-    found = re.search(r'GLOBAL ([\w.]+)', str(error))
-    if found is None:
+    """Raises a UserError that explains why a pickle cannot be read without running its code."""
+    unsafe = re.search(r'GLOBAL ([\w.]+)', str(error))
+    if unsafe is None:
         raise UserError(
             f'{_name(file)} could not be read: it is a pickle, but not one of torch.save, or damaged. Get it again, or '
             'save a state_dict with torch.save.'
         ) from error
     raise UserError(
-        f'{_name(file)} could not be read as weights alone: it holds an object {found[1]}, perhaps a whole model, '
+        f'{_name(file)} could not be read as weights only: it holds an object {unsafe[1]}, perhaps a complete model, '
         'whose reading could run code. If you trust the file, load it with torch.load(FILE, weights_only=False) and '
         "save the model's state_dict() with torch.save."
     ) from error
@@ -238,14 +237,14 @@ def _load_safetensors(file: str | Path) -> dict[str, Any]:
         entries: Any = deserialize(Path(file).read_bytes())
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f'{_name(file)} could not be read as safetensors: {_first_line(error)}. It is damaged or cut off; get it '
+            f'{_name(file)} could not be read as safetensors: {_first_line(error)}. It is damaged or truncated. Get it '
             'again.'
         ) from error
     packed = [f'{name} ({entry["dtype"]})' for name, entry in entries if entry['dtype'] not in SAFETENSORS_DTYPES]
     if packed:
         raise UserError(
-            f'{_name(file)}: these tensors are not read, as several of their numbers share a byte: {_some(packed)}. '
-            'Save them as float32.'
+            f'{_name(file)}: these tensors are not supported, because they pack several numbers into a byte: '
+            f'{_some(packed)}. Save them as float32.'
         )
     return {
         name: np.frombuffer(entry['data'], SAFETENSORS_DTYPES[entry['dtype']]).reshape(entry['shape'])
@@ -254,19 +253,19 @@ def _load_safetensors(file: str | Path) -> dict[str, Any]:
 
 
 def _is_tensor(value: Any) -> bool:
-    """Whether it is a tensor of PyTorch, or an array."""
-    return hasattr(value, 'dtype') and hasattr(value, '__array__')  # a nested tensor has no shape
+    """Returns whether a value is a PyTorch tensor or an array."""
+    return hasattr(value, 'dtype') and hasattr(value, '__array__')  # A nested tensor has no shape.
 
 
 def _holds_tensor(value: Any) -> bool:
-    """Whether it is a tensor, or a list or dict with one in it."""
+    """Returns whether a value is a tensor, or a list or dict that contains one."""
     if isinstance(value, Mapping):
         value = list(value.values())
     return _is_tensor(value) or (isinstance(value, list | tuple) and any(map(_holds_tensor, value)))
 
 
 def _holds_weights(value: Any, depth: int = DEPTH) -> bool:
-    """Whether it is a state_dict, or has one under `INNER_KEYS`."""
+    """Returns whether a value is a state_dict, or has one under `INNER_KEYS`."""
     if not isinstance(value, Mapping):
         return False
     inner = depth > 0 and any(_holds_weights(value.get(key), depth - 1) for key in INNER_KEYS)
@@ -274,7 +273,7 @@ def _holds_weights(value: Any, depth: int = DEPTH) -> bool:
 
 
 def _select(loaded: Any, key: str | None, file: str | Path) -> tuple[Any, str, tuple[str, ...]]:
-    """The entry to take, its dotted key, and those of others beside it that would do."""
+    """Returns the entry to read, its dotted key, and the dotted keys of alternatives."""
     tree, place, others = (_follow(loaded, key, file), [key], []) if key else (loaded, [], [])
     for depth in reversed(range(DEPTH)):
         inner = [name for name in INNER_KEYS if isinstance(tree, Mapping) and _holds_weights(tree.get(name), depth)]
@@ -287,14 +286,14 @@ def _select(loaded: Any, key: str | None, file: str | Path) -> tuple[Any, str, t
 
 
 def _follow(loaded: Any, key: str, file: str | Path) -> Any:
-    """The entry with a dotted key; a name in it may have dots itself."""
+    """Returns the entry with a dotted key; names in the key may contain dots."""
     here, rest = loaded, key.split('.')
     while rest:
         lengths = [n for n in range(len(rest), 0, -1) if isinstance(here, Mapping) and '.'.join(rest[:n]) in here]
         if not lengths:
             near = suggest(key, _entries(loaded)) if isinstance(loaded, Mapping) else ''
             raise UserError(
-                f'{_name(file)} has no entry partner.torch_key={key!r}. {_contents(loaded)}{near} Give one of these, '
+                f'{_name(file)} has no entry partner.torch_key={key!r}. {_contents(loaded)}{near} Use one of these, '
                 'or leave the key unset if the file is a state_dict.'
             )
         here, rest = here['.'.join(rest[: lengths[0]])], rest[lengths[0] :]
@@ -302,7 +301,7 @@ def _follow(loaded: Any, key: str, file: str | Path) -> Any:
 
 
 def _entries(loaded: Mapping[Any, Any]) -> dict[str, str]:
-    """Dotted key of the entries that are no tensors, to what they are; those outside come first."""
+    """Returns descriptions of the entries that are not tensors by dotted key, outer entries first."""
     entries: dict[str, str] = {}
     left: deque[tuple[tuple[str, ...], Mapping[Any, Any]]] = deque([((), loaded)])
     while left and len(entries) < 10 * SHOWN:
@@ -319,38 +318,38 @@ def _entries(loaded: Mapping[Any, Any]) -> dict[str, str]:
 
 
 def _contents(loaded: Any) -> str:
-    """A sentence on what a file holds."""
+    """Returns a sentence that describes the contents of a file."""
     if not isinstance(loaded, Mapping):
         return f'It holds one {type(loaded).__name__}.'
     tensors = sum(map(_is_tensor, loaded.values()))
-    flat = [f'{tensors} tensors of its own'] if tensors else []
+    flat = [f'{tensors} tensors at the top level'] if tensors else []
     listed = _some([*flat, *(f'{json.dumps(key)} ({what})' for key, what in _entries(loaded).items())])
     return f'It has {listed}.' if listed else 'It has no entries at all.'
 
 
 def _to_arrays(tensors: dict[str, Any], file: str | Path) -> dict[str, np.ndarray]:
-    """NumPy's arrays, those of floating point as float32."""
+    """Returns NumPy arrays, with floating-point arrays as float32."""
     arrays, refused = {}, []
     for name, tensor in tensors.items():
         try:
             arrays[name] = _from_torch(tensor) if hasattr(tensor, 'detach') else tensor
-        except Exception as error:  # torch has many kinds of tensors, and many complaints
+        except Exception as error:  # torch has many kinds of tensors and errors.
             refused.append(f'{name} ({tensor.dtype}: {_first_line(error)})')
             continue
         if jnp.issubdtype(arrays[name].dtype, jnp.floating):
             arrays[name] = arrays[name].astype(np.float32)
     if refused:
         raise UserError(
-            f'{_name(file)}: these tensors are no ordinary arrays: {_some(refused)}. Save dense float32 tensors.'
+            f'{_name(file)}: these tensors are not plain arrays: {_some(refused)}. Save dense float32 tensors.'
         )
     return arrays
 
 
 def _from_torch(tensor: Any) -> np.ndarray:
-    """The array of a tensor.
+    """Returns the array of a tensor.
 
     Raises:
-        TypeError: if it has values that stand for others, or none.
+        TypeError: for a nested, quantized, sparse or meta tensor.
     """
     if tensor.is_nested:
         raise TypeError('nested, of rows of several lengths; call to_padded_tensor() on it')

@@ -1,4 +1,4 @@
-"""Translates PyTorch's names of parameters by the rules of `name_rules`, and takes off the prefixes of wrappers."""
+"""Translates PyTorch parameter names by the rules of `name_rules`, and removes prefixes of wrappers."""
 
 import dataclasses
 import re
@@ -8,38 +8,38 @@ from bqat_jax.networks.name_rules import Rule
 
 # torch.nn.DataParallel and DistributedDataParallel, torch.compile, and modules that hold the network.
 PREFIXES = ('module.', '_orig_mod.', 'model.', 'backbone.')
-# Last part of the names that count something: of batch norm; of torch.optim.swa_utils.AveragedModel.
+# Last part of the names of counters: of batch norm; of torch.optim.swa_utils.AveragedModel.
 COUNTERS = ('num_batches_tracked', 'n_averaged')
-# What stands in a path for a group of the pattern: its text, or that number plus one.
+# References in a path to a group of the pattern: its text, or its number plus one.
 _REFERENCE = re.compile(r'\\(\d)|\{\\(\d)\+1\}')
 _GROUP = re.compile(r'\((?!\?)[^()]*\)')
 _ALTERNATIVES = re.compile(r'\(\?:([^()|]*)(?:\|[^()]*)?\)\??')
 
 
 def is_counter(name: str) -> bool:
-    """Returns whether a name is that of a counter, which is no part of the network."""
+    """Returns whether a name is that of a counter, which is not part of the network."""
     return name.rpartition('.')[2] in COUNTERS
 
 
 @dataclasses.dataclass(frozen=True)
 class Translation:
-    """Name rules, compiled once: a family has more patterns than `re` remembers.
+    """Compiled name rules; a family has more patterns than the cache of `re`.
 
     Attributes:
-        rules: pattern of a PyTorch name, and our paths.
+        rules: pairs of the pattern of a PyTorch name and our paths.
     """
 
     rules: tuple[tuple[re.Pattern[str], tuple[str, ...]], ...]
 
     @staticmethod
     def of(rules: Sequence[Rule]) -> 'Translation':
-        """Returns the translation by the rules of a family."""
+        """Returns the translation of a family's rules."""
         return Translation(
             tuple((re.compile(pattern), (paths,) if isinstance(paths, str) else paths) for pattern, paths in rules)
         )
 
     def paths(self, name: str) -> tuple[str, ...]:
-        """Returns our paths for a PyTorch name; none if no rule knows it."""
+        """Returns our paths for a PyTorch name, or () if no rule matches."""
         for pattern, paths in self.rules:
             match = pattern.fullmatch(name)
             if match:
@@ -47,7 +47,7 @@ class Translation:
         return ()
 
     def names(self, paths: Iterable[str]) -> list[str]:
-        """Returns PyTorch names that give our paths, as many for a path as there are rules that can be written out."""
+        """Returns PyTorch names for our paths, one for every invertible rule of a path."""
         inverse = [
             (_template_pattern(template), template, pattern.pattern)
             for pattern, templates in self.rules
@@ -64,14 +64,14 @@ class Translation:
 
 
 def find_prefix(names: Iterable[str], translation: Translation) -> str:
-    """Returns what to take off the names: one of `PREFIXES` or several, that all of them but counters begin with.
+    """Returns the prefix to remove from the names: one or more of `PREFIXES` that all names except counters start with.
 
-    Of the possible ones that after which the rules know most names; of equals the shortest. So names that the rules
-    know as they are lose nothing.
+    Among the possible prefixes, including '', it is the one that makes the rules match most names, and the shortest of
+    equal ones. Names that match without removal are therefore unchanged.
 
     Args:
-        names: PyTorch's.
-        translation: of the network.
+        names: PyTorch names.
+        translation: the network's translation.
     """
     names = [name for name in names if not is_counter(name)]
     known, prefix = {}, ''
@@ -83,7 +83,7 @@ def find_prefix(names: Iterable[str], translation: Translation) -> str:
 
 
 def _expand(path: str, match: re.Match[str]) -> str:
-    """A path with its references replaced."""
+    """Returns a path with its references replaced."""
 
     def value(reference: re.Match[str]) -> str:
         return match[int(reference[1])] if reference[1] else str(int(match[int(reference[2])]) + 1)
@@ -92,13 +92,13 @@ def _expand(path: str, match: re.Match[str]) -> str:
 
 
 def _template_pattern(template: str) -> re.Pattern[str]:
-    """What matches the paths that a template gives."""
+    """Returns a pattern of the paths of a template."""
     literals = _REFERENCE.split(template)[:: _REFERENCE.groups + 1]
     return re.compile(r'(\d+)'.join(map(re.escape, literals)))
 
 
 def _values(template: str, match: re.Match[str]) -> dict[int, str]:
-    """The groups of a PyTorch name with which a template gives the path that was matched."""
+    """Returns the groups of the PyTorch name for which a template gives the matched path."""
     return {
         int(one[1] or one[2]): text if one[1] else str(int(text) - 1)
         for one, text in zip(_REFERENCE.finditer(template), match.groups(), strict=True)
@@ -106,8 +106,8 @@ def _values(template: str, match: re.Match[str]) -> dict[int, str]:
 
 
 def _write_out(pattern: str, values: dict[int, str]) -> str | None:
-    """A name that a pattern of literals, groups and simple alternatives may match; None for another pattern."""
+    """Returns a name that matches a pattern of literals, groups and simple alternatives; None for other patterns."""
     groups = iter(range(1, 10))
     name = _GROUP.sub(lambda _: values.get(next(groups), ''), pattern)
-    name = _ALTERNATIVES.sub(lambda found: found[1], name).replace('\\.', '.')
+    name = _ALTERNATIVES.sub(lambda match: match[1], name).replace('\\.', '.')
     return name if re.fullmatch(pattern, name) else None

@@ -1,4 +1,4 @@
-"""Makes Linen variables of PyTorch weights by the tables of `name_rules`; `torch_files` reads the files."""
+"""Converts PyTorch weights to Linen variables by the rules of `name_rules`; `torch_files` reads the files."""
 
 import dataclasses
 import difflib
@@ -16,20 +16,20 @@ from bqat_jax.networks.torch_names import Translation, find_prefix, is_counter
 
 __all__ = ['NAME_RULES', 'Difference', 'StateDict', 'WeightsMismatch', 'import_state_dict', 'read_state_dict']
 
-SHOWN = 4  # differences of a kind that the message shows
-NEAR = 0.8  # how alike, of 1, a name must be to be suggested
+SHOWN = 4  # number of differences of a kind that the message shows
+NEAR = 0.8  # smallest similarity, from 0 to 1, of a suggested name
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """One thing in which weights do not fit a network.
+    """One mismatch between weights and a network.
 
     Attributes:
         kind: 'missing', 'unexpected', 'misshapen', 'twice', 'not finite', 'negative' or 'not floating point'.
-        name: PyTorch's, without the prefix of all; '' if there is none.
-        path: of our variable; '' if there is none.
-        text: what is wrong.
-        near: the PyTorch name that was perhaps meant, or ''; it is looked for only for what the message shows.
+        name: PyTorch name without the common prefix, or ''.
+        path: path of our variable, or ''.
+        text: description of the mismatch.
+        near: suggested PyTorch name, or ''; only set for differences that the message shows.
     """
 
     kind: str
@@ -43,10 +43,10 @@ class Difference:
 
 
 class WeightsMismatch(UserError):
-    """PyTorch weights that do not fit a network; the message shows the first few differences of each kind.
+    """Raised for PyTorch weights that do not fit a network; the message shows the first differences of each kind.
 
     Attributes:
-        differences: all of them.
+        differences: all differences.
     """
 
     def __init__(self, differences: Sequence[Difference]):
@@ -62,7 +62,7 @@ class WeightsMismatch(UserError):
         super().__init__('\n  '.join(lines))
 
     def report(self) -> str:
-        """Returns all differences, a line each."""
+        """Returns all differences, one per line."""
         return ''.join(f'{one}\n' for one in self.differences)
 
 
@@ -72,18 +72,18 @@ def import_state_dict(
     """Returns variables with the values of a PyTorch `state_dict`.
 
     Kernels are transposed from PyTorch's layout (output, input, height, width) to Linen's (height, width, input,
-    output), dense weights from (output, input) to (input, output). Prefixes of wrappers are taken off, see
-    `torch_names.find_prefix`. Counters are left out.
+    output), dense weights from (output, input) to (input, output). Prefixes of wrappers are removed, see
+    `torch_names.find_prefix`. Counters are ignored.
 
     Args:
-        arrays: PyTorch name to array.
+        arrays: arrays by PyTorch name.
         rules: the family's name rules, from `NAME_RULES`.
-        template: the network's variables, or their shapes; the result has its structure.
-        without: paths such as 'params/head/dense/kernel' that are left out, of the result too.
+        template: the network's variables, or their shapes; the result has this structure.
+        without: paths such as 'params/head/dense/kernel' to omit, also from the result.
 
     Raises:
-        WeightsMismatch: if names are missing or unexpected, shapes differ, or values cannot be: not of floating point,
-            not finite, negative variances.
+        WeightsMismatch: if names are missing or unexpected, shapes differ, or values are not floating point, not finite
+            or negative variances.
     """
     translation = Translation.of(rules)
     prefix = find_prefix(arrays, translation)
@@ -104,20 +104,20 @@ def import_state_dict(
             value = _to_linen(path, part)
             differences += _check(name, path, value, wanted[path])
             if path in values:
-                differences.append(Difference('twice', name, path, f'{name} gives {path}, and so does another'))
+                differences.append(Difference('twice', name, path, f'{name} and another name both give {path}'))
             values[path] = value
     absent = [path for path in wanted if path not in values]
     differences += [Difference('missing', '', path, f'{path} {wanted[path]}') for path in absent]
     if differences:
         raise WeightsMismatch(_with_near_names(differences, translation.names(absent)))
-    # A collection without a leaf, as a transformer's batch_stats, has no path.
+    # A collection without leaves, such as a transformer's batch_stats, has no path.
     empty = {collection: {} for collection in template}
     converted = {path: np.asarray(values[path], np.float32) for path in wanted}
     return {**empty, **traverse_util.unflatten_dict(converted, sep='/')}
 
 
 def _check(name: str, path: str, value: np.ndarray, shape: tuple[int, ...]) -> list[Difference]:
-    """What is wrong with a value, by itself and for the variable at a path."""
+    """Returns the differences between a value and the variable at a path."""
     differences = []
     if value.shape != shape:
         text = f'{name} gives {path} {value.shape}, the network has {shape}'
@@ -129,18 +129,18 @@ def _check(name: str, path: str, value: np.ndarray, shape: tuple[int, ...]) -> l
         text = f'{name} has {np.sum(~np.isfinite(value))} NaN or infinite of {value.size} values'
         differences.append(Difference('not finite', name, path, text))
     if _is_variance(path) and np.any(value < 0):
-        text = f'{name} is a variance, and its smallest value {np.nanmin(value):g}'
+        text = f'{name} is a variance, and its smallest value is {np.nanmin(value):g}'
         differences.append(Difference('negative', name, path, text))
     return differences
 
 
 def _is_variance(path: str) -> bool:
-    """Whether the variable at a path is the variance of a batch norm."""
+    """Returns whether the variable at a path is the variance of a batch norm."""
     return path.startswith('batch_stats/') and path.endswith('/var')
 
 
 def _with_near_names(differences: Sequence[Difference], possible: Sequence[str]) -> list[Difference]:
-    """The differences with names that are like unexpected ones; of the first few alone, as comparing takes long."""
+    """Returns the differences with suggestions for the first few unexpected names; the comparison is slow."""
     result, left = [], SHOWN
     for one in differences:
         if one.kind == 'unexpected' and left:
@@ -151,7 +151,7 @@ def _with_near_names(differences: Sequence[Difference], possible: Sequence[str])
 
 
 def _split(array: np.ndarray, number: int) -> list[np.ndarray]:
-    """Parts along the first axis; they are uneven if it does not divide, which their shapes then show."""
+    """Returns parts along the first axis; uneven parts are reported by their shapes."""
     return [array] if number == 1 else np.array_split(array, number)
 
 

@@ -22,21 +22,21 @@ def unet(
 ) -> BlockNetwork:
     """Returns a UNet (Ronneberger et al., arXiv 1505.04597) with batch norm and padded convolutions.
 
-    Each level down halves the image and doubles the channels; on the way up its features are put beside those of the
-    level. Parts: down1, .., bottom, .., up1, head. The skip connections pass by the cuts.
+    Each level of the encoder halves the image and doubles the channels; a level of the decoder concatenates its input
+    with the encoder's features. Parts: down1, .., bottom, .., up1, head. Cuts carry the skip connections.
 
     Args:
-        num_classes: number of logits of a pixel.
+        num_classes: number of logits per pixel.
         width: channels of the first level.
-        levels: how often the image is halved; its sides divide by 2^levels.
-        dtype: of the computation, 'float32' or 'bfloat16'; parameters and batch norm are float32.
-        cut: 'stage' (the way down, the bottom, the way up), 'block' (every level on each way) or names of parts.
+        levels: number of times the image is halved; 2^levels must divide its sides.
+        dtype: dtype of the computation, 'float32' or 'bfloat16'; parameters and batch norm are float32.
+        cut: 'stage' (encoder, bottom, decoder), 'block' (one level each) or names of parts.
 
     Raises:
-        ValueError: for a value that does not exist.
+        ValueError: for an invalid value.
     """
     if levels < 1:
-        raise ValueError(f'levels={levels}: it must be at least 1.')
+        raise ValueError(f'levels={levels}: must be at least 1.')
     names = (
         *(f'down{level}' for level in range(1, levels + 1)),
         'bottom',
@@ -46,7 +46,7 @@ def unet(
     if cut in CUTS:
         ends = names if cut == 'block' else (f'down{levels}', 'bottom', 'up1')
     if any(end not in names for end in ends):
-        raise ValueError(f'cut={cut!r}: it must be one of {", ".join(CUTS)}, or some of these: {", ".join(names)}.')
+        raise ValueError(f'cut={cut!r}: must be one of {", ".join(CUTS)}, or some of these: {", ".join(names)}.')
     module = UNet(num_classes, width, levels, computation(dtype, None))
     return BlockNetwork(module, ends, make_call(module))
 

@@ -1,4 +1,4 @@
-"""VGG-small, the plain convolutional network for small images of the low-bit literature."""
+"""VGG-small, a plain convolutional network for small images that is common in the low-bit literature."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +12,7 @@ from bqat_jax.blocks.chain import split_chain, stage_blocks
 from bqat_jax.networks.layers import FLOAT32, Computation, batch_norm, block_class, computation, conv
 from bqat_jax.networks.registry import register_network
 
-STAGE_WIDTHS = (1, 2, 4)  # times the width of the first; two convolutions each
+STAGE_WIDTHS = (1, 2, 4)  # factors of the first stage's width; two convolutions each
 
 
 @register_network('vgg_small')
@@ -27,22 +27,22 @@ def vgg_small(
 ) -> BlockNetwork:
     """Returns VGG-small: six 3×3 convolutions and a dense layer (Zhang et al., arXiv 1807.10029, section 5.2).
 
-    Three stages of two convolutions with 1, 2 and 4 times `width` channels. Each convolution is followed by batch norm
-    and ReLU, the second of a stage then by a 2×2 max pool; so the pool sees what the ReLU gives, as in the VGG networks
-    with batch norm. The dense layer reads all pixels: its weights depend on the image's size.
+    Three stages of two convolutions with 1, 2 and 4 times `width` channels. Batch norm and ReLU follow each
+    convolution; a 2×2 max pool ends each stage, after the ReLU as in VGG networks with batch norm. The dense layer
+    reads all pixels, so its weights depend on the size of the images.
 
     Parts: stem (the first convolution), stage1_block2, stage2_block1, ..., head.
 
     Args:
         num_classes: number of logits.
         width: channels of the first stage.
-        dtype: of the computation, 'float32' or 'bfloat16'; parameters are float32.
-        remat: whether blocks recompute their inside in the backward pass.
-        cut: 'stage', 'block' (a convolution each) or names of blocks, see `blocks.chain.split_chain`.
-        conv_general_dilated: computes the convolutions; Linen's own if None.
+        dtype: dtype of the computation, 'float32' or 'bfloat16'; parameters are float32.
+        remat: whether blocks recompute their activations in the backward pass.
+        cut: 'stage', 'block' (one convolution each) or names of blocks, see `blocks.chain.split_chain`.
+        conv_general_dilated: computes the convolutions; None for Linen's default.
 
     Raises:
-        ValueError: for a value that does not exist.
+        ValueError: for an invalid value.
     """
     compute = computation(dtype, conv_general_dilated)
     block = block_class(ConvBlock, remat)
@@ -60,7 +60,7 @@ class ConvBlock(nn.Module):
     Attributes:
         features: channels of the output.
         pool: whether the image is halved.
-        compute: how the layers compute.
+        compute: dtype and convolution of the layers.
     """
 
     features: int
@@ -85,6 +85,6 @@ class Head(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Maps features (batch, height, width, channels) to logits (batch, classes)."""
         del train
-        # Channels before pixels, PyTorch's order, so that a dense layer's weights mean the same here.
+        # Channels before pixels, PyTorch's order, for compatibility with its dense weights.
         x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
         return nn.Dense(self.num_classes, dtype=self.compute.dtype, name='dense')(x).astype(jnp.float32)

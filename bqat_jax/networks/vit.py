@@ -32,24 +32,24 @@ def vit(
 ) -> BlockNetwork:
     """Returns a vision transformer (Dosovitskiy et al., arXiv 2010.11929; sizes of DeiT, arXiv 2012.12877, table 1).
 
-    Twelve blocks with the norm before attention and MLP; the logits are read off a class token. Positions are learned:
-    their number follows from the image's size. Parts: stem, block1, ..., block12, head. Hugging Face's weights want
-    norm_epsilon=1e-12.
+    Twelve blocks with the norm before attention and MLP; the logits are computed from a class token. The number of
+    learned positions depends on the size of the images. Parts: stem, block1, ..., block12, head. Hugging Face's weights
+    need norm_epsilon=1e-12.
 
     Args:
         num_classes: number of logits.
         size: 'tiny', 'small' or 'base'.
-        patch_size: side of a patch; it divides the image's.
-        norm_epsilon: of layer norm.
-        dtype: of the computation, 'float32' or 'bfloat16'; parameters, layer norm and softmax are float32.
-        remat: whether blocks recompute their inside in the backward pass.
-        cut: 'stage' (four of three blocks), 'block' or names of blocks, see `blocks.chain.split_chain`.
+        patch_size: side of a patch; it must divide the sides of the images.
+        norm_epsilon: epsilon of layer norm.
+        dtype: dtype of the computation, 'float32' or 'bfloat16'; parameters, layer norm and softmax are float32.
+        remat: whether blocks recompute their activations in the backward pass.
+        cut: 'stage' (four stages of three blocks), 'block' or names of blocks, see `blocks.chain.split_chain`.
 
     Raises:
-        ValueError: for a value that does not exist.
+        ValueError: for an invalid value.
     """
     if size not in SIZES:
-        raise ValueError(f'size={size!r}: it must be one of {", ".join(SIZES)}.')
+        raise ValueError(f'size={size!r}: must be one of {", ".join(SIZES)}.')
     features, heads = SIZES[size]
     compute_dtype = computation(dtype, None).dtype
     block = partial(block_class(Block, remat), heads, norm_epsilon, compute_dtype)
@@ -70,17 +70,17 @@ def _dense(features: int, name: str, dtype: Any) -> nn.Dense:
 
 
 def _layer_norm(x: jax.Array, epsilon: float, name: str) -> jax.Array:
-    """Layer norm in float32, whatever the dtype of x, which the output has."""
+    """Returns the layer norm, computed in float32, in the dtype of x."""
     return nn.LayerNorm(epsilon=epsilon, dtype=jnp.float32, name=name)(x.astype(jnp.float32)).astype(x.dtype)
 
 
 class Stem(nn.Module):
-    """Embeds patches, puts a class token in front, and adds learned positions.
+    """Embeds patches, prepends a class token, and adds learned positions.
 
     Attributes:
         features: width of a token.
         patch_size: side of a patch.
-        dtype: of the computation.
+        dtype: dtype of the computation.
     """
 
     features: int
@@ -103,12 +103,12 @@ class Stem(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention and an MLP, each behind a layer norm and around a shortcut.
+    """Self-attention and an MLP, each after a layer norm and with a shortcut.
 
     Attributes:
-        heads: of attention; their number divides the width.
-        norm_epsilon: of layer norm.
-        dtype: of the computation.
+        heads: number of attention heads; it must divide the width.
+        norm_epsilon: epsilon of layer norm.
+        dtype: dtype of the computation.
     """
 
     heads: int
@@ -133,7 +133,7 @@ class Block(nn.Module):
 
 
 def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """Returns softmax(q kᵀ / √d) v for arrays (batch, tokens, heads, d); the softmax is float32 whatever the dtype."""
+    """Returns softmax(q kᵀ / √d) v of arrays (batch, tokens, heads, d); the softmax is always float32."""
     scale = query.shape[-1] ** -0.5
     scores = jnp.einsum('bqhd,bkhd->bhqk', query, key, preferred_element_type=jnp.float32) * scale
     weights = nn.softmax(scores, axis=-1).astype(value.dtype)

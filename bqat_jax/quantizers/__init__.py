@@ -1,6 +1,6 @@
-"""Quantizers and gradient estimators: pure functions of arrays behind small frozen dataclasses.
+"""Quantizers and gradient estimators: frozen dataclasses with pure methods.
 
-`base` says what quantizers share, `rounding` what an estimator is.
+`base` defines the quantizer interface, `rounding` the estimator interface.
 """
 
 from bqat_jax.quantizers.base import (

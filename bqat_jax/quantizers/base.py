@@ -1,16 +1,16 @@
-"""What every quantizer is, and the two kinds there are: on a uniform grid, and on any ascending levels.
+"""Base classes of quantizers: any quantizer, uniform grids, and arbitrary ascending levels.
 
 A quantizer is a frozen dataclass with pure methods over a dict of parameters:
 
     init(v) -> parameters                        from data
     fake_quantize(parameters, v, context) -> y   differentiable, in the shape and dtype of v
     encode(parameters, v) -> codes               int8 or uint8
-    prepare(parameters, v) -> prepared           parameters and what the quantizer reads off v itself, if it does
+    prepare(parameters, v) -> prepared           parameters, plus statistics that the quantizer takes from v
     decode(prepared, codes) -> y
     constrain(new, old) -> parameters            after an optimizer step
 
-with `fake_quantize(p, v) == decode(prepare(p, v), encode(p, v))` bit for bit in evaluation. A quantizer that reads
-nothing off v takes its parameters for prepared ones.
+with `fake_quantize(p, v) == decode(prepare(p, v), encode(p, v))` bit for bit in evaluation. A quantizer that takes no
+statistics from v accepts plain parameters where prepared ones are expected.
 """
 
 import abc
@@ -37,9 +37,9 @@ from bqat_jax.registry import Registry
 
 Parameters: TypeAlias = dict[str, jax.Array]
 
-# Scales below this are numbers that float32 cannot divide by safely; it is far below any scale a network uses.
+# Division by a smaller float32 scale is not safe; the scales of networks are far larger.
 SMALLEST_STEP = 1e-12
-# An update may shrink a positive parameter to this part of itself at most.
+# An update multiplies a positive parameter by at least this factor.
 LARGEST_SHRINKAGE = 0.5
 
 QUANTIZERS = Registry('quantizer', fixed=('bits', 'signed', 'channel_axis', 'batch_axis', 'estimator'))
@@ -48,17 +48,17 @@ register_quantizer = QUANTIZERS.register
 
 @dataclasses.dataclass(frozen=True)
 class Quantizer(abc.ABC):
-    """What all quantizers share; a subclass is registered by `register_quantizer`.
+    """Base class of quantizers; `register_quantizer` registers a subclass.
 
     Attributes:
-        bits: 1 to 8, of those that the quantizer is defined for.
-        signed: whether codes go below zero; unsigned fits inputs that never do, such as those after a ReLU.
-        channel_axis: the axis of v along which every index has a scale of its own; None for one scale.
-        batch_axis: the axis of v that counts examples; None for weights.
+        bits: 1 to 8; a quantizer may support only some of these.
+        signed: whether codes can be negative; unsigned fits nonnegative inputs, such as those after a ReLU.
+        channel_axis: the axis of v with one scale per index; None for one scale per tensor.
+        batch_axis: the axis of v that indexes examples; None for weights.
         estimator: the backward rule of rounding.
 
     Raises:
-        ValueError: for a combination that the quantizer is not defined for, with the reason.
+        ValueError: if the quantizer does not support the combination; the message states the reason.
     """
 
     bits: int
@@ -68,17 +68,17 @@ class Quantizer(abc.ABC):
     estimator: Estimator = IDENTITY
 
     name: ClassVar[str] = ''
-    # What the quantizer is defined for; a subclass says why not where it is not.
+    # Supported bits and tensors. A `not_for_...` text is the reason why a kind of tensor is not supported.
     bits_signed: ClassVar[tuple[int, ...]] = (2, 3, 4, 5, 6, 7, 8)
     bits_unsigned: ClassVar[tuple[int, ...]] = (1, 2, 3, 4, 5, 6, 7, 8)
     per_channel: ClassVar[bool] = False
-    # Whether weights have a scale per output channel where the config does not say.
+    # Whether weights have a scale per output channel when the config leaves the granularity open.
     channel_by_default: ClassVar[bool] = False
     not_for_activations: ClassVar[str] = ''
     not_for_signed_activations: ClassVar[str] = ''
-    # Whether y, quantized again, is y: not so where the scale is read off v itself.
+    # Whether quantizing y returns y. It does not if the scale is computed from v.
     is_idempotent: ClassVar[bool] = True
-    # Parameters that must stay positive, and whether an optimizer changes any at all.
+    # Names of parameters that must stay positive, and whether an optimizer updates the parameters.
     positive: ClassVar[tuple[str, ...]] = ()
     is_learned: ClassVar[bool] = True
 
@@ -88,17 +88,17 @@ class Quantizer(abc.ABC):
         reason = ''
         if self.bits not in allowed:
             sign = 'signed' if self.signed else 'unsigned'
-            reason = f'where values are {sign} it is defined for these bits: {", ".join(map(str, allowed))}'
+            reason = f'for {sign} values, bits must be one of {", ".join(map(str, allowed))}'
         elif not self.of_weights and self.not_for_activations:
             reason = self.not_for_activations
         elif not self.of_weights and self.signed and self.not_for_signed_activations:
             reason = self.not_for_signed_activations
         elif self.channel_axis is not None and not self.per_channel:
-            reason = "it has one scale for the whole tensor; take granularity 'tensor' or 'auto'"
+            reason = "it has one scale per tensor; use granularity 'tensor' or 'auto'"
         elif self.channel_axis is not None and self.channel_axis == self.batch_axis:
-            reason = f'channel_axis and batch_axis are both {self.batch_axis}: a scale per example is not learned'
+            reason = f'channel_axis and batch_axis are both {self.batch_axis}; a scale per example cannot be learned'
         elif self.estimator.weights_only and not self.of_weights:
-            reason = f'the estimator {self.estimator.name!r} is a rule for weights, and these are activations'
+            reason = f'the estimator {self.estimator.name!r} is for weights only, and these are activations'
         elif self.estimator.sign_only and self.upper - self.lower != 1:
             reason = (
                 f'the estimator {self.estimator.name!r} approximates the sign function, so it fits two levels (1 bit), '
@@ -109,7 +109,7 @@ class Quantizer(abc.ABC):
 
     @property
     def of_weights(self) -> bool:
-        """Whether weights are quantized, and not activations."""
+        """Whether the quantizer is for weights; otherwise it is for activations."""
         return self.batch_axis is None
 
     @property
@@ -129,12 +129,12 @@ class Quantizer(abc.ABC):
 
     @property
     def spec(self) -> QuantizeSpec:
-        """How codes are found."""
+        """The rounding rule and its bounds."""
         return QuantizeSpec(self.estimator, self.lower, self.upper)
 
     @abc.abstractmethod
     def init(self, v: jax.Array) -> Parameters:
-        """Returns initial parameters from v, a floating-point array that the quantizer is going to see."""
+        """Returns initial parameters from v, a floating-point array like those to be quantized."""
 
     @abc.abstractmethod
     def fake_quantize(self, parameters: Parameters, v: jax.Array, context: Context = EVALUATION) -> jax.Array:
@@ -146,30 +146,30 @@ class Quantizer(abc.ABC):
 
     @abc.abstractmethod
     def decode(self, prepared: Parameters, codes: jax.Array, dtype=jnp.float32) -> jax.Array:
-        """Returns the values that codes stand for, computed in float32 and given in `dtype`."""
+        """Returns the values of the codes, computed in float32 and cast to `dtype`."""
 
     @abc.abstractmethod
     def clips(self, parameters: Parameters, v: jax.Array) -> jax.Array:
-        """Returns where v lies beyond the outermost levels, bool in the shape of v."""
+        """Returns a bool mask in the shape of v: True outside the range of the levels."""
 
     def prepare(self, parameters: Parameters, v: jax.Array) -> Parameters:
-        """Returns the parameters with what is read off v itself; see the module's description."""
+        """Returns the parameters plus the statistics that the quantizer takes from v."""
         del v
         return parameters
 
     def constrain(self, new: Parameters, old: Parameters) -> Parameters:
-        """Returns `new`, parameters after an optimizer step from `old`, with the positive ones kept positive.
+        """Returns `new`, the parameters after an optimizer step from `old`, with positive parameters kept positive.
 
-        An update may at most halve them. So a scale can shrink towards zero as far as training wants, and can never
-        reach or cross it, whatever the learning rate or the scale of the data. This is our rule: papers have none, or a
-        constant, and implementations without one report negative steps. Calibrated parameters stay as they are.
+        An update at most halves a positive parameter. A scale can therefore approach zero but never reach it, at any
+        learning rate and scale of the data. The rule is ours: papers have none, or a constant, and implementations
+        without one report negative steps. Calibrated parameters do not change.
         """
         if not self.is_learned:
             return old
         return {name: keep_positive(x, old[name]) if name in self.positive else x for name, x in new.items()}
 
     def limits(self, prepared: Parameters, ndim: int) -> tuple[jax.Array, jax.Array]:
-        """Returns the smallest and the largest value there is, float32, to broadcast against `ndim` axes."""
+        """Returns the smallest and the largest level, float32, in a shape that broadcasts against `ndim` axes."""
         shape = () if self.channel_axis is None else self._per_channel_shape(prepared, ndim)
         ends = (jnp.full(shape, code, code_dtype(self.lower)) for code in (self.lower, self.upper))
         lowest, highest = (self.decode(prepared, codes) for codes in ends)
@@ -181,13 +181,13 @@ class Quantizer(abc.ABC):
         return tuple(shape)
 
     def shared_axes(self, ndim: int) -> tuple[int, ...]:
-        """The axes of v over which one scale is shared."""
+        """Returns the axes of v that share one scale."""
         if self.channel_axis is None:
             return tuple(range(ndim))
         return tuple(axis for axis in range(ndim) if axis != self.channel_axis % ndim)
 
     def broadcast(self, scale: jax.Array, ndim: int) -> jax.Array:
-        """A scale, () or (channels,), in a shape that broadcasts against an array of `ndim` axes."""
+        """Returns a scale, () or (channels,), in a shape that broadcasts against `ndim` axes."""
         if self.channel_axis is None or scale.ndim == 0:
             return scale
         shape = [1] * ndim
@@ -195,7 +195,7 @@ class Quantizer(abc.ABC):
         return scale.reshape(shape)
 
     def count(self, shape: tuple[int, ...]) -> int:
-        """N: the elements of an array of this shape that share one scale, of one example where there are examples."""
+        """Returns N, the number of elements that share one scale; for activations, of one example."""
         count = math.prod(shape[axis] for axis in self.shared_axes(len(shape)))
         if self.batch_axis is not None:
             count //= shape[self.batch_axis]
@@ -205,8 +205,8 @@ class Quantizer(abc.ABC):
 class UniformQuantizer(Quantizer):
     """A quantizer on equidistant levels: y = output · step · (code + shift).
 
-    Subclasses say what step and shift are; some map the input first, or scale the output. Where zero lies between two
-    levels it is a tie and goes to the upper one, so that sign(0) = 1.
+    Subclasses define step and shift; some also map the input or scale the output. A zero halfway between two levels
+    goes to the upper one, so that sign(0) = 1.
     """
 
     passes_bounds: ClassVar[bool] = False
@@ -215,7 +215,7 @@ class UniformQuantizer(Quantizer):
 
     @property
     def spec(self) -> QuantizeSpec:
-        """How codes are found."""
+        """The rounding rule and its bounds."""
         return QuantizeSpec(
             self.estimator,
             self.lower,
@@ -232,7 +232,7 @@ class UniformQuantizer(Quantizer):
 
     @property
     def shift(self) -> float:
-        """0, or 1/2 where zero lies between two levels."""
+        """0, or 1/2 if zero lies halfway between two levels."""
         return 0.0
 
     @abc.abstractmethod
@@ -240,12 +240,12 @@ class UniformQuantizer(Quantizer):
         """Returns step and shift, each () or (channels,), float32."""
 
     def transform(self, prepared: Parameters, v: jax.Array) -> jax.Array:
-        """Maps the input before it is quantized."""
+        """Returns the input mapped before quantization; by default v."""
         del prepared
         return v
 
     def output(self, prepared: Parameters) -> jax.Array | None:
-        """A factor of the output, () or (channels,), float32, or None."""
+        """Returns a factor of the output, float32 () or (channels,), or None for 1."""
         del prepared
         return None
 
@@ -269,7 +269,7 @@ class UniformQuantizer(Quantizer):
         return (value < self.lower) | (value > self.upper)
 
     def _value(self, parameters: Parameters, v: jax.Array) -> jax.Array:
-        """v in the integer domain, float32."""
+        """Returns v in the integer domain, float32."""
         prepared = self.prepare(parameters, v)
         step, shift = (self.broadcast(x, v.ndim) for x in self.grid(prepared))
         return in_steps(self.transform(prepared, v), step) - shift
@@ -283,11 +283,11 @@ class UniformQuantizer(Quantizer):
 
 
 class LevelQuantizer(Quantizer):
-    """A quantizer on any ascending levels, one set for the whole tensor; codes number the levels from 0."""
+    """A quantizer on arbitrary ascending levels, one set per tensor; codes are level indices from 0."""
 
     @property
     def spec(self) -> QuantizeSpec:
-        """How codes are found."""
+        """The rounding rule and its bounds."""
         return QuantizeSpec(self.estimator, self.lower, self.upper, includes_bounds=True)
 
     @property
@@ -300,7 +300,7 @@ class LevelQuantizer(Quantizer):
         """Returns the ascending levels, float32 (upper + 1,)."""
 
     def center(self, prepared: Parameters) -> jax.Array | None:
-        """What is taken from v first, () float32, or None."""
+        """Returns the value to subtract from v, float32 (), or None for 0."""
         del prepared
         return None
 
@@ -337,12 +337,12 @@ def keep_positive(new: jax.Array, old: jax.Array) -> jax.Array:
 
 
 def positive_or(scale: jax.Array, fallback: jax.Array | float) -> jax.Array:
-    """Returns `scale`, but `fallback` where it is too small to divide by, as for data of zeros alone; NaN stays."""
+    """Returns `scale`, or `fallback` where it is too small to divide by, as for all-zero data; NaN stays NaN."""
     return jnp.where(scale <= SMALLEST_STEP, fallback, scale)
 
 
 def describe_quantizer(quantizer: Quantizer) -> dict[str, Any]:
-    """Returns what a quantizer is as JSON; 'name' and 'estimator' are written as in a config."""
+    """Returns a JSON description of a quantizer; 'name' and 'estimator' use the config's notation."""
     return {
         'name': QUANTIZERS.describe(quantizer),
         'bits': quantizer.bits,

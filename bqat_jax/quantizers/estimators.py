@@ -1,8 +1,8 @@
-"""Gradient estimators: backward rules for rounding, by name; those for two levels are in `sign_estimators`.
+"""Gradient estimators: backward rules for rounding, by name; `sign_estimators` has those for two levels.
 
 Notation: g is the gradient with respect to the rounded value, x the value in the integer domain (codes are 1 apart),
-r = x - floor(x) - 1/2 its distance from the threshold between the two nearest codes. The forward pass is rounding to
-the nearest, ties to even, unless a rule says otherwise. `docs/estimators.md` compares them.
+r = x - floor(x) - 1/2 its distance from the threshold between the two nearest codes. The forward pass rounds to the
+nearest integer, ties to even, unless stated otherwise. `docs/estimators.md` compares the estimators.
 """
 
 import math
@@ -17,7 +17,7 @@ from bqat_jax.registry import Registry
 ESTIMATORS = Registry('gradient estimator')
 register_estimator = ESTIMATORS.register
 
-# Points in one period at which a rule's sign is checked.
+# Number of points in one period at which the sign of a backward rule is checked.
 CHECKED_POINTS = 4001
 
 
@@ -25,25 +25,25 @@ def get_estimator(text: str) -> Estimator:
     """Returns the estimator that a text such as 'identity' or 'ewgs:delta=0.1' describes.
 
     Raises:
-        ValueError: for a name or option that does not exist, or a value that it cannot take.
+        ValueError: for an unknown name or option, or an invalid value.
     """
     return ESTIMATORS.make(text)
 
 
 def _from_threshold(value: jax.Array) -> jax.Array:
-    """r, from -1/2 to 1/2."""
+    """Returns r, in [-1/2, 1/2)."""
     return value - jnp.floor(value) - 0.5
 
 
 def check(holds: bool, estimator: Estimator, message: str) -> None:
-    """Raises ValueError with the estimator's name unless something holds of its options."""
+    """Raises a ValueError that names the estimator and its options unless `holds`."""
     if not holds:
         raise ValueError(f'{ESTIMATORS.describe(estimator)}: {message}.')
 
 
 @register_estimator('identity')
 class Identity(Estimator):
-    """The straight-through estimator: rounding counts as the identity (Bengio et al., arXiv 1308.3432).
+    """The straight-through estimator: the derivative of rounding is 1 (Bengio et al., arXiv 1308.3432).
 
     dx = g
     """
@@ -60,9 +60,8 @@ class EWGS(Estimator):
 
     dx = g · (1 + δ · sign(g) · (x - round(x)))
 
-    The paper measures x - round(x) in the normalized domain, where the codes run from 0 to 1; there the same δ does
-    1 / (number of codes - 1) of what it does in the integer domain, in which others use it (arXiv 2203.11086 compares
-    with δ = 0.2).
+    The paper measures x - round(x) in the normalized domain, where codes range from 0 to 1. There the effect of δ is
+    1 / (number of codes - 1) of its effect in the integer domain, which others use (arXiv 2203.11086 with δ = 0.2).
 
     Attributes:
         delta: δ >= 0; 0 is the identity.
@@ -88,9 +87,9 @@ class EWGSTrace(Estimator):
 
     dx = g · (1 + δ · sign(g) · (x - round(x)) / (number of codes - 1)),   δ = max(0, (Tr(H) / N) / (3 · std(g)))
 
-    in the normalized domain, with H the Hessian of the loss with respect to the codes so normalized. δ is measured for
-    every layer, for weights and inputs apart, by `bqat_jax.training.strengths` on the schedule of `quant.trace`; it is
-    0 before the first measurement, as in the paper.
+    H is the Hessian of the loss with respect to the codes in the normalized domain. `bqat_jax.training.strengths`
+    measures δ separately for the weights and the inputs of every layer, on the schedule of `quant.trace`. δ is 0 before
+    the first measurement, as in the paper.
     """
 
     needs_strength = True
@@ -113,7 +112,7 @@ class DSQ(Estimator):
     The paper learns α; here it is fixed, as in public implementations that train stably.
 
     Attributes:
-        alpha: 0 < α < 1; towards 0 the soft function becomes a staircase, towards 1 the identity.
+        alpha: 0 < α < 1; the soft function approaches a staircase as α goes to 0 and the identity as α goes to 1.
     """
 
     alpha: float = 0.2
@@ -130,14 +129,14 @@ class DSQ(Estimator):
 
 @register_estimator('soft_round')
 class SoftRound(Estimator):
-    """Tanh soft rounding (Agustsson and Theis, NeurIPS 2020, arXiv 2006.09952), in the backward pass alone.
+    """Tanh soft rounding (Agustsson and Theis, NeurIPS 2020, arXiv 2006.09952), in the backward pass only.
 
     The gradient is that of floor(x) + 1/2 + tanh(a · r) / (2 · tanh(a / 2)).
 
     dx = g · a · sech²(a · r) / (2 · tanh(a / 2))
 
-    It is DSQ's rule with k = a, but here the sharpness may follow a schedule: from `sharpness` to `final_sharpness`,
-    linearly over training.
+    The rule is DSQ's with k = a. The sharpness a changes linearly over training, from `sharpness` to
+    `final_sharpness`.
 
     Attributes:
         sharpness: a > 0 at the beginning of training.
@@ -186,22 +185,22 @@ class StackedSigmoid(Estimator):
 class RDFS(Estimator):
     """Rotated damped Fourier surrogate (StableQAT, arXiv 2601.19320).
 
-    Turned by 45 degrees the staircase is a triangle wave; its Fourier series, damped and cut off, is smooth.
+    The staircase rotated by 45 degrees is a triangle wave; its damped, truncated Fourier series is smooth.
 
     dx = g · (1 - C) / (1 + C),   C = A · √2 · π · Σ_{m=0}^{M} (-1)^m / (2m + 1) · cos((2m + 1) · π · (x + round(x)))
 
-    The authors' code takes a list of amplitudes, without the factor (-1)^m / (2m + 1) of the formula; with one term, as
-    in their configurations, both are the same. The rule is for the input alone: the step keeps LSQ's gradient, round(u)
-    - u, as in their code. With `lsq_step` false the step follows the rule too (ours). The gradient is far below 1 near
+    The authors' code takes a list of amplitudes and omits the factor (-1)^m / (2m + 1); with one term, as in their
+    configurations, the two are equal. The rule applies to the input only: the step keeps LSQ's gradient, round(u) - u,
+    as in their code. With `lsq_step` false the rule applies to the step too (ours). The gradient is far below 1 near
     the codes (its mean is 0.30 at A = 0.21), so a larger learning rate may be needed.
 
     Attributes:
         amplitude: A; 0 is the identity. With one term it must be below 1 / (√2 · π) = 0.225.
         terms: M + 1.
-        lsq_step: whether steps, offsets and levels learn as with the identity.
+        lsq_step: whether steps, offsets and levels have the gradient of the identity.
 
     Raises:
-        ValueError: if the gradient were negative or infinite somewhere.
+        ValueError: if the gradient would be negative or infinite for some input.
     """
 
     amplitude: float = 0.21
@@ -214,14 +213,14 @@ class RDFS(Estimator):
         return self.lsq_step
 
     def __post_init__(self):
-        check(self.terms >= 1 and self.amplitude >= 0, self, 'terms must be at least 1, amplitude not negative')
+        check(self.terms >= 1 and self.amplitude >= 0, self, 'terms must be at least 1 and amplitude not negative')
         phase = np.linspace(0, 2 * np.pi, CHECKED_POINTS)
         series = sum((-1) ** m / (2 * m + 1) * np.cos((2 * m + 1) * phase) for m in range(self.terms))
         largest = 1 / (math.sqrt(2) * math.pi * np.abs(series).max())
         check(
             self.amplitude < largest,
             self,
-            f'the gradient would be negative for some inputs; with {self.terms} terms take amplitude < {largest:.4f}',
+            f'the gradient would be negative for some inputs; with {self.terms} terms use amplitude < {largest:.4f}',
         )
 
     def backward(self, cotangent, value, rounded, context):
@@ -239,11 +238,11 @@ class RDFS(Estimator):
 class MAD(Estimator):
     """Magnitude-aware differentiation (Sakr et al., ICML 2022, arXiv 2206.06501).
 
-    dx = g between the bounds; g · |bound| / |x| beyond them
+    dx = g between the bounds; g · |bound| / |x| outside
 
-    so that clipped inputs still learn. Only the input's gradient is changed: that of a learned scale keeps the clip's
-    own derivative (ours; the paper's clip is calibrated). The paper uses it for weights and clips the gradient of
-    activations.
+    Clipped inputs still get a gradient. The rule changes the input's gradient only; a learned scale keeps the
+    derivative of the clip (ours; the paper's clip is calibrated). The paper uses the rule for weights and clips the
+    gradient of activations.
     """
 
     def backward(self, cotangent, value, rounded, context):
@@ -254,7 +253,7 @@ class MAD(Estimator):
     def backward_clipped(self, cotangent, value, bound, context, *, passes):
         """See `Estimator.backward_clipped`."""
         del context, passes
-        # Beyond a bound of zero, the lower one of an unsigned grid, nothing passes.
+        # Below a lower bound of zero (an unsigned grid) the gradient is zero.
         return cotangent * jnp.abs(bound) / jnp.maximum(jnp.abs(value), 1e-30)
 
 
@@ -264,9 +263,9 @@ class PSGD(Estimator):
 
     dx = g · scale · (|x - round(x)| + epsilon)
 
-    so that weights near a code stay there. In the paper the forward pass uses the full-precision weight and the network
-    is quantized after training: `forward=full_precision`. Its authors' code has no epsilon, so that a weight exactly on
-    a code gets no gradient at all.
+    Weights near a code stay there. In the paper the forward pass uses full-precision weights and the network is
+    quantized after training: `forward=full_precision`. The authors' code has no epsilon, so a weight exactly on a code
+    gets no gradient.
 
     Attributes:
         scale: λ > 0, in the integer domain.
@@ -301,7 +300,7 @@ class PSGD(Estimator):
 
 @register_estimator('stochastic')
 class Stochastic(Estimator):
-    """Stochastic rounding in training: up with the probability of the fractional part (Gupta et al., arXiv 1502.02551).
+    """Stochastic rounding in training: up with probability x - floor(x) (Gupta et al., arXiv 1502.02551).
 
     Forward floor(x + u), u uniform on [0, 1), in training; rounding in evaluation. dx = g
     """

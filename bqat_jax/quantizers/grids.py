@@ -1,4 +1,4 @@
-"""Integer grids: which whole numbers a code of b bits can take."""
+"""Integer grids: the integers that b bits hold."""
 
 import dataclasses
 from typing import Any
@@ -13,16 +13,16 @@ MAX_BITS = 8
 class IntegerGrid:
     """The integers that `bits` bits can hold.
 
-    Signed: -2^(b-1) .. 2^(b-1) - 1; unsigned: 0 .. 2^b - 1 (LSQ, arXiv 1902.08153, section 2, where the two
-    ends are called -Q_N and Q_P).
+    Signed: -2^(b-1) .. 2^(b-1) - 1; unsigned: 0 .. 2^b - 1 (LSQ, arXiv 1902.08153, section 2, which calls the two ends
+    -Q_N and Q_P).
 
     Attributes:
         bits: number of bits, 1 to 8.
-        signed: whether the grid has negative numbers.
-        narrow: leaves the lowest number of a signed grid out, so that the grid is symmetric: ternary at 2 bits.
+        signed: whether the grid has negative integers.
+        narrow: omits the lowest integer of a signed grid, which makes the grid symmetric: ternary at 2 bits.
 
     Raises:
-        ValueError: if `bits` is not a whole number from 1 to 8.
+        ValueError: if `bits` is not an integer from 1 to 8.
     """
 
     bits: int
@@ -44,14 +44,14 @@ class IntegerGrid:
 
 
 def check_bits(bits: Any) -> None:
-    """Raises ValueError if `bits` is not a whole number from 1 to 8."""
+    """Raises ValueError if `bits` is not an integer from 1 to 8."""
     if not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
         raise ValueError(
-            f'bits={bits!r} is not a whole number from {MIN_BITS} to {MAX_BITS}: an integer grid needs one. To leave a '
-            "layer in full precision give its quantizer the name 'none'."
+            f'bits={bits!r} is not an integer from {MIN_BITS} to {MAX_BITS}. To leave a layer in full precision, use '
+            "the quantizer 'none'."
         )
 
 
 def code_dtype(lower: int):
-    """Returns the smallest whole-byte dtype that holds 8-bit codes from `lower` up: int8 or uint8."""
+    """Returns the dtype of codes whose smallest value is `lower`: int8 if negative, else uint8."""
     return jnp.int8 if lower < 0 else jnp.uint8

@@ -1,4 +1,4 @@
-"""Uniform quantizers whose scale is learned: LSQ, LSQ+, PACT and EWGS's range."""
+"""Uniform quantizers with a learned scale: LSQ, LSQ+, PACT and EWGS's range."""
 
 import math
 
@@ -35,16 +35,16 @@ class LSQ(UniformQuantizer):
         dy/dv = 1 where l < v/s < u, else 0
         dy/ds = round(v/s) - v/s where l < v/s < u;  l where v/s <= l;  u where v/s >= u
 
-    and the gradient of s is multiplied by 1 / sqrt(N · Q_P). N is the number of elements that share one step: of
-    the weight tensor (of one output channel of it when `channel_axis` is set), or of one example's features when
-    `batch_axis` is set. The paper says "the number of features in a layer" for activations; public implementations
-    count the batch too, which makes the step's learning rate depend on the batch size. We do not.
+    The gradient of s is multiplied by 1 / sqrt(N · Q_P). N is the number of elements that share one step: of the weight
+    tensor (of one output channel if `channel_axis` is set), or of one example's features if `batch_axis` is set. For
+    activations the paper says "the number of features in a layer"; public implementations also count the batch, which
+    makes the step's learning rate depend on the batch size. We do not.
 
-    The gradient above is the straight-through one. Another estimator replaces the derivative of rounding, R'(v/s):
+    These are the straight-through gradients. Another estimator replaces the derivative of rounding by R'(v/s):
     dy/dv = R' inside, dy/ds = round(v/s) - R' · v/s inside.
 
     Attributes:
-        narrow: leaves the lowest code out, so that the grid is symmetric: ternary at 2 bits.
+        narrow: omits the lowest code, which makes the grid symmetric: ternary at 2 bits.
     """
 
     narrow: bool = False
@@ -58,15 +58,14 @@ class LSQ(UniformQuantizer):
         return IntegerGrid(self.bits, self.signed, self.narrow).lower
 
     def init(self, v):
-        """Returns the paper's initial step, 2 · mean|v| / sqrt(Q_P), for each tensor or channel.
+        """Returns the paper's initial step, 2 · mean|v| / sqrt(Q_P), per tensor or channel.
 
-        Where v holds nothing but zeros the data say nothing about the scale: such a channel gets the step of the whole
-        tensor, and such a tensor a step as if mean|v| were 1.
+        An all-zero channel gets the step of the tensor; an all-zero tensor gets the step for mean|v| = 1.
         """
         return {'step_size': mean_magnitude(self, v) * (2.0 / math.sqrt(self.upper))}
 
     def prepare(self, parameters, v):
-        """Scales the step's gradient; the values stay as they are."""
+        """Scales the step's gradient; the values do not change."""
         factor = 1.0 / math.sqrt(self.count(v.shape) * self.upper)
         return {name: scale_gradient(factor, x) for name, x in parameters.items()}
 
@@ -82,12 +81,11 @@ class LSQPlus(LSQ):
         y = s · round(clip((x - b) / s, 0, 2^bits - 1)) + b
         dy/ds = round(u) - u inside (u = (x - b) / s), else the bound;  dy/db = 0 inside, 1 outside
 
-    Weights are LSQ's, from another initial step: max(|μ - 3σ|, |μ + 3σ|) / 2^(bits-1). Activations begin with the s and
-    b of least squared error. The gradients of s and b have LSQ's scale 1 / sqrt(N · Q_P) (ours; the paper states none).
-    Zero is no level in general; what a convolution pads is an exact zero all the same, as padding comes after
-    quantization.
+    Weights use LSQ with another initial step: max(|μ - 3σ|, |μ + 3σ|) / 2^(bits-1). Activations start with the s and b
+    of least squared error. The gradients of s and b have LSQ's scale 1 / sqrt(N · Q_P) (ours; the paper states none).
+    Zero is in general not a level; a convolution still pads with exact zeros, because it pads after quantization.
 
-    `signed` says nothing here: activations always have the codes 0 .. 2^bits - 1, the offset does the rest.
+    Activations ignore `signed`: their codes are always 0 .. 2^bits - 1, and the offset shifts the range.
     """
 
     bits_signed = (1, 2, 3, 4, 5, 6, 7, 8)
@@ -95,9 +93,9 @@ class LSQPlus(LSQ):
     def __post_init__(self):
         super().__post_init__()
         if self.of_weights and self.bits < 2:
-            raise ValueError("The quantizer 'lsq_plus' of weights needs at least 2 bits; for 1 bit take 'binary'.")
+            raise ValueError("The quantizer 'lsq_plus' of weights needs at least 2 bits. For 1 bit, use 'binary'.")
         if self.narrow and not self.of_weights:
-            raise ValueError("The quantizer 'lsq_plus' of activations has no narrow grid: its offset moves the grid.")
+            raise ValueError("The quantizer 'lsq_plus' of activations has no narrow grid: its offset shifts the grid.")
 
     @property
     def lower(self) -> int:
@@ -126,7 +124,7 @@ class LSQPlus(LSQ):
         return {'step_size': (high - low) / self.upper, 'offset': low}
 
     def grid(self, prepared):
-        """See `UniformQuantizer.grid`; the offset counts in steps, so that y is one product."""
+        """See `UniformQuantizer.grid`; the offset is in steps, so that y is one product."""
         step = prepared['step_size']
         return step, jnp.float32(ZERO) if self.of_weights else prepared['offset'] / step
 
@@ -138,10 +136,10 @@ class PACT(UniformQuantizer):
         y = round(clip(x, 0, a) · (2^bits - 1) / a) · a / (2^bits - 1)
         dy/dx = 1 where 0 <= x <= a, else 0;   dy/da = 1 where x >= a, else 0
 
-    The paper adds an L2 penalty on a: `optimizer.quantizers.weight_decay`. Without it a can hardly shrink. Where the
-    input is signed, and for weights, the clip is symmetric, to [-a, a], with one code less (ours; the paper quantizes
-    what follows a ReLU). The paper starts from a constant, public implementations from 6 or 8; we start from the clip
-    of least squared error, which knows the data's scale (ours).
+    The paper adds an L2 penalty on a: `optimizer.quantizers.weight_decay`. Without it a hardly shrinks. Weights and
+    signed inputs are clipped to [-a, a], with one code less (ours; the paper quantizes the outputs of ReLUs). The paper
+    starts a at a constant, public implementations at 6 or 8; we start at the clip of least squared error, which adapts
+    to the data's scale (ours).
     """
 
     includes_bounds = True
@@ -164,11 +162,11 @@ class PACT(UniformQuantizer):
 
 @register_quantizer('pact_plus')
 class PACTPlus(PACT):
-    """PACT with the clip's gradient from inside the range too, as IBM's and other code has it by default.
+    """PACT whose clip also gets a gradient from inside the range, the default of IBM's and other code.
 
         dy/da = (round(u) - u) / (2^bits - 1) where 0 < x < a, u = x · (2^bits - 1) / a;  1 where x >= a
 
-    which is LSQ's gradient for the step a / (2^bits - 1).
+    This is LSQ's gradient for the step a / (2^bits - 1).
     """
 
     step_gradient_inside = True
@@ -181,18 +179,18 @@ class EWGSRange(UniformQuantizer):
         x_n = clip((x - l) / (u - l), 0, 1);   x_q = round((2^bits - 1) · x_n) / (2^bits - 1)
         y = c · x_q for unsigned activations, c · 2 · (x_q - 1/2) for weights
 
-    Signed activations are treated as weights are (ours; the paper's follow a ReLU).
+    Signed activations use the rule of weights (ours; the paper's follow a ReLU).
 
     l and u have the gradients that follow from x_n; the paper's estimator is `ewgs` or `ewgs_trace`. In the paper a
-    layer has one output scale behind the convolution; here its weights and its input have one each, whose product it is
-    (ours: the quantizer of one tensor knows nothing of the layer). Initially weights have ±3σ, activations l = min(x)
-    and u = 3σ / sqrt(1 - 2/π), and c = mean|x| / mean|y / c|, of each tensor alone.
+    layer has one output scale after the convolution; here its weights and its input have one scale each, and their
+    product takes its place (ours: a quantizer sees one tensor, not the layer). Weights start with l, u = ±3σ,
+    activations with l = min(x) and u = 3σ / sqrt(1 - 2/π); c starts at mean|x| / mean|y / c| of the tensor.
     """
 
     bits_signed = (1, 2, 3, 4, 5, 6, 7, 8)
     includes_bounds = True
     positive = ('output_scale',)
-    is_idempotent = False  # the output has a scale of its own
+    is_idempotent = False  # The output scale differs from the input range.
 
     @property
     def shift(self) -> float:
@@ -201,7 +199,7 @@ class EWGSRange(UniformQuantizer):
 
     @property
     def has_zero(self) -> bool:
-        """Whether zero is quantized to zero: at the lower end of unsigned inputs, which l need not be."""
+        """Whether zero is quantized to zero; unsigned inputs guarantee it only for l >= 0."""
         return False
 
     def init(self, v):
@@ -228,17 +226,17 @@ class EWGSRange(UniformQuantizer):
         """Maps [l, u] to [-1, 1], or [0, 1] for unsigned."""
         x, low, high = v.astype(jnp.float32), prepared['lower'], prepared['upper']
         inside = (x >= low) & (x <= high)
-        # What lies outside is clipped whatever the bounds are, so they get no gradient from there.
+        # Values outside are clipped, so they contribute no gradient to the bounds.
         low, high = (jnp.where(inside, bound, jax.lax.stop_gradient(bound)) for bound in (low, high))
         normalized = (x - low) / (high - low)
         return 2 * normalized - 1 if self.signed else normalized
 
     def output(self, prepared):
-        """The output scale c."""
+        """Returns the output scale c."""
         return prepared['output_scale']
 
     def constrain(self, new, old):
-        """Keeps the output scale positive, and the range at least half as wide as it was."""
+        """Keeps the output scale positive and the range at least half as wide as before the update."""
         kept = super().constrain(new, old)
         least = jnp.maximum((old['upper'] - old['lower']) * LARGEST_SHRINKAGE, SMALLEST_STEP)
         missing = jnp.maximum(least - (kept['upper'] - kept['lower']), 0.0)

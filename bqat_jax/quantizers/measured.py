@@ -1,7 +1,6 @@
-"""Uniform quantizers without a learned scale: read off the weights at every step, or calibrated once.
+"""Uniform quantizers without a learned scale: computed from the weights in every forward pass, or calibrated once.
 
-The scale of the first kind is read off the weights in every forward pass. Activations cannot be quantized so: an
-example's output would depend on the rest of its batch.
+Activations cannot use the first kind: an example's output would depend on the rest of its batch.
 """
 
 import abc
@@ -21,12 +20,12 @@ from bqat_jax.quantizers.statistics import (
 )
 
 WEIGHTS_ALONE = (
-    'it reads its scale off the tensor at every step, so that an example would depend on its batch; quantize '
-    'activations by lsq or another quantizer'
+    'it computes its scale from the tensor at every step, so an example would depend on its batch; for activations use '
+    'lsq or another quantizer'
 )
-# BitNet's floor of mean|w|.
+# BitNet's lower bound of mean|w|.
 ABSMEAN_FLOOR = 1e-5
-# Table of SAWB's paper and code: bits to (c1, c2), for 2^bits levels.
+# From SAWB's paper and code: bits to (c1, c2), for 2^bits levels.
 SAWB_COEFFICIENTS = {
     2: (3.12, -2.064),
     3: (7.509, -6.892),
@@ -44,8 +43,8 @@ class DoReFa(UniformQuantizer):
         activations: y = q(clip(x, 0, 1))
 
     The gradient passes straight through q; tanh, its maximum and the clip (bounds included) are differentiated. With 1
-    bit it passes straight through altogether, and mean|w| gets none. There is nothing to learn. Weights end up in [-1,
-    1], whatever their size was: a batch norm has to follow.
+    bit the gradient passes straight through sign, and mean|w| gets none. The quantizer has no learned parameters.
+    Quantized weights lie in [-1, 1] at any scale of w, so a batch norm has to follow.
     """
 
     bits_signed = (1, 2, 3, 4, 5, 6, 7, 8)
@@ -84,7 +83,7 @@ class DoReFa(UniformQuantizer):
         return {}
 
     def prepare(self, parameters, v):
-        """Adds what is read off the weights."""
+        """Adds the statistics of the weights."""
         if not self.of_weights:
             return parameters
         if self.bits == 1:
@@ -100,14 +99,14 @@ class DoReFa(UniformQuantizer):
         return step, jnp.float32(self.shift)
 
     def transform(self, prepared, v):
-        """tanh(w) / max|tanh(w)|, or the input itself."""
+        """Returns tanh(w) / max|tanh(w)|, or v for activations and 1-bit weights."""
         if not self.of_weights or self.bits == 1:
             return v
         return jnp.tanh(v.astype(jnp.float32)) / prepared['largest']
 
 
 class _FromWeights(UniformQuantizer):
-    """A quantizer of weights whose step is read off them, without a gradient, and whose gradient passes the bounds."""
+    """Base of weight quantizers; the step is computed from the weights without a gradient, clipped weights get one."""
 
     per_channel = True
     not_for_activations = WEIGHTS_ALONE
@@ -116,7 +115,7 @@ class _FromWeights(UniformQuantizer):
     is_idempotent = False
 
     def init(self, v):
-        """Returns nothing: there are no parameters."""
+        """Returns {}: there are no parameters."""
         del v
         return {}
 
@@ -140,9 +139,9 @@ class SAWB(_FromWeights):
 
         y: the nearest of 2^bits equidistant levels from -a to a,   a = c1 · sqrt(mean(w²)) + c2 · mean|w|
 
-    which is the published rule without a level at zero; the inventors' code has a version with one too. dy/dw = 1,
-    through the clip too. Where a would not be positive, max|w| takes its place, as
-    in the inventors' code. c1 and c2 were fitted for 2, 3, 4, 5 and 8 bits.
+    This is the published rule, which has no level at zero; the authors' code also has a version with one. dy/dw = 1,
+    also for clipped weights. Where a is not positive, max|w| replaces it, as in the authors' code. c1 and c2 are fitted
+    for 2, 3, 4, 5 and 8 bits.
     """
 
     bits_signed = tuple(SAWB_COEFFICIENTS)
@@ -165,8 +164,8 @@ class StatsQ(_FromWeights):
 
         y = a · (round(clip(w / a, -1, 1) · n - 1/2) + 1/2) / n,   a = 2 · mean|w| per output channel,  n = 2^(bits-1)
 
-    without a level at zero; dy/dw = 1, beyond the clip too. The authors clip at 1 - 1e-6 to keep the uppermost code in
-    range; here the code itself is.
+    There is no level at zero; dy/dw = 1, also for clipped weights. The authors clip at 1 - 1e-6 to keep the largest
+    code in range; here the code is clipped.
     """
 
     bits_signed = (1, 2, 3, 4, 5, 6, 7, 8)
@@ -188,7 +187,7 @@ class AbsmeanTernary(_FromWeights):
 
         y = γ · clip(round(w / γ), -1, 1),   γ = max(mean|w|, 1e-5) of the whole tensor;   dy/dw = 1
 
-    Ternary codes are kept in 2 bits, so `bits` must be 2.
+    Ternary codes need 2 bits, so `bits` must be 2.
     """
 
     bits_signed = (2,)
@@ -212,10 +211,10 @@ class Binary(UniformQuantizer):
         dy/dx = 1 where |x| <= a, else 0;   dy/da = sign(x)
 
     The mask at a is ours: XNOR-Net has |x| <= 1 for the input of its sign, and adds 1/n to the weights' gradient for
-    their share in a. sign(0) = 1. The weights' gradient flows through a = mean|w| too, as in ReSTE's code. Unsigned
-    activations become 0 or a: a · round(clip(x / a, 0, 1)) (ours: the sign of what is never negative says nothing). A
-    learned a starts at mean|x| (2 · mean|x| if unsigned) and its gradient has LSQ's scale (ours). The estimators for
-    one bit, `reste`, `piecewise` and `polynomial`, see x in units of a.
+    their share in a. sign(0) = 1. The weights' gradient also flows through a = mean|w|, as in ReSTE's code. Unsigned
+    activations become 0 or a: a · round(clip(x / a, 0, 1)) (ours: their sign is constant). A learned a starts at
+    mean|x| (2 · mean|x| if unsigned) and its gradient has LSQ's scale (ours). The one-bit estimators `reste`,
+    `piecewise` and `polynomial` see x in units of a.
     """
 
     bits_signed = (1,)
@@ -231,7 +230,7 @@ class Binary(UniformQuantizer):
 
     @property
     def is_idempotent(self) -> bool:
-        """See `Quantizer`: the mean of rescaled channels is not that of the whole."""
+        """See `Quantizer`; rescaling channels changes the mean of the tensor."""
         return not self.of_weights
 
     def init(self, v):
@@ -239,23 +238,23 @@ class Binary(UniformQuantizer):
         return {} if self.of_weights else {'scale': mean_magnitude(self, v) * (1 if self.signed else 2)}
 
     def prepare(self, parameters, v):
-        """Reads a off the weights, or scales the gradient of the learned one."""
+        """Computes a from the weights, or scales the gradient of a learned a."""
         if self.of_weights:
             return {'scale': mean_magnitude(self, v)}
         return {'scale': scale_gradient(1 / math.sqrt(self.count(v.shape)), parameters['scale'])}
 
     def grid(self, prepared):
-        """See `UniformQuantizer.grid`; in units of a, which gets its gradient by `output`."""
+        """See `UniformQuantizer.grid`; in units of a, whose gradient flows through `output`."""
         scale = jax.lax.stop_gradient(prepared['scale'])
         return (2 * scale if self.signed else scale), jnp.float32(self.shift)
 
     def output(self, prepared):
-        """Exactly 1, with the gradient of a."""
+        """Returns exactly 1, with the gradient of a."""
         return prepared['scale'] / jax.lax.stop_gradient(prepared['scale'])
 
 
 class _Calibrated(UniformQuantizer):
-    """A quantizer whose step is found from data once, and then fixed."""
+    """Base of quantizers whose step is calibrated once and then fixed."""
 
     narrow: bool = False
 
@@ -274,12 +273,12 @@ class _Calibrated(UniformQuantizer):
 
 @register_quantizer('minmax')
 class MinMax(_Calibrated):
-    """The range of the calibration data, fixed: the least step at which nothing is clipped, with zero as a level.
+    """The fixed range of the calibration data: the smallest step at which nothing is clipped, with zero as a level.
 
-    Over several batches, the mean of their steps. The gradient of the input is LSQ's.
+    With several batches, the step is the mean over batches. The gradient of the input is LSQ's.
 
     Attributes:
-        narrow: leaves the lowest code out, so that the grid is symmetric.
+        narrow: omits the lowest code, which makes the grid symmetric.
     """
 
     narrow: bool = False
@@ -296,13 +295,13 @@ class MinMax(_Calibrated):
 
 @register_quantizer('octav')
 class Octav(_Calibrated):
-    """The clip of least mean squared error on the calibration data, fixed (OCTAV, Sakr et al., arXiv 2206.06501).
+    """The fixed clip of least mean squared error on the calibration data (OCTAV, Sakr et al., arXiv 2206.06501).
 
-    The clip is `optimal_clip`; the paper's own training computes it again in every step, and this one does not. The
-    gradient of the input is LSQ's; the paper's is the estimator `mad`.
+    `optimal_clip` computes the clip once; the paper computes it in every training step. The gradient of the input is
+    LSQ's; the paper's is the estimator `mad`.
 
     Attributes:
-        narrow: leaves the lowest code out, so that the grid is symmetric.
+        narrow: omits the lowest code, which makes the grid symmetric.
     """
 
     narrow: bool = False

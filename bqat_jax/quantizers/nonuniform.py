@@ -1,4 +1,4 @@
-"""Quantizers whose levels, or thresholds, are not equidistant: APoT, nuLSQ, LCQ and N2UQ."""
+"""Quantizers with non-equidistant levels or thresholds: APoT, nuLSQ, LCQ and N2UQ."""
 
 import math
 
@@ -25,14 +25,14 @@ from bqat_jax.quantizers.statistics import (
 
 # APoT's initial clip of normalized weights.
 APOT_WEIGHT_CLIP = 3.0
-# LCQ's number of intervals of the compressing function.
+# Number of intervals of LCQ's compressing function.
 LCQ_INTERVALS = 16
 
 
 def standardize(v: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns mean and standard deviation of weights, float32, without a gradient; a constant's deviation is 1."""
+    """Returns mean and standard deviation of weights, float32, without a gradient; constants get a deviation of 1."""
     x = jax.lax.stop_gradient(v.astype(jnp.float32))
-    # Of what is at most 1, since squares of large numbers overflow.
+    # Normalized to at most 1, because squares of large numbers overflow.
     largest = positive_or(jnp.max(jnp.abs(x)), 1.0)
     return jnp.mean(x / largest) * largest, positive_or(jnp.std(x / largest) * largest, 1.0)
 
@@ -40,8 +40,8 @@ def standardize(v: jax.Array) -> tuple[jax.Array, jax.Array]:
 def additive_powers_of_two(bits: int) -> np.ndarray:
     """Returns the 2^bits magnitudes of APoT, ascending from 0 to 1 (arXiv 1909.13144, section 3.1).
 
-    Sums of bits / 2 terms, each with 2 bits: p_i in {0, 2^-i, 2^-(i+n), 2^-(i+2n)}, n = bits / 2. Where bits is odd one
-    more term has a single bit; its power lies before the smallest of the others.
+    Sums of n = bits / 2 terms with 2 bits each: p_i in {0, 2^-i, 2^-(i+n), 2^-(i+2n)}. If bits is odd, one more term
+    has a single bit; its power precedes the smallest powers of the others.
     """
     terms, is_odd = divmod(bits, 2)
     powers = [[0.0] for _ in range(terms)]
@@ -68,11 +68,11 @@ class APoT(LevelQuantizer):
         activations: y = α · Π(clip(x / α, 0, 1));   weights: y = σ · α · Π(clip(w~ / α, -1, 1)),  w~ = (w - μ) / σ
         dy/dx = 1 where |x| <= α, else 0;   dy/dα = Π(u) - u inside, u = x / α;  sign(x) outside
 
-    Π projects to the nearest of the levels `additive_powers_of_two`, with a sign bit for weights and signed
-    activations: at 2 bits those are ternary. μ and σ have no gradient, as in the authors' code for CIFAR (their
-    ImageNet code differentiates them), and the gradient is clipped at every number of bits. σ is multiplied back
-    (ours), so that the layer's output keeps its scale; the paper leaves it to batch norm. α starts at 3 for weights, as
-    in the authors' code; for activations, where that starts from 6 or 8, at the clip of least squared error (ours).
+    Π projects to the nearest level of `additive_powers_of_two`, with a sign bit for weights and signed activations,
+    which are ternary at 2 bits. μ and σ have no gradient, as in the authors' code for CIFAR (their ImageNet code
+    differentiates them), and the gradient is clipped at every number of bits. σ is multiplied back (ours), so that the
+    layer's output keeps its scale; the paper leaves this to batch norm. α starts at 3 for weights, as in the authors'
+    code. For activations it starts at the clip of least squared error (ours; the authors' code starts at 6 or 8).
     """
 
     positive = ('clip_value',)
@@ -84,7 +84,7 @@ class APoT(LevelQuantizer):
 
     @property
     def has_zero(self) -> bool:
-        """Whether zero is quantized to zero: the mean is, for weights."""
+        """Whether zero is quantized to zero; for weights the mean is a level instead."""
         return not self.of_weights
 
     @property
@@ -117,17 +117,17 @@ class APoT(LevelQuantizer):
 
 @register_quantizer('nulsq')
 class NuLSQ(LevelQuantizer):
-    """Non-uniform learned step sizes (nuLSQ; Yamamoto et al., ACCV 2024): every level has a step to the next.
+    """Non-uniform learned step sizes (nuLSQ; Yamamoto et al., ACCV 2024): one step between every two levels.
 
         levels c_j = s_1 + .. + s_j, thresholds halfway between them
         dy/dx = 1 within the levels, else 0
         dy/ds_j = round(u) - u in bin j, u = (x - c_{j-1}) / s_j;  1 above all levels
 
-    Signed values have steps of their own below zero. The steps' gradient is multiplied by 1 / sqrt(N · (2^bits - 1))
-    for activations and 2 / sqrt(N · Q) for weights, Q the number of steps on their side of zero: Q_P = 2^(bits-1) - 1
-    above, Q_N = 2^(bits-1) below. N is as for LSQ: of activations the elements of one example (ours; the authors' code
-    counts the whole batch). All steps start equal, at the step of least squared
-    error for a normal (half-normal for unsigned) of the data's second moment.
+    Signed values have separate steps below zero. The steps' gradient is multiplied by 1 / sqrt(N · (2^bits - 1)) for
+    activations and 2 / sqrt(N · Q) for weights, with Q the number of steps on the same side of zero:
+    Q_P = 2^(bits-1) - 1 above, Q_N = 2^(bits-1) below. N is LSQ's; for activations it is the number of elements of one
+    example (ours; the authors' code counts the batch). All steps start at the step of least squared error for a normal
+    distribution (half-normal if unsigned) with the data's second moment.
     """
 
     positive = ('step_sizes', 'negative_step_sizes')
@@ -148,7 +148,7 @@ class NuLSQ(LevelQuantizer):
         return parameters
 
     def prepare(self, parameters, v):
-        """Scales the steps' gradients; the values stay as they are."""
+        """Scales the steps' gradients; the values do not change."""
 
         def factor(x):
             return 2 / math.sqrt(count * x.size) if self.of_weights else 1 / math.sqrt(count * self.upper)
@@ -172,11 +172,11 @@ class LCQ(Quantizer):
         dy/dx = 1 where |x| < α, else 0;   dy/dα = y / α - x / α inside, sign(x) outside
         dy/dθ by the chain rule through f and f⁻¹
 
-    n = 2^bits - 1, with a sign bit 2^(bits-1) - 1. f is piecewise linear on 16 intervals of [0, 1], of slopes
-    16 · softmax(θ). The round is the estimator's, in the compressed domain; x and α see f⁻¹ ∘ round ∘ f as one
-    rounding, θ sees all three. Weights are normalized before, and scaled back (limited weight normalization): y = σ ·
-    Q((w - μ) / σ), without a gradient through μ and σ (ours). α starts at the clip of least squared error (ours), θ at
-    zero: uniform.
+    n = 2^bits - 1, or 2^(bits-1) - 1 with a sign bit. f is piecewise linear on 16 intervals of [0, 1], with slopes
+    16 · softmax(θ). The estimator rounds in the compressed domain. For the gradients of x and α, f⁻¹ ∘ round ∘ f is one
+    rounding; θ gets gradients through all three. Weights are normalized and scaled back (limited weight normalization):
+    y = σ · Q((w - μ) / σ), without a gradient through μ and σ (ours). α starts at the clip of least squared error
+    (ours), θ at zero: uniform.
     """
 
     positive = ('clip_value',)
@@ -188,12 +188,12 @@ class LCQ(Quantizer):
 
     @property
     def has_zero(self) -> bool:
-        """Whether zero is quantized to zero: the mean is, for weights."""
+        """Whether zero is quantized to zero; for weights the mean is a level instead."""
         return not self.of_weights
 
     @property
     def compands(self) -> bool:
-        """Whether there is anything to compand: 2-bit weights are ternary and, as in the paper, uniform."""
+        """Whether levels are companded: not for 2-bit weights, which are ternary and uniform as in the paper."""
         return not (self.of_weights and self.bits == 2)
 
     @property
@@ -203,7 +203,7 @@ class LCQ(Quantizer):
 
     @property
     def spec(self) -> QuantizeSpec:
-        """How codes are found."""
+        """The rounding rule and its bounds."""
         return QuantizeSpec(self.estimator, self.lower, self.upper, includes_bounds=True)
 
     def init(self, v):
@@ -226,13 +226,13 @@ class LCQ(Quantizer):
         prepared = self.prepare(parameters, v)
         units = self._units(prepared, v)
         position, slopes = self._compress(prepared, jax.lax.stop_gradient(units))
-        # θ's way: through f, the rounding and f⁻¹.
+        # θ gets its gradient through f, the rounding and f⁻¹.
         rounded = quantize(self.spec, jnp.float32(1), jnp.float32(0), position, context)
         output = self._expand(slopes, rounded)
-        # The way of x and α: the rounding alone. Beyond the clip α has no part in it.
+        # x and α get theirs through the rounding only. Outside the clip α gets none through it.
         clip = prepared['clip_value']
         units = jnp.where(jnp.abs(units) < 1, units, self._units({**prepared, 'clip_value': _frozen(clip)}, v))
-        # |x| = α counts as beyond the clip, x = 0 as inside, for unsigned values too.
+        # |x| = α is outside the clip and x = 0 inside, also for unsigned values.
         beyond = jnp.where(jnp.abs(units) < 1, 1.0, 1.0 + 1e-6)
         straight = _frozen(position * beyond) + (units - _frozen(units))
         through = quantize(self.spec, jnp.float32(1), jnp.float32(0), straight, context)
@@ -257,7 +257,7 @@ class LCQ(Quantizer):
         return (output * self._scale(prepared)).astype(dtype)
 
     def _units(self, prepared, v):
-        """x / α."""
+        """Returns x / α."""
         x = v.astype(jnp.float32)
         if self.of_weights:
             x = (x - prepared['mean']) * (1 / prepared['deviation'])
@@ -268,7 +268,7 @@ class LCQ(Quantizer):
         return clip * prepared['deviation'] if self.of_weights else clip
 
     def _compress(self, prepared, units):
-        """n · sign · f(|units|), which goes on beyond 1 with slope 1, and the slopes of f."""
+        """Returns n · sign · f(|units|), extended beyond 1 with slope 1, and the slopes of f."""
         theta = prepared['theta'] if self.compands else jnp.zeros(LCQ_INTERVALS, jnp.float32)
         slopes = LCQ_INTERVALS * jax.nn.softmax(theta)
         size = jnp.abs(units)
@@ -278,8 +278,8 @@ class LCQ(Quantizer):
         return self.upper * jnp.sign(units) * compressed, slopes
 
     def _expand(self, slopes, codes):
-        """sign · f⁻¹(|codes| / n)."""
-        # Not jnp.sign and jnp.abs: at 0 the derivative is that of the right-hand side.
+        """Returns sign · f⁻¹(|codes| / n)."""
+        # Not jnp.sign and jnp.abs: at 0 the derivative must be the right-hand one.
         sign = jnp.where(codes < 0, -1.0, 1.0)
         size = sign * codes * (1 / self.upper)
         starts = _starts(slopes)
@@ -290,7 +290,7 @@ class LCQ(Quantizer):
 
 
 def _starts(slopes: jax.Array) -> jax.Array:
-    """f at the beginning of every interval."""
+    """Returns f at the start of every interval."""
     return jnp.concatenate([jnp.zeros(1, jnp.float32), jnp.cumsum(slopes)[:-1] / LCQ_INTERVALS])
 
 
@@ -308,24 +308,24 @@ class N2UQ(UniformQuantizer):
         x' = c_in · x;   p(x') piecewise linear from 0 at `start`, rising by 1 over every width a_i
         y = c_out · D · round(p(x')):  thresholds T_1 = start + a_1 / 2, T_(i+1) = T_i + (a_i + a_(i+1)) / 2
 
-    The generalized straight-through estimator is the derivative of that piecewise linear map, D / a_i inside segment i
-    and 0 outside, by which a_i and start learn too. A value exactly at `start`, as zeros after a ReLU are, lies
-    outside, as in the authors' code. Unsigned activations only: outputs begin at zero.
+    The generalized straight-through estimator is the derivative of this piecewise linear map: D / a_i inside segment i
+    and 0 outside. a_i and start get their gradients through it too. A value exactly at `start`, such as a zero after a
+    ReLU, is outside, as in the authors' code. Activations must be unsigned, because outputs start at zero.
 
-    Weights have a scale per output channel, read off them without a gradient:
+    Weights have a scale per output channel, computed from them without a gradient:
 
         y = c · (2/n) · (round(n · (clip(w / c, -1, 1) + 1) / 2) - n/2)
         c = n / 2^(bits-1) · mean|w|,   n = 2^bits - 1
 
-    without a level at zero; dy/dw = 1 where |w| <= c. The authors' code writes the pass-through with respect to w / c,
-    so that it multiplies the gradient by 1/c and does not clip it; we follow the formula. At first all widths are D,
-    start is 0 and the range is that of least squared error (ours; the authors start from scales of 1).
+    There is no level at zero; dy/dw = 1 where |w| <= c. The authors' code applies the pass-through to w / c, which
+    multiplies the gradient by 1/c and does not clip it; we follow the formula. Initially all widths are D, start is 0
+    and the range is the one of least squared error (ours; the authors start with scales of 1).
     """
 
     bits_signed = (1, 2, 3, 4, 5, 6, 7, 8)
     per_channel = True
     channel_by_default = True
-    not_for_signed_activations = 'its outputs begin at zero, and these activations can be negative'
+    not_for_signed_activations = 'its outputs start at zero, and these activations can be negative'
     includes_bounds = True
     positive = ('widths', 'input_scale', 'output_scale')
 
@@ -336,12 +336,12 @@ class N2UQ(UniformQuantizer):
 
     @property
     def is_idempotent(self) -> bool:
-        """See `Quantizer`: thresholds and levels have scales of their own."""
+        """See `Quantizer`; thresholds and levels have separate scales."""
         return False
 
     @property
     def has_zero(self) -> bool:
-        """Whether zero is quantized to zero: not if the thresholds move below it."""
+        """Whether zero is quantized to zero; not guaranteed, because thresholds can move below it."""
         return False
 
     def init(self, v):
@@ -370,17 +370,17 @@ class N2UQ(UniformQuantizer):
         return prepared['scale'] * (2 / (2**self.bits - 1)), jnp.float32(self.shift)
 
     def transform(self, prepared, v):
-        """The position among the segments."""
+        """Returns the position among the segments."""
         if self.of_weights:
             return v
         position = self._position(prepared, v)
         inside = _frozen((position > 0) & (position <= self.upper))
-        # What lies outside is clipped whatever the segments are, so they get no gradient from there.
+        # Values outside are clipped, so they contribute no gradient to the segments.
         outside = jnp.where(position == 0, _frozen(position), self._position(_frozen(prepared), v))
         return jnp.where(inside, position, outside)
 
     def output(self, prepared):
-        """The distance between outputs."""
+        """Returns the distance between outputs."""
         return None if self.of_weights else prepared['output_scale'] * (2 / self.upper)
 
     def _position(self, prepared, v):

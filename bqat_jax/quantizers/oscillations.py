@@ -1,7 +1,7 @@
-"""Weights that oscillate between two codes, and two cures (Nagel et al., ICML 2022, arXiv 2203.11086).
+"""Oscillating weights: tracking, dampening and freezing (Nagel et al., ICML 2022, arXiv 2203.11086).
 
-Near a threshold the gradient pushes a weight across and back again, step after step. Dampening adds a loss that pulls
-weights to the middle of their bin; freezing keeps the code of a weight that oscillates too often.
+Near a threshold, gradients push a weight back and forth between two codes. Dampening adds a loss that pulls weights to
+the middle of their bin; freezing fixes the code of a weight that oscillates too often.
 """
 
 from typing import NamedTuple
@@ -13,19 +13,19 @@ from bqat_jax.quantizers import Quantizer
 from bqat_jax.quantizers.base import Parameters
 
 AGGREGATIONS = ('sum', 'kernel_mean')
-# With more bits a weight's bin is so small that an oscillation does no harm; the paper's code tracks no more either.
+# With more bits, bins are so small that oscillations are harmless; the paper's code has the same limit.
 MOST_BITS = 4
 
 
 class Tracker(NamedTuple):
-    """What is remembered of one weight tensor; every array has its shape.
+    """Oscillation statistics of one weight tensor; every array has its shape.
 
     Attributes:
         codes: the integer codes after the last step, int8 or uint8.
-        direction: the sign of the last change of each code, int8; 0 before the first.
+        direction: the sign of the last change of each code, int8; 0 before the first change.
         frequency: moving average of oscillations, float32.
-        average: moving average of the codes, float32; the codes themselves as long as nothing is frozen.
-        is_frozen: whether the code stays as it is from now on.
+        average: moving average of the codes, float32; equal to the codes until freezing starts.
+        is_frozen: whether the code is fixed, bool.
     """
 
     codes: jax.Array
@@ -36,7 +36,7 @@ class Tracker(NamedTuple):
 
 
 def can_freeze(quantizer: Quantizer) -> bool:
-    """Whether a weight can be kept on its code by putting it on its level: not if its scale is read off the weights."""
+    """Returns whether weights can be frozen on their levels: not if the scale is computed from the weights."""
     return quantizer.is_idempotent
 
 
@@ -55,18 +55,18 @@ def init_tracker(quantizer: Quantizer, parameters: Parameters, weights: jax.Arra
 def track(tracker: Tracker, codes: jax.Array, momentum: float, threshold: jax.Array | float) -> Tracker:
     """Returns the tracker after a step that led to `codes`.
 
-    A code oscillates when it changes against the direction of its last change. With m the momentum
+    A code oscillates when it changes in the opposite direction of its last change. With momentum m,
 
         f <- m · oscillates + (1 - m) · f;   average <- m · code + (1 - m) · average
 
-    and where f > threshold the code is frozen for good, at round(average) of the average before the step. As in the
-    authors' code (Qualcomm-AI-research/oscillations-qat) the average begins at the codes when freezing does.
+    A code with f > threshold is frozen permanently, at round(average) with the average before the step. As in the
+    authors' code (Qualcomm-AI-research/oscillations-qat), the average starts at the codes when freezing starts.
 
     Args:
-        tracker: before the step.
-        codes: of the weights after it.
+        tracker: the tracker before the step.
+        codes: the codes of the weights after the step.
         momentum: m, 0 to 1.
-        threshold: infinity as long as nothing is to be frozen; oscillations are counted all the same.
+        threshold: infinity disables freezing; oscillations are still tracked.
     """
     change = jnp.sign(codes.astype(jnp.int16) - tracker.codes.astype(jnp.int16)).astype(jnp.int8)
     oscillates = (change * tracker.direction == -1).astype(jnp.float32)
@@ -85,42 +85,42 @@ def track(tracker: Tracker, codes: jax.Array, momentum: float, threshold: jax.Ar
 
 
 def freeze(quantizer: Quantizer, parameters: Parameters, weights: jax.Array, tracker: Tracker) -> jax.Array:
-    """Returns the weights with the frozen ones put on the level of their code; the scale still learns."""
+    """Returns the weights with each frozen weight set to the level of its code; the scale is still trained."""
     return jnp.where(tracker.is_frozen, quantizer.decode(parameters, tracker.codes, weights.dtype), weights)
 
 
 def hold(quantizer: Quantizer, parameters: Parameters, tracker: Tracker, quantized: jax.Array) -> jax.Array:
     """Returns quantized weights with the frozen ones decoded from their codes.
 
-    The values are the same. The gradients are those of a constant code: of y = s · code, dy/ds = code; and none of the
-    weight.
+    Values do not change. Gradients of a frozen weight are those of a constant code: for y = s · code, dy/ds = code and
+    dy/dw = 0.
 
     Args:
-        quantizer: of the weights.
-        parameters: its parameters, prepared.
-        tracker: of the weights.
-        quantized: the weights fake-quantized.
+        quantizer: the weights' quantizer.
+        parameters: its prepared parameters.
+        tracker: the weights' tracker.
+        quantized: the fake-quantized weights.
     """
     return jnp.where(tracker.is_frozen, quantizer.decode(parameters, tracker.codes, quantized.dtype), quantized)
 
 
 def dampening_loss(quantizer: Quantizer, parameters: Parameters, weights: jax.Array, aggregation: str) -> jax.Array:
-    """Returns Σ (w_q - clip(w, lowest, highest))², a scalar in float32, with a gradient for w alone.
+    """Returns Σ (w_q - clip(w, lowest, highest))², a float32 scalar with a gradient for w only.
 
-    Inside the range it pulls a weight to its level; clipped weights get nothing. 'kernel_mean' sums over output
-    channels and takes the mean over each kernel, as the authors' command line has it; 'sum' is the paper's formula.
+    The loss pulls weights inside the range to their levels; clipped weights contribute nothing. 'sum' is the paper's
+    formula; 'kernel_mean' sums over output channels and averages over each kernel, as in the authors' command line.
 
     Args:
-        quantizer: of the weights.
+        quantizer: the weights' quantizer.
         parameters: its parameters.
-        weights: output channels last.
+        weights: the weights, output channels last.
         aggregation: 'sum' or 'kernel_mean'.
 
     Raises:
         ValueError: for another aggregation.
     """
     if aggregation not in AGGREGATIONS:
-        raise ValueError(f'aggregation={aggregation!r}: it must be one of {", ".join(AGGREGATIONS)}.')
+        raise ValueError(f'aggregation={aggregation!r}: must be one of {", ".join(AGGREGATIONS)}.')
     fixed, values = jax.lax.stop_gradient((parameters, weights))
     lowest, highest = quantizer.limits(quantizer.prepare(fixed, values), weights.ndim)
     levels = quantizer.fake_quantize(fixed, values).astype(jnp.float32)

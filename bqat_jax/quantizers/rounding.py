@@ -1,8 +1,7 @@
-"""Rounding with a chosen backward rule: what a gradient estimator is, and the two functions in which one is used.
+"""Rounding with a chosen backward rule: the estimator interface, and the two functions that use an estimator.
 
-Rounding has a derivative that is zero almost everywhere, so training through it needs a stand-in. An estimator is that
-stand-in. A quantizer brings its input to the integer domain, where neighbouring codes are 1 apart, and leaves rounding
-and the gradient of rounding to its estimator.
+The derivative of rounding is zero almost everywhere; an estimator replaces it in training. A quantizer maps its input
+to the integer domain, where neighbouring codes are 1 apart. The estimator rounds there and defines the gradient.
 """
 
 import abc
@@ -17,14 +16,14 @@ from bqat_jax.errors import UserError
 
 
 class Context(NamedTuple):
-    """When, where and with what randomness a tensor is quantized; a pytree.
+    """Training progress, randomness and measurements that rounding depends on; a pytree.
 
     Attributes:
-        progress: the fraction of training that is done, 0 to 1, for estimators with a schedule.
-        key: random key in training; None in evaluation, where everything rounds.
-        strengths: what was measured during training for an estimator that needs it (`Estimator.needs_strength`): of one
-            quantizer a scalar; of a whole network {layer path: {role: scalar}}.
-        trackers: of a whole network: {layer path: tracker} of weights that may be frozen, see `oscillations`.
+        progress: the completed fraction of training, 0 to 1, for estimators with a schedule.
+        key: random key in training; None in evaluation, where every estimator rounds.
+        strengths: measured strengths for estimators with `needs_strength`: a scalar for one quantizer, {layer path:
+            {role: scalar}} for a network.
+        trackers: {layer path: tracker} of weights that may be frozen, for a network; see `oscillations`.
         lower: the smallest code; set by the quantizer.
         upper: the largest code; set by the quantizer.
     """
@@ -41,15 +40,15 @@ EVALUATION = Context()
 
 
 class Estimator(abc.ABC):
-    """A backward rule for rounding; a subclass is registered by `register_estimator` and so a frozen dataclass.
+    """A backward rule for rounding; `register_estimator` registers a subclass and makes it a frozen dataclass.
 
     All arrays are float32, in the integer domain and of one shape.
 
     Attributes:
-        name: set by the registration.
-        needs_strength: whether `Context.strengths` is read.
-        sign_only: whether the rule approximates the sign function, so that it fits two levels only.
-        weights_only: whether the rule makes sense for weights alone.
+        name: set by `register_estimator`.
+        needs_strength: whether the rule reads `Context.strengths`.
+        sign_only: whether the rule approximates the sign function and thus needs two levels.
+        weights_only: whether the rule is for weights only.
     """
 
     name: ClassVar[str] = ''
@@ -59,12 +58,12 @@ class Estimator(abc.ABC):
 
     @property
     def rounds_in_training(self) -> bool:
-        """Whether codes are whole numbers in training too, as they always are in evaluation."""
+        """Whether codes are integers in training too; in evaluation they always are."""
         return True
 
     @property
     def straight_step(self) -> bool:
-        """Whether steps, offsets and levels learn as if the rule were the identity: for a step, round(u) - u."""
+        """Whether steps, offsets and levels have the identity's gradient: for a step, round(u) - u."""
         return False
 
     def round(self, value: jax.Array, context: Context) -> jax.Array:
@@ -74,26 +73,26 @@ class Estimator(abc.ABC):
 
     @abc.abstractmethod
     def backward(self, cotangent: jax.Array, value: jax.Array, rounded: jax.Array, context: Context) -> jax.Array:
-        """Returns the gradient with respect to `value`, where it lies between the smallest and the largest code.
+        """Returns the gradient with respect to `value` where it lies between the smallest and the largest code.
 
         Args:
-            cotangent: gradient with respect to what `round` returned.
-            value: what was rounded.
-            rounded: what `round` returned.
-            context: with the codes' bounds.
+            cotangent: gradient with respect to `rounded`.
+            value: the input of `round`.
+            rounded: the output of `round`.
+            context: context with the codes' bounds.
         """
 
     def backward_clipped(
         self, cotangent: jax.Array, value: jax.Array, bound: jax.Array, context: Context, *, passes: bool
     ) -> jax.Array:
-        """Returns the gradient with respect to `value` where it lies beyond the bounds.
+        """Returns the gradient with respect to `value` where it lies outside the bounds.
 
         Args:
-            cotangent: as above.
-            value: as above.
-            bound: the bound that the value was clipped to.
-            context: as above.
-            passes: whether the quantizer's own rule lets gradients pass its bounds.
+            cotangent: gradient with respect to the clipped value.
+            value: the value before clipping.
+            bound: the bound to which the value was clipped.
+            context: context with the codes' bounds.
+            passes: whether the quantizer passes gradients of clipped values.
         """
         del value, bound, context
         return cotangent if passes else jnp.zeros_like(cotangent)
@@ -101,16 +100,16 @@ class Estimator(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class QuantizeSpec:
-    """How codes are found, and what the gradient is at the bounds.
+    """The rounding rule, its bounds and the gradient at them.
 
     Attributes:
-        estimator: rounds, and gives the gradient between the bounds.
+        estimator: rounds and defines the gradient between the bounds.
         lower: the smallest code.
         upper: the largest code.
-        passes_bounds: whether the input's gradient passes on beyond the bounds.
-        includes_bounds: whether an input exactly at a bound counts as between the bounds for its own gradient, and for
-            that of levels; for that of a step it never does.
-        step_gradient_inside: whether the step's gradient has a part from inputs between the bounds.
+        passes_bounds: whether clipped inputs get a gradient.
+        includes_bounds: whether an input exactly at a bound is inside for its own gradient and for that of levels; for
+            a step's gradient it never is.
+        step_gradient_inside: whether inputs between the bounds contribute to the step's gradient.
     """
 
     estimator: Estimator
@@ -122,36 +121,36 @@ class QuantizeSpec:
 
     def codes(self, value: jax.Array, context: Context) -> jax.Array:
         """Returns the codes of values in the integer domain, in float32."""
-        # Rounding before clipping is the same as after it: the bounds are integers.
+        # Rounding and clipping commute, because the bounds are integers.
         rounded = self._check('round', self.estimator.round(value, self._where(context)), value)
         return jnp.clip(rounded, self.lower, self.upper)
 
     def backward(self, cotangent: jax.Array, value: jax.Array, context: Context) -> tuple[jax.Array, ...]:
-        """Returns (inside, counts, rounded, gradient between the bounds, bound, gradient with respect to value).
+        """Returns (inside, within, rounded, gradient between the bounds, bound, gradient with respect to value).
 
-        `inside` leaves the exact bounds out, `counts` has them if `includes_bounds`. The masks are explicit: the
-        derivative of jnp.clip is 0.5 at an exact bound, and activations after a ReLU sit there.
+        The mask `inside` excludes the exact bounds; `within` includes them if `includes_bounds`. The masks are explicit
+        because the derivative of jnp.clip is 0.5 at an exact bound, where activations after a ReLU lie.
         """
         where = self._where(context)
         inside = (value > self.lower) & (value < self.upper)
-        # The rule only sees values between the bounds: far outside it may not be finite.
+        # The rule only sees values between the bounds: far outside, it may not be finite.
         between = jnp.clip(value, self.lower, self.upper)
         rounded = self._check('round', self.estimator.round(between, where), value)
         gradient = self.estimator.backward(cotangent, between, rounded, where)
         self._check('backward', gradient, value)
         bound = jnp.where(value <= self.lower, float(self.lower), float(self.upper))
-        counts = (value >= self.lower) & (value <= self.upper) if self.includes_bounds else inside
+        within = (value >= self.lower) & (value <= self.upper) if self.includes_bounds else inside
         clipped = self.estimator.backward_clipped(cotangent, value, bound, where, passes=self.passes_bounds)
-        return inside, counts, rounded, gradient, bound, jnp.where(counts, gradient, clipped)
+        return inside, within, rounded, gradient, bound, jnp.where(within, gradient, clipped)
 
     def _check(self, method: str, returned: Any, value: Any) -> jax.Array:
-        """What a method of the estimator returned, if it is an array like `value`: another would be broadcast."""
+        """Returns `returned` if its shape is that of `value`; another shape would be broadcast silently."""
         shape = getattr(returned, 'shape', None)
         if shape != value.shape:
-            found = f'a {type(returned).__name__}' if shape is None else f'the shape {shape}'
+            actual = f'a {type(returned).__name__}' if shape is None else f'the shape {shape}'
             raise UserError(
-                f'{method} of the estimator {self.estimator.name!r} returned {found} for an array of shape '
-                f'{value.shape}: it must return one of the same shape.'
+                f'{method} of the estimator {self.estimator.name!r} returned {actual} for an array of shape '
+                f'{value.shape}: it must return an array of that shape.'
             )
         return returned
 
@@ -160,10 +159,10 @@ class QuantizeSpec:
 
 
 def in_steps(v: jax.Array, step: jax.Array) -> jax.Array:
-    """Returns v / step in float32.
+    """Returns v · (1 / step) in float32.
 
-    As a product with the reciprocal, which XLA makes of such a division in some programs and not in others: written
-    out, a value next to a threshold gets the same code in all of them.
+    XLA rewrites a division to this product in some programs only. With an explicit product, a value next to a threshold
+    gets one code in all programs.
     """
     return v.astype(jnp.float32) * (1.0 / step)
 
@@ -178,14 +177,14 @@ def quantize(spec: QuantizeSpec, step: jax.Array, shift: jax.Array, v: jax.Array
         dy/dstep  = code + shift - R' · u between the bounds, else bound + shift
         dy/dshift = step · (1 - R') between the bounds, else step
 
-    where R' is 1 for step and shift if the estimator has a `straight_step`.
+    For step and shift, R' is 1 if the estimator has a `straight_step`.
 
     Args:
         spec: estimator and bounds.
         step: positive, float32, () or a shape that broadcasts against v.
         shift: float32, () or the shape of step.
         v: floating-point array.
-        context: when and with what key.
+        context: progress, random key and strength.
 
     Returns:
         y in the shape and dtype of v; the arithmetic is float32.
@@ -195,8 +194,7 @@ def quantize(spec: QuantizeSpec, step: jax.Array, shift: jax.Array, v: jax.Array
 
 
 def _quantize_forward(spec, step, shift, v, context):
-    # Only what the layer holds anyway is kept: the backward pass computes codes and masks again, which costs less than
-    # storing them.
+    # The backward pass recomputes codes and masks, which costs less than storing them.
     return quantize(spec, step, shift, v, context), (step, shift, v, context)
 
 
@@ -208,8 +206,8 @@ def _quantize_backward(spec, residuals, cotangent):
     inside, _, rounded, gradient, bound, v_gradient = spec.backward(cotangent, value, context)
     gradient = cotangent if spec.estimator.straight_step else gradient
     if spec.step_gradient_inside:
-        # As a sum whose second part is exactly zero where the rule is the identity: the difference of
-        # cotangent · (code + shift) and gradient · u would lose digits.
+        # The second term is exactly zero if the rule is the identity; the difference of cotangent · (code + shift) and
+        # gradient · u would lose digits.
         within = cotangent * (rounded - value) + (cotangent - gradient) * units
     else:
         within = jnp.zeros_like(cotangent)
@@ -228,23 +226,22 @@ quantize.defvjp(_quantize_forward, _quantize_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def quantize_to_levels(spec: QuantizeSpec, levels: jax.Array, v: jax.Array, context: Context) -> jax.Array:
-    """Quantizes to the nearest of any ascending levels.
+    """Quantizes to the nearest of arbitrary ascending levels.
 
     The integer domain is the position among the levels: a value a quarter of the way from level 2 to level 3 is at
-    2.25, so that rounding finds the nearest level and every estimator has a meaning. With p = j + w the position, and
-    levels l:
+    2.25. Rounding thus gives the nearest level, and every estimator applies. With the position p = j + w and levels l:
 
         dy/dv   = R'(p) between the bounds, else 0 (or as `spec` and the estimator say)
         dy/dl_k = [k = code] - R' · ((1 - w) · [k = j] + w · [k = j+1]) between the bounds, else [k = code]
 
-    For levels k·step this is LSQ's gradient of the step, for levels that are sums of steps it is nuLSQ's. For the
-    levels R' is 1 if the estimator has a `straight_step`.
+    For levels k·step this gives LSQ's gradient of the step, for levels that are sums of steps nuLSQ's. For the levels,
+    R' is 1 if the estimator has a `straight_step`.
 
     Args:
         spec: estimator and bounds, 0 and len(levels) - 1.
         levels: float32 (levels,), ascending.
         v: floating-point array.
-        context: when and with what key.
+        context: progress, random key and strength.
 
     Returns:
         y in the shape and dtype of v; the arithmetic is float32.
@@ -257,12 +254,12 @@ def quantize_to_levels(spec: QuantizeSpec, levels: jax.Array, v: jax.Array, cont
 
 
 def nearest_levels(spec: QuantizeSpec, levels: jax.Array, v: jax.Array) -> jax.Array:
-    """Returns the numbers of the levels that `quantize_to_levels` gives in evaluation, int32."""
+    """Returns the indices of the levels that `quantize_to_levels` returns in evaluation, int32."""
     return spec.codes(_position(levels, v)[2], EVALUATION).astype(jnp.int32)
 
 
 def _position(levels: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(j, w, p): which two levels v lies between or beyond, spec far, and the position j + w."""
+    """Returns (j, w, p): v is at fraction w between levels j and j + 1, or beyond the outermost levels; p = j + w."""
     v = v.astype(jnp.float32)
     below = jnp.searchsorted(levels[1:-1], v, side='right').astype(jnp.int32)
     start, end = levels[below], levels[below + 1]
@@ -271,7 +268,7 @@ def _position(levels: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, ja
 
 
 def _split(position: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """Whole and fractional part of a position that need not be whole, as additive noise leaves it."""
+    """Returns the integer and the fractional part of a position; with additive noise it is not an integer."""
     below = jnp.clip(jnp.floor(position), 0, count - 2)
     return below.astype(jnp.int32), position - below
 
@@ -310,7 +307,7 @@ def round_with_estimator(
     Args:
         estimator: the backward rule.
         value: floating-point array of any shape, in the integer domain.
-        context: when and with what key.
+        context: progress, random key and strength.
         lower: the smallest code.
         upper: the largest code.
     """
@@ -328,7 +325,7 @@ scale_gradient.defvjp(lambda factor, x: (x, None), lambda factor, _, cotangent: 
 
 
 def sum_to_shape(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Returns x summed over the axes along which an array of `shape`, () or of as many axes as x, was broadcast."""
+    """Returns x summed to `shape`, which is () or has the axes of x, some of size 1."""
     if shape == ():
         return jnp.sum(x)
     axes = tuple(axis for axis, size in enumerate(shape) if size == 1)

@@ -1,4 +1,4 @@
-"""Gradient estimators for two levels, which approximate the sign function."""
+"""Gradient estimators for two levels: approximations of the sign function."""
 
 import abc
 import math
@@ -14,14 +14,14 @@ class SignEstimator(Estimator):
     """A rule that approximates the sign function, for two levels.
 
     With u = -1 at the lower and 1 at the upper code, F'(u) is the derivative of an approximation F of sign(u). As
-    2 · (round(x) - lower) - 1 = sign(u), the derivative of rounding is F'(u). It holds beyond the codes too.
+    2 · (round(x) - lower) - 1 = sign(u), the derivative of rounding is F'(u). It applies outside the codes too.
     """
 
     sign_only = True
 
     @abc.abstractmethod
     def derivative(self, u: jax.Array, progress: jax.Array) -> jax.Array:
-        """Returns F'(u) when the fraction `progress` of training is done."""
+        """Returns F'(u) at `progress`, the completed fraction of training."""
 
     def backward(self, cotangent, value, rounded, context):
         """See `Estimator.backward`."""
@@ -38,9 +38,9 @@ class SignEstimator(Estimator):
 class ReSTE(SignEstimator):
     """Rectified straight-through estimator (Wu et al., ICCV 2023): the sign as a limit of powers.
 
-    F(u) = sign(u) · |u|^(1/o);  F'(u) = (1/o) · |u|^((1-o)/o) for m < |u| <= t,  F(m) / m for |u| <= m,  0 beyond t
+    F(u) = sign(u) · |u|^(1/o);  F'(u) = (1/o) · |u|^((1-o)/o) for m < |u| <= t,  F(m) / m for |u| <= m,  0 for |u| > t
 
-    o grows with training: o = 1 + (1 - cos(π/2 · progress)) · (o_end - 1), so that the rule goes from the
+    o grows with training: o = 1 + (1 - cos(π/2 · progress)) · (o_end - 1). The rule thus moves from the
     straight-through estimator towards the sign.
 
     Attributes:
@@ -70,7 +70,7 @@ class ReSTE(SignEstimator):
 class Piecewise(SignEstimator):
     """The piecewise polynomial of Bi-Real Net (Liu et al., ECCV 2018, arXiv 1808.00278).
 
-    F(u) = 2u + u² for -1 <= u < 0, 2u - u² for 0 <= u < 1;  F'(u) = 2 - 2|u|, 0 beyond
+    F(u) = 2u + u² for -1 <= u < 0, 2u - u² for 0 <= u < 1;  F'(u) = 2 - 2|u| for |u| <= 1, else 0
     """
 
     def derivative(self, u, progress):
@@ -81,12 +81,12 @@ class Piecewise(SignEstimator):
 
 @register_estimator('polynomial')
 class Polynomial(SignEstimator):
-    """Polynomial approximations of the sign, of any degree (ours; degree 1 is `piecewise`).
+    """Polynomial approximation of the sign, of any degree (ours; degree 1 is `piecewise`).
 
-    F(u) = (1 + 1/p) · (u - sign(u) · |u|^(p+1) / (p+1));  F'(u) = (1 + 1/p) · (1 - |u|^p) for |u| <= 1, 0 beyond
+    F(u) = (1 + 1/p) · (u - sign(u) · |u|^(p+1) / (p+1));  F'(u) = (1 + 1/p) · (1 - |u|^p) for |u| <= 1, else 0
 
     Attributes:
-        degree: p >= 1, of F'; the larger, the nearer to the straight-through estimator.
+        degree: p >= 1, the degree of F'; larger degrees are closer to the straight-through estimator.
     """
 
     degree: int = 2

@@ -1,4 +1,4 @@
-"""What initial scales are made from: sums over a tensor or over its channels, robust to data that say nothing."""
+"""Statistics for initial scales, per tensor or per channel, with fallbacks for all-zero data."""
 
 import functools
 import math
@@ -11,32 +11,32 @@ import numpy as np
 from bqat_jax.quantizers.base import Quantizer, positive_or
 
 OCTAV_ITERATIONS = 20
-# A search for the range of least error looks at no more values than this, and at so many candidates for each end.
+# The search for the range of least error uses at most this many values, and this many candidates per end.
 SEARCHED_VALUES = 8192
 SEARCHED_FRACTIONS = 20
 GOLDEN_STEPS = 60
 
 
 def mean_magnitude(quantizer: Quantizer, v: jax.Array) -> jax.Array:
-    """Returns mean|v| per tensor or channel, float32; where it is zero that of the whole tensor, or else 1."""
+    """Returns mean|v| per tensor or channel, float32; a zero is replaced by the tensor's mean|v|, or by 1."""
     return _with_fallback(quantizer, v, lambda x, axes: jnp.mean(jnp.abs(x), axis=axes))
 
 
 def maximum_magnitude(quantizer: Quantizer, v: jax.Array) -> jax.Array:
-    """Returns max|v|, as `mean_magnitude` does."""
+    """Returns max|v| per tensor or channel, with the fallbacks of `mean_magnitude`."""
     return _with_fallback(quantizer, v, lambda x, axes: jnp.max(jnp.abs(x), axis=axes))
 
 
 def standard_deviation(quantizer: Quantizer, v: jax.Array) -> jax.Array:
-    """Returns the standard deviation, as `mean_magnitude` does; of a constant it is max|v|."""
+    """Returns the standard deviation per tensor or channel, float32; max|v| for constants."""
     largest = maximum_magnitude(quantizer, v)
-    # Of what is at most 1, since squares of large numbers overflow.
+    # Normalized to at most 1, because squares of large numbers overflow.
     units = v.astype(jnp.float32) / quantizer.broadcast(largest, v.ndim)
     return positive_or(jnp.std(units, axis=quantizer.shared_axes(v.ndim)), 1.0) * largest
 
 
 def root_mean_square(quantizer: Quantizer, v: jax.Array) -> jax.Array:
-    """Returns sqrt(mean(v²)), as `mean_magnitude` does."""
+    """Returns sqrt(mean(v²)) per tensor or channel, with the fallbacks of `mean_magnitude`."""
     largest = maximum_magnitude(quantizer, v)
     units = v.astype(jnp.float32) / quantizer.broadcast(largest, v.ndim)
     return positive_or(jnp.sqrt(jnp.mean(units**2, axis=quantizer.shared_axes(v.ndim))), 1.0) * largest
@@ -57,8 +57,8 @@ def optimal_clip(quantizer: Quantizer, v: jax.Array) -> jax.Array:
 
         s <- Σ|x| [|x| > s] / ( noise · Σ [0 < |x| <= s] + Σ [|x| > s] ),   noise = 4^-B / 3
 
-    20 Newton steps. 4^-B / 3 is Δ² / (12 s²) for the step Δ = 2s / 2^B of a signed grid; for unsigned ones Δ is
-    s / (2^B - 1) (ours). Where no value lies beyond s, the iteration stays there: so a constant is its own clip.
+    The iteration runs 20 Newton steps. 4^-B / 3 is Δ² / (12 s²) for the step Δ = 2s / 2^B of a signed grid; for
+    unsigned grids Δ is s / (2^B - 1) (ours). If no value exceeds s, s does not change, so a constant is its own clip.
 
     Returns:
         float32 () or (channels,), positive.
@@ -82,21 +82,21 @@ def optimal_clip(quantizer: Quantizer, v: jax.Array) -> jax.Array:
 
 
 def range_of_least_error(v: jax.Array, codes: int) -> tuple[jax.Array, jax.Array]:
-    """Returns the (lowest, highest) of `codes` equidistant levels that quantize v with the least squared error.
+    """Returns the lowest and highest of `codes` equidistant levels that quantize v with the least squared error.
 
-    A search over fractions of the data's minimum and maximum, on an evenly spread sample of the values.
+    The search tries fractions of the data's minimum and maximum, on a sample of the values with a fixed stride.
 
     Args:
         v: floating-point array.
         codes: number of levels, at least 2.
 
     Returns:
-        Two float32 scalars, the first below the second; 0 and codes - 1 for data of nothing but zeros.
+        Two ascending float32 scalars; 0 and codes - 1 for all-zero data.
     """
     x = v.astype(jnp.float32).reshape(-1)
     x = x[:: max(1, -(-x.size // SEARCHED_VALUES))]
     fractions = np.linspace(1 / SEARCHED_FRACTIONS, 1, SEARCHED_FRACTIONS, dtype=np.float32)
-    # Zero is one end of what is never negative, as it is of what is never positive.
+    # The range always includes zero.
     lows = jnp.minimum(jnp.min(x), 0.0) * np.repeat(fractions, SEARCHED_FRACTIONS)
     highs = jnp.maximum(jnp.max(x), 0.0) * np.tile(fractions, SEARCHED_FRACTIONS)
 
@@ -116,7 +116,8 @@ def range_of_least_error(v: jax.Array, codes: int) -> tuple[jax.Array, jax.Array
 def normal_step(lower: int, upper: int) -> float:
     """Returns the step that quantizes a standard normal to lower .. upper with the least mean squared error.
 
-    With lower = 0 the normal is folded: its positive half. By golden-section search on a fine grid of the density.
+    If lower is 0, the distribution is half-normal. The step comes from a golden-section search on a fine grid of the
+    density.
     """
     x = np.linspace(0.0 if lower == 0 else -8.0, 8.0, 40001)
     weights = np.exp(-(x**2) / 2)

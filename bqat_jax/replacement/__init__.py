@@ -1,1 +1,1 @@
-"""Block replacement: which blocks are low precision (plans), how they run (paths), what is minimised (objective)."""
+"""Block replacement: plans (which blocks are low precision), paths (how they run) and the objective."""

@@ -1,4 +1,4 @@
-"""Block replacement as one object: a network, its quantizers, a plan, an objective, and how they run together."""
+"""Block replacement as one object: a network, its quantizers, a plan and an objective."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -21,11 +21,12 @@ NO_TEACHER = Outputs(None)
 
 
 class Batch(NamedTuple):
-    """What a loss is computed on; a pytree.
+    """A batch of examples; a pytree.
 
     Attributes:
-        inputs: as the network takes them, examples along the first axis.
-        targets: of the task, see `bqat_jax.replacement.task_kinds`; for images labels, integers (batch,).
+        inputs: the network's inputs, with examples along the first axis.
+        targets: the task's targets, see `bqat_jax.replacement.task_kinds`; for image classification integer labels
+            (batch,).
     """
 
     inputs: Any
@@ -34,17 +35,17 @@ class Batch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class BlockReplacement:
-    """The static half of training by block replacement; all arrays are arguments.
+    """The static part of training by block replacement; all arrays are arguments of its methods.
 
     Attributes:
         network: the network, divided into blocks.
-        quantization: its quantizers; none of them for full precision.
-        plan: which mixed-precision models run.
-        objective: what is minimised.
+        quantization: its quantizers; empty for full precision.
+        plan: the plan of mixed-precision models.
+        objective: the objective to minimise.
 
     Raises:
-        ValueError: if the plan is for another number of blocks, or nothing in the objective trains the LP network as a
-            whole.
+        ValueError: if the plan is for another number of blocks, or no term of the objective trains the complete LP
+            network.
     """
 
     network: BlockNetwork
@@ -55,7 +56,7 @@ class BlockReplacement:
     def __post_init__(self):
         if self.plan.num_blocks != len(self.network.blocks):
             raise ValueError(
-                f'The plan is for {self.plan.num_blocks} blocks, and the network has {len(self.network.blocks)}: give '
+                f'The plan is for {self.plan.num_blocks} blocks, and the network has {len(self.network.blocks)}. Use '
                 f'Plan({self.plan.name!r}, {len(self.network.blocks)}).'
             )
         self.objective.check_trains_network(self.plan.num_paths)
@@ -67,7 +68,7 @@ class BlockReplacement:
 
     @property
     def needs_partner(self) -> bool:
-        """Whether the partner's features or logits are read."""
+        """Whether the plan or the objective reads the partner's features or logits."""
         return self.objective.needs_teacher(self.plan.num_paths) or self.plan.needs_partner_features
 
     def loss(
@@ -78,23 +79,22 @@ class BlockReplacement:
         context: Context,
         draw: tuple[jax.Array, jax.Array] | None = None,
     ) -> tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]:
-        """Runs the LP backbone, the teacher and the MP paths that the plan asks for, each once.
+        """Runs the LP backbone, the teacher and the plan's MP paths once each, and returns the loss.
 
         Args:
-            variables: of the LP network and its quantizers.
+            variables: variables of the LP network and its quantizers.
             partner: the FP partner's variables, {'params': ..., 'batch_stats': ...}, which get no gradient; None if
                 neither plan nor objective reads them.
             batch: inputs and targets.
-            context: the fraction of training that is done, for what follows a schedule; a random key for the plan's
-                draw, the quantizers' and dropout's, without which quantizers round as in evaluation; and strengths for
-                quantizers whose estimator measures one.
-            draw: mask and weights of the MP models, from `plan.draw`; if None they are drawn from the context's key.
+            context: progress for schedules; a random key for the plan, the quantizers and dropout (without a key,
+                quantizers round as in evaluation); and strengths for estimators that need them.
+            draw: mask and weights of the MP models from `plan.draw`; None draws them from the context's key.
 
         Returns:
-            The loss, a scalar, and (the collections of variables updated, {'batch_stats': ...}; metrics).
+            The loss, a scalar, and a pair: the updated collections, {'batch_stats': ...}, and the metrics.
 
         Raises:
-            ValueError: if the plan draws, and there is neither a draw nor a key; or without a partner that is needed.
+            ValueError: if the plan draws and both `draw` and the key are missing, or if the partner is needed and None.
         """
         if partner is None and self.needs_partner:
             raise ValueError(
@@ -103,7 +103,7 @@ class BlockReplacement:
         if context.key is None and self.network.streams and self.network.inputs is not None:
             raise ValueError(
                 f'Context(key=None): the network draws in training ({", ".join(self.network.streams)}), and would '
-                'draw the same in every step. Give a key, another in each step.'
+                'repeat one draw in every step. Give a different key in each step.'
             )
         plan_key, key = (None, None) if context.key is None else jax.random.split(context.key)
         if draw is None:
@@ -129,7 +129,7 @@ class BlockReplacement:
         return loss, (backbone.collections, metrics)
 
     def logits(self, variables: Variables, inputs: Any) -> jax.Array:
-        """Returns the LP network's logits, (batch, classes), as in evaluation."""
+        """Returns the LP network's logits in evaluation, (batch, classes)."""
         return run_backbone(self.network, self.quantization, variables, inputs, train=False).logits
 
 
@@ -141,19 +141,19 @@ def replace_blocks(
     plan: Plan | str = 'prefix',
     objective: Objective | None = None,
 ) -> tuple[BlockReplacement, Variables]:
-    """Returns block replacement for a network, and the variables from which its training starts.
+    """Returns block replacement for a network, and its initial variables.
 
     Args:
         network: the network, divided into blocks.
         partner: the full-precision variables, {'params': ..., 'batch_stats': ...}.
-        batches: inputs to calibrate on, as the network takes them; at least one batch.
-        quantizers: {'weights': settings, 'activations': settings, 'rules': which layers differ}, the keywords of
-            `bqat_jax.prepare`.
-        plan: a plan, or the name of one with its defaults.
-        objective: what is minimised; its defaults if None.
+        batches: batches of the network's inputs for calibration; at least one.
+        quantizers: {'weights': settings, 'activations': settings, 'rules': settings of particular layers}, the keywords
+            of `bqat_jax.prepare`.
+        plan: a plan, or the name of a plan with default options.
+        objective: the objective to minimise; None for the defaults.
 
     Returns:
-        Block replacement; the partner's parameters and statistics, with calibrated parameters of the quantizers.
+        Block replacement, and the partner's parameters and statistics with calibrated quantizer parameters.
 
     Raises:
         ValueError: for settings, rules or plans that do not exist or do not fit the network, or without a batch.
@@ -168,9 +168,9 @@ def replace_blocks(
     if not isinstance(partner, Mapping) or 'params' not in partner:
         raise ValueError("The partner's variables have no 'params': give {'params': ..., 'batch_stats': ...}.")
     partner = nn.meta.unbox(partner)
-    if not hasattr(batches, 'shape') and not isinstance(batches, Mapping):  # of one batch alone `prepare` complains
+    if not hasattr(batches, 'shape') and not isinstance(batches, Mapping):  # `prepare` rejects a single batch.
         batches = list(batches)
-    if isinstance(batches, list) and batches:  # of other inputs than its own the network complains
+    if isinstance(batches, list) and batches:  # `with_inputs` rejects inputs of other shapes than the network's.
         network = with_inputs(network, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batches[0]))
     run = network.as_function(partner, train=True, key=jax.random.key(0))
     quantization, parameters = prepare(run, partner['params'], batches, **quantizers)

@@ -1,4 +1,4 @@
-"""Losses and distances between arrays or trees of arrays; all are computed in float32."""
+"""Losses and distances between arrays or trees of arrays, computed in float32."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-# Below this the norm of what is matched says nothing, and dividing by it would.
+# Lower bound of the squared norm that errors are divided by.
 SMALLEST_NORM = 1e-12
 
 
 def mean(values: jax.Array, counted: jax.Array | None = None) -> jax.Array:
-    """Returns the mean of float32 values where `counted`, a bool array of their shape, is true; 0 if it is nowhere.
+    """Returns the mean of float32 values where `counted`, bool of their shape, is true; 0 if it is true nowhere.
 
-    None counts all of them.
+    None stands for all values.
     """
     if counted is None:
         return jnp.mean(values)
@@ -36,8 +36,9 @@ def cross_entropies(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array, counted: jax.Array | None = None) -> jax.Array:
-    """Returns the mean cross entropy over the positions that count, a float32 scalar; arguments as in the functions
-    `cross_entropies` and `mean`.
+    """Returns the mean cross entropy over counted positions, a float32 scalar.
+
+    Arguments as in `cross_entropies` and `mean`.
     """
     return mean(cross_entropies(logits, targets), counted)
 
@@ -45,13 +46,13 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, counted: jax.Array | No
 def distillation_loss(
     teacher_logits: jax.Array, logits: jax.Array, temperature: float, counted: jax.Array | None = None
 ) -> jax.Array:
-    """Returns T² · KL(softmax(z_F / T) ‖ softmax(z / T)), the mean over the positions that count, a float32 scalar.
+    """Returns T² · KL(softmax(z_F / T) ‖ softmax(z / T)), the mean over counted positions, a float32 scalar.
 
-    Source: Hinton et al., arXiv 1503.02531; T² keeps the gradient's size as T changes.
+    Source: Hinton et al., arXiv 1503.02531. T² keeps the gradient's scale as T changes.
 
     Args:
         teacher_logits: z_F, floats (.., classes).
-        logits: z, of the same shape.
+        logits: z, floats (.., classes).
         temperature: T.
         counted: bool (..), see `mean`.
     """
@@ -64,11 +65,11 @@ def distillation_loss(
 def bernoulli_distillation_loss(teacher_logits: jax.Array, logits: jax.Array, temperature: float) -> jax.Array:
     """Returns T² · KL(B(σ(z_F / T)) ‖ B(σ(z / T))) of Bernoulli distributions B, the mean over all logits, in float32.
 
-    It is `distillation_loss` for labels that do not exclude each other.
+    This is `distillation_loss` for multi-label targets.
 
     Args:
         teacher_logits: z_F, floats of any shape.
-        logits: z, of the same shape.
+        logits: z, in the shape of z_F.
         temperature: T.
     """
     teacher, own = (z.astype(jnp.float32) / temperature for z in (teacher_logits, logits))
@@ -78,15 +79,15 @@ def bernoulli_distillation_loss(teacher_logits: jax.Array, logits: jax.Array, te
 
 
 def relative_squared_error(h: jax.Array, g: jax.Array) -> jax.Array:
-    """Returns ‖h - g‖² / ‖g‖² in float32, for arrays of one shape."""
+    """Returns ‖h - g‖² / ‖g‖² in float32, for arrays of equal shape."""
     h, g = h.astype(jnp.float32), g.astype(jnp.float32)
     return jnp.sum((h - g) ** 2) / jnp.maximum(jnp.sum(g**2), SMALLEST_NORM)
 
 
 def tree_distance(tree: Any, teacher_tree: Any) -> jax.Array | None:
-    """Returns the mean of ‖h - g‖² / ‖g‖² over the float leaves of two trees of one structure; None if they have none.
+    """Returns the mean of ‖h - g‖² / ‖g‖² over the float leaves of two equally structured trees, or None without any.
 
-    Leaves weigh the same, whatever their size and scale. Other leaves (masks, lengths) are skipped.
+    Every leaf has equal weight, at any size and scale. Other leaves (masks, lengths) are skipped.
     """
     pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(teacher_tree), strict=True)
     errors = [relative_squared_error(h, g) for h, g in pairs if jnp.issubdtype(h.dtype, jnp.floating)]
@@ -94,20 +95,20 @@ def tree_distance(tree: Any, teacher_tree: Any) -> jax.Array | None:
 
 
 def feature_loss(features: Sequence[Any], teacher_features: Sequence[Any]) -> jax.Array:
-    """Returns the mean over blocks of ‖h_i - g_i‖² / ‖g_i‖², in float32; the sizes of features do not matter.
+    """Returns the mean over blocks of ‖h_i - g_i‖² / ‖g_i‖², in float32; blocks have equal weight.
 
     Args:
         features: h_1 .. h_n, each an array or a tree of arrays, see `tree_distance`.
-        teacher_features: g_1 .. g_n, of the same structures and shapes.
+        teacher_features: g_1 .. g_n, with the structures and shapes of `features`.
 
     Raises:
-        ValueError: if no block gives floats.
+        ValueError: if no block returns floats.
     """
     pairs = zip(features, teacher_features, strict=True)
     errors = [error for error in (tree_distance(h, g) for h, g in pairs) if error is not None]
     if not errors:
         raise ValueError(
-            'replacement.feature_matching: no block gives an array of floats, so there is nothing to match. Set it to '
-            '0, or cut the network elsewhere.'
+            'replacement.feature_matching: no block returns an array of floats, so there is nothing to match. Set it '
+            'to 0, or cut the network elsewhere.'
         )
     return sum(errors[1:], errors[0]) / len(errors)

@@ -1,4 +1,4 @@
-"""The layers of a network that is divided into blocks, found on shapes alone."""
+"""The layers of a block network, determined on shapes."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from bqat_jax.transform import Layers, find_layers, unquantized_share
 
 
 def find_network_layers(network: BlockNetwork, variables: Any) -> Layers:
-    """Returns the layers of a network that knows its inputs; nothing is computed.
+    """Returns the layers of a network with known inputs; the network is only traced.
 
     Args:
         network: the network.
@@ -17,12 +17,12 @@ def find_network_layers(network: BlockNetwork, variables: Any) -> Layers:
 
 
 def network_unquantized_share(network: BlockNetwork, variables: Any, layers: Layers) -> float:
-    """Returns the share of the multiply-accumulates with weights whose weights no quantizer reaches.
+    """Returns the share of the multiply-accumulates with weights that are not quantized.
 
     Args:
         network: the network.
         variables: its variables, or their shapes.
-        layers: what `find_network_layers` returns.
+        layers: layers from `find_network_layers`.
     """
     return unquantized_share(_run(network), layers.others, variables['params'], network.batch_of(1), variables)
 
@@ -30,8 +30,8 @@ def network_unquantized_share(network: BlockNetwork, variables: Any, layers: Lay
 def blocks_of_layers(network: BlockNetwork, variables: Any, layers: Layers) -> dict[str, str]:
     """Returns 'block 1', ... or 'head' for the path of every layer; arguments as `network_unquantized_share`.
 
-    A layer that runs in several of them, as the stack of an `nn.scan` that is cut between its iterations, has the first
-    and the last: 'block 1 - head'.
+    A layer that runs in several blocks, such as the stack of an `nn.scan` cut between iterations, gets the first and
+    the last: 'block 1 - head'.
     """
     pieces = network.trace(variables, None, train=False, size=1).modules()
     labels = [*(f'block {number}' for number in range(1, len(pieces))), 'head']

@@ -3,14 +3,14 @@
     h_0 = x,  h_i = Q_i(h_{i-1})                        the LP backbone, once
     g_0 = x,  g_i = F_i(g_{i-1}),  z_F = head_F(g_n)    the teacher, once
     z_Q   = head_Q(h_n)
-    z_M   = head_F(B_n(.. B_1(x))),  B_i = Q_i or F_i   an MP model, as the plan's mask says
+    z_M   = head_F(B_n(.. B_1(x))),  B_i = Q_i or F_i   an MP model, by the plan's mask
 
 The MP models are those of arXiv 2412.15846; in the form `prefix`, head_F(F_n(.. F_{i+1}(h_i))), those of arXiv
 2411.01547. The partner F is frozen: its parameters get no gradient and its batch norms use their stored statistics
-(ours), but gradients travel through its blocks into the LP blocks. The stem belongs to block 1 (ours). LP blocks that
-run on other features than the backbone's use the statistics of the batch and leave the stored ones alone (ours).
+(ours), but gradients flow through its blocks into the LP blocks. The stem belongs to block 1 (ours). LP blocks that run
+on features other than the backbone's use the statistics of the batch and do not update the stored ones (ours).
 
-Nothing is computed twice: as long as all blocks of a path are LP it is h_i, and as long as all are FP it is g_i.
+Features are shared: a path equals h_i while all its blocks are LP, and g_i while all are FP.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from bqat_jax.quantizers.rounding import EVALUATION, Context
 from bqat_jax.replacement.plans import Plan
 from bqat_jax.transform import Quantization
 
-# What is carried over a cut: arrays.
+# The arrays carried over a cut.
 Alive = tuple[jax.Array, ...]
 RunBlock = Callable[[int, Alive], Alive]
 
@@ -36,7 +36,7 @@ class Variables(NamedTuple):
     Attributes:
         params: the network's 'params' collection.
         quantizers: parameters of its quantizers, {layer path: {role: {name: array}}}.
-        collections: all other collections by name, {'batch_stats': ...}: what training changes without a gradient, and
+        collections: all other collections by name, {'batch_stats': ...}: variables updated without a gradient, and
             constants.
     """
 
@@ -46,17 +46,17 @@ class Variables(NamedTuple):
 
     @property
     def of_network(self) -> dict[str, Any]:
-        """All collections of the network, 'params' too."""
+        """All collections of the network, including 'params'."""
         return {**self.collections, PARAMS: self.params}
 
 
 class Outputs(NamedTuple):
-    """What a network gives for a batch; a pytree.
+    """The results of a network for a batch; a pytree.
 
     Attributes:
-        logits: its outputs, a tree, such as logits (batch, classes); None where nothing reads them.
-        features: what the end of every block gives, an array or a tuple of arrays, in order.
-        alive: what is carried over every cut.
+        logits: the outputs, a tree, such as logits (batch, classes); None if nothing reads them.
+        features: the output of every block in order, an array or a tuple of arrays.
+        alive: the arrays carried over every cut.
     """
 
     logits: Any
@@ -66,15 +66,15 @@ class Outputs(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Backbone:
-    """What a run of the LP backbone gives.
+    """The results of the LP backbone.
 
     Attributes:
         logits: z_Q, the outputs, such as (batch, classes).
-        features: h_1 .. h_n, what the end of every block gives.
-        alive: what is carried over every cut.
-        collections: all collections but 'params', updated in training.
-        run_block: `run_block(number, alive)` runs LP block `number`, above 0, on what another network carries over the
-            cut before it; the collections stay as they are.
+        features: h_1 .. h_n, the outputs of the blocks.
+        alive: the arrays carried over every cut.
+        collections: all collections except 'params', updated in training.
+        run_block: `run_block(number, alive)` runs LP block `number`, above 0, on the arrays that another network
+            carries over the cut before it; collections are not updated.
     """
 
     logits: Any
@@ -85,12 +85,12 @@ class Backbone:
 
 
 class Features(NamedTuple):
-    """What the MP paths start from.
+    """The inputs of the MP paths.
 
     Attributes:
-        lp: what the LP backbone carries over every cut, h_1 .. h_n and what passes by.
-        fp: what the partner carries, g_1 .. g_n and what passes by.
-        run_block: runs LP blocks on other features, see `Backbone`. It and `fp` are read only if
+        lp: the arrays that the LP backbone carries over every cut, including h_1 .. h_n.
+        fp: the arrays that the partner carries over every cut, including g_1 .. g_n.
+        run_block: runs LP blocks on other features, see `Backbone`. `fp` and `run_block` are only read if
             `Plan.needs_partner_features`.
     """
 
@@ -108,16 +108,16 @@ def run_backbone(
     train: bool,
     context: Context = EVALUATION,
 ) -> Backbone:
-    """Runs the network with its weights and layer inputs fake-quantized; with no quantizers this is the FP network.
+    """Runs the network with fake-quantized weights and layer inputs; without quantizers this is the FP network.
 
     Args:
         network: the network, divided into blocks.
         quantization: its quantizers.
-        variables: its arrays and those of its quantizers.
-        inputs: as the network takes them, examples along the first axis.
-        train: with batch statistics, or else with the stored ones.
-        context: of the quantizers: progress, randomness and strengths in training. Its key is that of the network's
-            random streams too; without one they draw the same in every call.
+        variables: variables of the network and its quantizers.
+        inputs: the network's inputs, with examples along the first axis.
+        train: True for batch statistics, False for the stored ones.
+        context: the quantizers' progress, random key and strengths in training. The network's random streams use the
+            key too; without a key they repeat one draw in every call.
     """
     quantized = quantization.quantize_params(variables.quantizers, variables.params, context)
     key = jax.random.key(0) if train and context.key is None and network.streams else context.key
@@ -132,7 +132,7 @@ def run_backbone(
 
 
 def bind_partner(network: BlockNetwork, partner: Any) -> BoundNetwork:
-    """Returns the partner, frozen; teacher and paths of one step share it, so that it is traced once.
+    """Returns the frozen partner; teacher and paths of one step share it, so that it is traced once.
 
     Args:
         network: the network, divided into blocks.
@@ -145,29 +145,29 @@ def run_teacher(partner: BoundNetwork, inputs: Any) -> Outputs:
     """Returns the partner's outputs z_F and features g_1 .. g_n, without a gradient.
 
     Args:
-        partner: what `bind_partner` returns.
-        inputs: as the network takes them.
+        partner: the partner from `bind_partner`.
+        inputs: the network's inputs.
     """
     run = partner.run(inputs)
     return jax.lax.stop_gradient(Outputs(run.outputs, run.features, run.alive))
 
 
 def run_paths(partner: BoundNetwork, plan: Plan, mask: jax.Array, features: Features) -> list[Any]:
-    """Returns the outputs of the MP models, a tree for each; [] where the plan has none.
+    """Returns the outputs of the MP models, one tree each; [] if the plan has none.
 
     Args:
-        partner: what `bind_partner` returns.
+        partner: the partner from `bind_partner`.
         plan: the plan.
         mask: the plan's draw, bool (paths, blocks).
-        features: of the backbone and, where the plan needs them, of the partner.
+        features: features of the backbone and, if the plan needs them, of the partner.
 
     Raises:
-        ValueError: if what the plan needs is missing.
+        ValueError: if the plan needs features or a function that is missing.
     """
     if plan.num_paths == 0:
         return []
     if plan.needs_partner_features and (not features.fp or features.run_block is None):
-        raise ValueError(f'The plan {plan.name!r} runs LP blocks on FP features: give `fp` and `run_block`.')
+        raise ValueError(f'The plan {plan.name!r} runs LP blocks on FP features. Give `fp` and `run_block`.')
     blocks = _Blocks(partner, features)
     if plan.is_drawn:
         return _run_drawn(blocks, plan, mask)
@@ -178,7 +178,7 @@ def run_paths(partner: BoundNetwork, plan: Plan, mask: jax.Array, features: Feat
 
 @dataclasses.dataclass(frozen=True)
 class _Blocks:
-    """What paths are made of; blocks are counted from 0."""
+    """The blocks of the paths; block indices start at 0."""
 
     partner: BoundNetwork
     features: Features
@@ -192,7 +192,7 @@ class _Blocks:
         return len(self.network.blocks)
 
     def lp(self, number: int, alive: Alive) -> Alive:
-        assert self.features.run_block is not None  # `run_paths` has seen to it
+        assert self.features.run_block is not None  # Checked by `run_paths`.
         return self.features.run_block(number, alive)
 
     def fp(self, number: int, alive: Alive) -> Alive:
@@ -202,7 +202,7 @@ class _Blocks:
         return self.partner.run_pieces(self.count, self.count, alive)
 
     def run(self, block: int, model: Sequence[bool], alive: Alive | None) -> Alive | None:
-        """What a model carries over the cut behind a block where it takes it from a network or runs LP, else None."""
+        """Returns the arrays after a block if they are shared with a network or the block is LP, else None."""
         if all(model[: block + 1]):
             return self.features.lp[block]
         if not any(model[: block + 1]):
@@ -211,7 +211,7 @@ class _Blocks:
 
 
 def _run_alone(blocks: _Blocks, model: Sequence[bool]) -> Any:
-    """A model by itself."""
+    """Runs a single model."""
     alive: Any = None
     for block in range(blocks.count):
         before, alive = alive, blocks.run(block, model, alive)
@@ -220,17 +220,17 @@ def _run_alone(blocks: _Blocks, model: Sequence[bool]) -> Any:
 
 
 def _run_merged(blocks: _Blocks, plan: Plan) -> list[Any]:
-    """All models of the plan; those that have come to FP blocks run together, so that each FP block runs once.
+    """Runs all models of the plan; models in FP blocks run together, so that each FP block runs once.
 
-    Such paths lie side by side behind the batch axis, (batch, paths, ...), and not one after another along it: then an
-    example's paths stay on the device that has the example. LP blocks cannot run so: their batch statistics are those
-    of one path. A model that comes back to an LP block leaves the others.
+    Merged paths have their axis after the batch axis, (batch, paths, ...), so that the paths of an example stay on the
+    device of the example. LP blocks run separately, because their batch statistics are those of one path. A model that
+    returns to an LP block leaves the merged ones.
     """
-    alone: dict[int, Any] = dict.fromkeys(range(len(plan.models)))  # model to what it carries
+    alone: dict[int, Any] = dict.fromkeys(range(len(plan.models)))  # model number to its arrays
     order: list[int] = []  # the models that run together
     together: Any = None
     for block in range(blocks.count):
-        crossings = blocks.network.crossings[block - 1]  # of the cut before it
+        crossings = blocks.network.crossings[block - 1]  # of the cut before the block
         leaving = [number for number in order if plan.models[number][block]]
         if leaving:
             alone |= {number: _take(crossings, together, order.index(number)) for number in leaving}
@@ -260,7 +260,7 @@ def _run_merged(blocks: _Blocks, plan: Plan) -> list[Any]:
 
 
 def _take(crossings: Sequence[Crossing], together: Any, place: int) -> Any:
-    """What the path at `place` carries."""
+    """Returns the arrays of the path at index `place`."""
     return tuple(
         x if crossing.axis is None else jax.lax.index_in_dim(x, place, crossing.axis + 1, keepdims=False)
         for crossing, x in zip(crossings, together, strict=True)
@@ -268,12 +268,12 @@ def _take(crossings: Sequence[Crossing], together: Any, place: int) -> Any:
 
 
 def _join(crossings: Sequence[Crossing], together: Any, joining: Sequence[Alive]) -> Any:
-    """Puts paths (batch, ...) beside those that run together, (batch, paths, ...); None if there are none."""
+    """Returns merged paths (batch, paths, ...) with single paths (batch, ...) appended; None if there are none."""
     if not joining:
         return together
     joined = []
     for number, crossing in enumerate(crossings):
-        if crossing.axis is None:  # the same for all
+        if crossing.axis is None:  # Equal for all paths.
             joined.append(joining[0][number])
             continue
         axis = crossing.axis + 1
@@ -284,7 +284,7 @@ def _join(crossings: Sequence[Crossing], together: Any, joining: Sequence[Alive]
 
 
 def _run_together(blocks: _Blocks, piece: int, paths: Any) -> Any:
-    """Runs an FP block, or the head, on paths (batch, paths, ...), with batch and paths merged."""
+    """Runs an FP block or the head on paths (batch, paths, ...), with the two axes merged."""
     before, after = blocks.network.crossings[piece - 1], blocks.network.crossings[piece]
     count = next((x.shape[c.axis + 1] for c, x in zip(before, paths, strict=True) if isinstance(c.axis, int)), 1)
 
@@ -303,13 +303,13 @@ def _run_together(blocks: _Blocks, piece: int, paths: Any) -> Any:
 
 
 def _run_drawn(blocks: _Blocks, plan: Plan, mask: jax.Array) -> list[Any]:
-    """The paths of the mask one by one, each block chosen by `jax.lax.cond`, so that only what is taken runs.
+    """Runs the paths of the mask one by one; `jax.lax.cond` chooses each block, so that only chosen blocks run.
 
-    The mask lies on every device, so all of them take the same branch.
+    The mask is replicated, so all devices take one branch.
     """
     outputs = []
     for path_mask in mask:
-        alive = blocks.features.lp[0]  # what no choice of the first block needs
+        alive = blocks.features.lp[0]  # No choice of the first block reads it.
         for block in range(blocks.count):
             alive = _choose(_choices(blocks, plan, block, path_mask), alive)
         outputs.append(blocks.head(alive))
@@ -317,7 +317,7 @@ def _run_drawn(blocks: _Blocks, plan: Plan, mask: jax.Array) -> list[Any]:
 
 
 def _choices(blocks: _Blocks, plan: Plan, block: int, mask: jax.Array) -> list[tuple[Any, Callable]]:
-    """What a block may do, each with the condition on which it does, if no earlier one holds."""
+    """Returns the possible (condition, function) pairs of a block; the first condition that holds applies."""
     before, here = mask[:block], mask[block]
     choices = {
         'lp feature': (jnp.all(before) & here, lambda x: blocks.features.lp[block]),
@@ -330,8 +330,8 @@ def _choices(blocks: _Blocks, plan: Plan, block: int, mask: jax.Array) -> list[t
 
 
 def _possible(plan: Plan, block: int) -> set[str]:
-    """Which choices of a block the plan can come to."""
-    if not plan.models:  # any mask
+    """Returns the names of a block's choices that can occur in the plan."""
+    if not plan.models:  # Any mask may occur.
         return {'lp feature', 'fp feature'} | ({'lp', 'fp'} if block else set())
     possible = set()
     for model in plan.models:
@@ -341,6 +341,6 @@ def _possible(plan: Plan, block: int) -> set[str]:
 
 
 def _choose(choices: list[tuple[Any, Callable]], alive: Alive) -> Alive:
-    """Runs the first choice whose condition holds; the last one needs none."""
+    """Runs the first choice whose condition holds, or else the last choice."""
     (condition, run), *others = choices
     return run(alive) if not others else jax.lax.cond(condition, run, lambda alive: _choose(others, alive), alive)

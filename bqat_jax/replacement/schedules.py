@@ -1,4 +1,4 @@
-"""Schedules: numbers that change over training, by name; a config writes 'linear:start=0.5,end=1'."""
+"""Schedules: numbers that change over training, by name; a config has 'linear:start=0.5,end=1'."""
 
 import abc
 from typing import ClassVar
@@ -16,16 +16,16 @@ def get_schedule(text: str) -> 'Schedule':
     """Returns the schedule that a text such as 'constant' or 'cosine:start=1,end=0' describes.
 
     Raises:
-        ValueError: for a name or option that does not exist, or a value that it cannot take.
+        ValueError: for an unknown name or option, or an invalid value.
     """
     return SCHEDULES.make(text)
 
 
 class Schedule(abc.ABC):
-    """A number that depends on the fraction of training that is done; it rises or falls all the way.
+    """A number that is a monotonic function of the completed fraction of training.
 
     Attributes:
-        name: set by the registration.
+        name: set by `register_schedule`.
     """
 
     name: ClassVar[str] = ''
@@ -33,16 +33,16 @@ class Schedule(abc.ABC):
     @property
     @abc.abstractmethod
     def ends(self) -> tuple[float, float]:
-        """The number at the beginning and at the end of training."""
+        """The numbers at the start and at the end of training."""
 
     @abc.abstractmethod
     def at(self, progress: jax.Array | float) -> jax.Array:
-        """Returns the number when the fraction `progress` of training, 0 to 1, is done; float32 ()."""
+        """Returns the number at `progress`, the completed fraction of training from 0 to 1; float32 ()."""
 
 
 @register_schedule('constant')
 class Constant(Schedule):
-    """The same number all the time.
+    """A constant number.
 
     Attributes:
         value: the number.
@@ -63,11 +63,11 @@ class Constant(Schedule):
 
 @register_schedule('linear')
 class Linear(Schedule):
-    """From `start` to `end` in a straight line.
+    """A linear change from `start` to `end`.
 
     Attributes:
-        start: the number at the beginning.
-        end: the number at the end.
+        start: the number at the start of training.
+        end: the number at the end of training.
     """
 
     start: float = 0.0
@@ -86,7 +86,7 @@ class Linear(Schedule):
 
 @register_schedule('cosine')
 class Cosine(Linear):
-    """From `start` to `end` along half a period of a cosine: slowly at first and at last."""
+    """A change from `start` to `end` along half a cosine period, slow at both ends."""
 
     def at(self, progress):
         """See `Schedule.at`."""

@@ -1,4 +1,4 @@
-"""The tasks that ship with the project: classification of images, pixels and tokens, several labels, regression."""
+"""Built-in tasks: classification of images, pixels and tokens, multi-label classification, regression."""
 
 import math
 from typing import Any, ClassVar
@@ -21,23 +21,23 @@ from bqat_jax.replacement.tasks import Metric, Task, ratio, register_task, selec
 
 @register_task('classification')
 class Classification(Task):
-    """One class for every position: an image, a pixel, a token.
+    """Classification of every position: an image, a pixel, a token.
 
-    Logits have the shape (batch, .., classes), targets are integer labels (batch, ..) or probabilities of the logits'
-    shape. The loss is the cross entropy, the distance T² · KL(teacher ‖ student) of the softmax at temperature T, both
-    the mean over positions that count; with none they are 0. Metrics: top1, cross_entropy (in nats).
+    Logits have the shape (batch, .., classes); targets are integer labels (batch, ..) or probabilities in the shape of
+    the logits. The loss is the cross entropy, the distance T² · KL(teacher ‖ student) of the softmax at temperature T.
+    Both are means over positions that are not ignored, or 0 if there are none. Metrics: top1, cross_entropy (in nats).
 
     Attributes:
-        ignore: the label of positions that count nowhere, such as padding; None: all count.
-        logits: which array of a tree of outputs holds the logits, as in 'logits', 'aux/logits' or '0'; '' if outputs
-            are one array.
+        ignore: label of positions to ignore, such as padding; None ignores no position.
+        logits: path of the logits in a tree of outputs, such as 'logits', 'aux/logits' or '0'; '' if the output is one
+            array.
     """
 
     ignore: int | None = None
     logits: str = ''
 
     loss_name = 'cross_entropy'
-    # What has a label of its own, and how many axes such labels have at least.
+    # What a label describes, and the smallest number of axes of labels.
     labelled: ClassVar[tuple[str, int]] = ('image', 1)
     score = Metric('top1', 'top-1', larger_is_better=True, is_fraction=True)
 
@@ -87,35 +87,35 @@ class Classification(Task):
         what, axes = self.labelled
         if targets.ndim < axes:
             raise ValueError(
-                f'The labels have the shape {targets.shape}, and the task wants one of every {what}. Take '
-                'another task (config.task), or other data.'
+                f'The labels have the shape {targets.shape}, and the task needs one label per {what}. Use another task '
+                '(config.task), or other data.'
             )
         if logits.ndim < 2:
-            raise ValueError(f'The logits have the shape {logits.shape}: it must be (batch, .., classes).')
+            raise ValueError(f'The logits have the shape {logits.shape}: must be (batch, .., classes).')
         if jnp.issubdtype(targets.dtype, jnp.floating):
             _check_soft_labels(logits, targets)
             if self.ignore is not None:
                 raise ValueError(
                     f'ignore={self.ignore}: the targets are probabilities ({targets.dtype}), which have no label to '
-                    'ignore. Leave ignore out, or give integer labels.'
+                    'ignore. Omit ignore, or give integer labels.'
                 )
         elif not jnp.issubdtype(targets.dtype, jnp.integer):
-            raise ValueError(f'The labels are {targets.dtype}: give integers, or probabilities as floats.')
+            raise ValueError(f'The labels are {targets.dtype}: must be integers, or probabilities as floats.')
         elif logits.shape[:-1] != targets.shape:
             remedy = _remedy(logits.shape, targets.shape)
             raise ValueError(
-                f'The logits have the shape {logits.shape} and the labels {targets.shape}: the logits must have that '
-                f'of the labels and one more axis, for the classes, at the end.{remedy}'
+                f'The logits have the shape {logits.shape} and the labels {targets.shape}: the logits must have the '
+                f'shape of the labels plus a last axis for the classes.{remedy}'
             )
         elif self.ignore is not None and not _can_hold(targets.dtype, self.ignore):
             raise ValueError(f'ignore={self.ignore}: the labels are {targets.dtype}, which cannot hold it.')
         if num_classes is not None and logits.shape[-1] != num_classes:
-            raise ValueError(f'The network gives {logits.shape[-1]} logits, and the data have {num_classes} classes.')
+            raise ValueError(f'The network returns {logits.shape[-1]} logits, and the data have {num_classes} classes.')
 
     def _read(self, outputs: Any, targets: Any) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-        """The logits, the targets, and which positions count; None for all.
+        """Returns the logits, the targets, and a mask of counted positions, None for all.
 
-        Where a position does not count its logits are 0: nothing of it gets into a gradient, be it NaN.
+        Logits of ignored positions are set to 0, so that they cannot affect gradients, even if they are NaN.
         """
         logits = select(outputs, str(self.logits), 'logits')
         if jnp.issubdtype(targets.dtype, jnp.integer):
@@ -126,7 +126,7 @@ class Classification(Task):
         return jnp.where(counted[..., None], logits, 0), jnp.where(counted, targets, 0), counted
 
     def _count(self, outputs: Any, targets: Any, mask: jax.Array) -> tuple[jax.Array, ...]:
-        """The logits, the targets, where logits are finite, and which positions count, those of masked examples not."""
+        """Returns logits, targets, a mask of finite logits, and a mask of counted positions of unmasked examples."""
         logits, targets, counted = self._read(outputs, targets)
         positions = logits.shape[:-1]
         of_mask = jnp.broadcast_to(mask.reshape(-1, *(1,) * (len(positions) - 1)), positions)
@@ -136,9 +136,9 @@ class Classification(Task):
 
 @register_task('language_model')
 class LanguageModel(Classification):
-    """Classification of the next byte, selected by bits per byte: the cross entropy divided by ln 2.
+    """Classification of the next byte, with checkpoints selected by bits per byte: the cross entropy divided by ln 2.
 
-    For tokens of several bytes it is bits per token.
+    With tokens of several bytes, the metric is bits per token.
     """
 
     labelled = ('token', 2)
@@ -160,9 +160,9 @@ class LanguageModel(Classification):
 
 @register_task('segmentation')
 class Segmentation(Classification):
-    """Classification of pixels, selected by the mean intersection over union (Jaccard index) of classes.
+    """Classification of pixels, with checkpoints selected by the mean intersection over union (Jaccard index).
 
-    The mean is over classes that occur in labels or predictions; intersection and union are those of a whole split.
+    The mean is over classes that occur in labels or predictions; intersection and union are summed over the split.
     """
 
     labelled = ('pixel', 2)
@@ -170,10 +170,10 @@ class Segmentation(Classification):
     reported = ('top1',)
 
     def counts(self, outputs, targets, mask):
-        """Returns what `Classification.counts` does, and for every class three sums of the confusion matrix.
+        """Returns the sums of `Classification.counts`, and three vectors of the confusion matrix.
 
-        They are 'intersections', its diagonal, and 'labels' and 'predictions', its margins. A position whose logits are
-        not finite is predicted as no class.
+        'intersections' is its diagonal, 'labels' and 'predictions' are its margins. A position whose logits are not
+        finite has no predicted class.
         """
         logits, labels, is_finite, counted = self._count(outputs, targets, mask)
         labels, predictions = classes_of(labels), jnp.argmax(logits, axis=-1)
@@ -196,14 +196,14 @@ class Segmentation(Classification):
 
 @register_task('multi_label')
 class MultiLabel(Task):
-    """Labels that do not exclude each other: targets are 0 or 1, or probabilities, of the logits' shape.
+    """Multi-label classification: targets are 0 or 1, or probabilities, in the shape of the logits.
 
-    The loss is the cross entropy of the sigmoid, the distance T² · KL(teacher ‖ student) of Bernoulli distributions,
-    both the mean over all labels. Metrics: label_accuracy, the fraction of labels whose logit has the right sign, and
-    cross_entropy.
+    The loss is the cross entropy of the sigmoid, the distance T² · KL(teacher ‖ student) of Bernoulli distributions.
+    Both are means over all labels. Metrics: label_accuracy, the fraction of labels whose logit has the correct sign,
+    and cross_entropy.
 
     Attributes:
-        logits: which array of a tree of outputs holds the logits; see `Classification`.
+        logits: path of the logits in a tree of outputs; see `Classification`.
     """
 
     logits: str = ''
@@ -253,7 +253,7 @@ class MultiLabel(Task):
         _check_is_array(targets)
         _check_soft_labels(logits, targets)
         if num_classes is not None and logits.shape[-1] != num_classes:
-            raise ValueError(f'The network gives {logits.shape[-1]} logits, and the data have {num_classes} labels.')
+            raise ValueError(f'The network returns {logits.shape[-1]} logits, and the data have {num_classes} labels.')
 
     def _select(self, outputs: Any) -> Any:
         return select(outputs, str(self.logits), 'logits')
@@ -268,13 +268,13 @@ class MultiLabel(Task):
 
 @register_task('regression')
 class Regression(Task):
-    """Numbers: targets have the structure and the shapes of the outputs.
+    """Regression: targets have the structure and the shapes of the outputs.
 
-    The loss is the mean squared error over all numbers. The distance is ‖student - teacher‖² / ‖teacher‖², as of
-    features, the mean over arrays if outputs are a tree; it has no temperature. Metric: mse.
+    The loss is the mean squared error over all numbers. The distance is ‖student - teacher‖² / ‖teacher‖², the mean
+    over arrays if the outputs are a tree; it has no temperature. Metric: mse.
 
     Attributes:
-        prediction: which array of a tree of outputs is compared with the targets, as in 'y' or '0'; '' for all.
+        prediction: path of the array that is compared with the targets, such as 'y' or '0'; '' for all outputs.
     """
 
     prediction: str = ''
@@ -291,7 +291,7 @@ class Regression(Task):
         """See `Task.distance`."""
         del targets, temperature
         distance = tree_distance(self._select(student), self._select(teacher))
-        assert distance is not None  # `check` has seen to it
+        assert distance is not None  # Checked by `check`.
         return distance
 
     def is_finite(self, outputs, targets):
@@ -299,7 +299,7 @@ class Regression(Task):
         return super().is_finite(self._select(outputs), targets)
 
     def counts(self, outputs, targets, mask):
-        """Returns 'squared_error', infinite if an output is not finite, and 'counted'; see `Task.counts`."""
+        """Returns 'squared_error' (infinite if an output is not finite) and 'counted'; see `Task.counts`."""
         errors = [x.reshape(x.shape[0], -1) for x in self._squared_errors(outputs, targets)]
         of_example = sum((jnp.sum(x, axis=-1) for x in errors), jnp.zeros(mask.shape, jnp.float32))
         of_example = jnp.where(jnp.isfinite(of_example), of_example, jnp.inf)
@@ -320,14 +320,14 @@ class Regression(Task):
         if structures[0] != structures[1]:
             raise ValueError(
                 f"The network's outputs have the structure {structures[0]} and the targets {structures[1]}: they must "
-                "be the same, or prediction='name' says which array of the outputs the targets belong to."
+                "be equal, or prediction='name' must name the array of the outputs that the targets belong to."
             )
         for y, target in zip(jax.tree.leaves(predictions), jax.tree.leaves(targets), strict=True):
             _check_floats(y, 'outputs')
             if y.shape != target.shape:
                 raise ValueError(
-                    f'The outputs have the shape {y.shape} and the targets {target.shape}: they must be the same. '
-                    'Reshape the one or the other (for a single number for each example: outputs[:, 0]).'
+                    f'The outputs have the shape {y.shape} and the targets {target.shape}: they must be equal. '
+                    'Reshape one of them (for a single number per example: outputs[:, 0]).'
                 )
 
     def _select(self, outputs: Any) -> Any:
@@ -342,12 +342,12 @@ CLASSIFICATION = Classification()
 
 
 def classes_of(targets: jax.Array) -> jax.Array:
-    """Labels as they are; of probabilities the most likely class."""
+    """Returns integer labels unchanged, and the most likely classes of probabilities."""
     return jnp.argmax(targets, axis=-1) if jnp.issubdtype(targets.dtype, jnp.floating) else targets
 
 
 def _count_classes(num_classes: int):
-    """A function of classes (..) and of which count, bool (..): how often each occurs, int32 (classes,)."""
+    """Returns a function of classes (..) and a mask, bool (..), that counts each class, int32 (classes,)."""
 
     def count(classes: jax.Array, counted: jax.Array) -> jax.Array:
         zeros = jnp.zeros(num_classes, jnp.int32)
@@ -372,7 +372,7 @@ def _check_is_array(targets: Any) -> None:
     if not hasattr(targets, 'dtype'):
         raise ValueError(
             f'The targets are a {type(targets).__name__}: this task takes one array. Choose it where batches are '
-            'prepared, or give CustomTask(loss).'
+            'prepared, or use CustomTask(loss).'
         )
 
 
@@ -380,12 +380,12 @@ def _check_soft_labels(logits: Any, targets: Any) -> None:
     if logits.shape != targets.shape:
         raise ValueError(
             f'The logits have the shape {logits.shape} and the targets {targets.shape} ({targets.dtype}): with a '
-            'target for every class the two shapes must be the same. For one label for each position give integers.'
+            'target per class the shapes must be equal. For one label per position, give integers.'
         )
 
 
 def _remedy(logits: tuple[int, ...], labels: tuple[int, ...]) -> str:
-    """What can be done about logits that do not fit their labels."""
+    """Returns how to fix logits that do not fit their labels, or ''."""
     without_ones = (logits[0], *(size for size in logits[1:-1] if size != 1))
     if len(logits) > len(labels) + 1 and without_ones == labels:
         return (

@@ -1,5 +1,6 @@
-"""What a task is: its loss, how far two networks' outputs are apart, what evaluation counts, what checkpoints are
-selected by. `task_kinds` has the tasks that ship with the project.
+"""The task interface: loss, distance between the outputs of two networks, metrics, and the selection of checkpoints.
+
+`task_kinds` has the built-in tasks.
 """
 
 import abc
@@ -21,19 +22,19 @@ def get_task(text: str) -> 'Task':
     """Returns the task that a text such as 'classification' or 'language_model:ignore=-1' describes.
 
     Raises:
-        ValueError: for a name or option that does not exist, or a value that it cannot take.
+        ValueError: for an unknown name or option, or an invalid value.
     """
     return TASKS.make(text)
 
 
 class Metric(NamedTuple):
-    """A number by which networks are compared.
+    """A metric by which networks are compared.
 
     Attributes:
-        name: in files, such as 'top1'.
-        title: in tables.
-        larger_is_better: the direction.
-        is_fraction: whether it lies between 0 and 1 and is shown in percent.
+        name: name in files, such as 'top1'.
+        title: name in tables.
+        larger_is_better: whether larger values are better.
+        is_fraction: whether values lie between 0 and 1 and are shown in percent.
     """
 
     name: str
@@ -49,15 +50,15 @@ class Metric(NamedTuple):
 
 
 class Task(abc.ABC):
-    """A task; a subclass is registered by `register_task` and so a frozen dataclass, whose fields are its options.
+    """A task; `register_task` registers a subclass and makes it a frozen dataclass, whose fields are its options.
 
-    `loss` is all that a subclass must define. Outputs and targets are arrays or trees of arrays, with examples along
-    the first axis of each; outputs may lie in float16 or bfloat16, losses are computed in float32.
+    A subclass must define `loss` only. Outputs and targets are arrays or trees of arrays, with examples along the first
+    axis of each; outputs may be float16 or bfloat16, losses are computed in float32.
 
     Attributes:
-        name: set by the registration.
-        loss_name: of the loss in the metrics of training, 'loss/<loss_name>'.
-        score: the metric by which checkpoints are selected, one of `results`.
+        name: set by `register_task`.
+        loss_name: name of the loss in training metrics, 'loss/<loss_name>'.
+        score: the metric of `results` by which checkpoints are selected.
         reported: other metrics of `results` for `result.json`.
     """
 
@@ -68,25 +69,27 @@ class Task(abc.ABC):
 
     @property
     def has_distance(self) -> bool:
-        """Whether `distance` is defined, so that networks can be distilled."""
+        """Whether `distance` is defined, which distillation needs."""
         return type(self).distance is not Task.distance
 
     @abc.abstractmethod
     def loss(self, outputs: Any, targets: Any) -> jax.Array:
-        """Returns the mean loss over what counts, a float32 scalar."""
+        """Returns the mean loss over counted targets, a float32 scalar."""
 
     def distance(self, student: Any, teacher: Any, targets: Any, temperature: float) -> jax.Array:
-        """Returns how far the student's outputs are from the teacher's: the mean over what counts, a float32 scalar.
+        """Returns the mean distance of the student's from the teacher's outputs over counted targets, a float32 scalar.
 
-        It is not negative, and 0 where the two are equal.
+        It is nonnegative, and 0 for equal outputs.
 
         Args:
-            student: outputs of the network that learns.
-            teacher: outputs of the network that it learns from, of the same shapes.
-            targets: read only for what does not count.
-            temperature: of softmax and sigmoid; tasks without them leave it out.
+            student: outputs of the network in training.
+            teacher: outputs of the teacher, in the shapes of the student's.
+            targets: only determine what is ignored.
+            temperature: temperature of softmax or sigmoid; other tasks ignore it.
         """
-        raise ValueError(f'The task {self.name or type(self).__name__} defines no distance, so nothing is distilled.')
+        raise ValueError(
+            f'The task {self.name or type(self).__name__} defines no distance, so it does not support distillation.'
+        )
 
     def check(self, outputs: Any, targets: Any, num_classes: int | None = None) -> None:
         """Checks shapes and dtypes of outputs and targets; nothing is computed.
@@ -94,7 +97,7 @@ class Task(abc.ABC):
         Args:
             outputs: arrays or `jax.ShapeDtypeStruct`s.
             targets: arrays or `jax.ShapeDtypeStruct`s.
-            num_classes: of the data; None if it is not known.
+            num_classes: number of classes of the data; None if unknown.
 
         Raises:
             ValueError: if they do not fit the task or each other.
@@ -102,31 +105,31 @@ class Task(abc.ABC):
         del outputs, targets, num_classes
 
     def training_metrics(self, outputs: Any, targets: Any) -> Counts:
-        """Returns metrics of a training batch beside the loss, float32 scalars."""
+        """Returns additional metrics of a training batch, float32 scalars."""
         del outputs, targets
         return {}
 
     def is_finite(self, outputs: Any, targets: Any) -> jax.Array:
-        """Returns for every example whether its outputs are finite where they count, bool (batch,)."""
+        """Returns for every example whether its outputs are finite where they are counted, bool (batch,)."""
         count = next(x.shape[0] for x in jax.tree.leaves((targets, outputs)) if x.ndim > 0)
         floats = [x for x in jax.tree.leaves(outputs) if jnp.issubdtype(x.dtype, jnp.floating)]
-        # A scalar, such as a loss that the network computes, is one for all examples.
+        # A scalar, such as a loss that the network computes, applies to all examples.
         finite = [jnp.all(jnp.isfinite(x.reshape(x.shape[0] if x.ndim else 1, -1)), axis=-1) for x in floats]
         return jnp.all(jnp.stack([jnp.ones(count, bool), *(jnp.broadcast_to(x, count) for x in finite)]), axis=0)
 
     def counts(self, outputs: Any, targets: Any, mask: jax.Array) -> Counts:
-        """Returns sums over a batch, to be added up over batches for `results`.
+        """Returns sums over a batch, to be added over batches for `results`.
 
-        By default the loss of every example by itself: that of a batch is taken for the mean over its examples.
+        By default the losses of single examples are summed; the loss of a batch is taken to be the mean over examples.
 
         Args:
-            outputs: of the network.
-            targets: of the batch.
-            mask: bool (batch,); examples where it is false, which fill up the last batch, do not count.
+            outputs: outputs of the network.
+            targets: targets of the batch.
+            mask: bool (batch,); False for padding examples of the last batch, which are ignored.
         """
 
         leaves, structure = jax.tree.flatten((outputs, targets))
-        axes = [0 if x.ndim else None for x in leaves]  # a scalar is one for all examples
+        axes = [0 if x.ndim else None for x in leaves]  # A scalar applies to all examples.
 
         def of_one(*leaves):
             own = [x if axis is None else x[None] for x, axis in zip(leaves, axes, strict=True)]
@@ -137,7 +140,7 @@ class Task(abc.ABC):
         return {'loss': jnp.sum(jnp.where(mask, losses, 0.0)), 'counted': jnp.sum(mask)}
 
     def results(self, counts: Mapping[str, Any]) -> dict[str, float]:
-        """Returns the metrics of a split, by name; NaN where nothing counts.
+        """Returns the metrics of a split by name; NaN if nothing is counted.
 
         Args:
             counts: the sums of `counts` over the split, NumPy arrays in int64 and float64.
@@ -146,7 +149,7 @@ class Task(abc.ABC):
 
 
 class CustomTask(Task):
-    """A task made of functions.
+    """A task defined by functions.
 
     Attributes:
         loss_function: `loss(outputs, targets)`, a scalar: the mean over examples.
@@ -156,7 +159,7 @@ class CustomTask(Task):
     name = 'custom'
 
     def __init__(self, loss: Callable[[Any, Any], jax.Array], distance: Callable[[Any, Any], jax.Array] | None = None):
-        """Takes the loss and, where something is distilled, the distance."""
+        """Initializes the task from the loss and, for distillation, the distance."""
         self.loss_function, self.distance_function = loss, distance
 
     @property
@@ -179,7 +182,7 @@ def _scalar(value: Any, what: str) -> jax.Array:
     value = jnp.asarray(value)
     if value.shape:
         raise ValueError(
-            f'The {what} of CustomTask has the shape {value.shape}: return its mean over the batch, a scalar.'
+            f'The {what} of CustomTask has the shape {value.shape}: must be a scalar. Return the mean over the batch.'
         )
     return value.astype(jnp.float32)
 
@@ -188,12 +191,12 @@ def select(outputs: Any, path: str, option: str) -> Any:
     """Returns the array of a tree of outputs at a path.
 
     Args:
-        outputs: an array or a tree of them.
-        path: keys, indices or attributes, as in 'logits', 'aux/logits' or '0'; '' if outputs are one array.
-        option: of the task, for messages.
+        outputs: an array or a tree of arrays.
+        path: keys, indices or attributes, such as 'logits', 'aux/logits' or '0'; '' if the output is one array.
+        option: the task's option for the path, for error messages.
 
     Raises:
-        ValueError: if there is no array at the path; the message lists those there are.
+        ValueError: if there is no array at the path; the message lists the paths.
     """
     leaves = jax.tree_util.tree_leaves_with_path(outputs)
     by_path = {jax.tree_util.keystr(keys, simple=True, separator='/'): leaf for keys, leaf in leaves}
@@ -202,11 +205,11 @@ def select(outputs: Any, path: str, option: str) -> Any:
     known = ', '.join(repr(name) for name in by_path)
     if not path:
         raise ValueError(
-            f"The network's outputs are a tree of the arrays {known}: say which of them the task reads, as in "
+            f"The network's outputs are a tree of the arrays {known}. Choose the one that the task reads, as in "
             f'{option}={next(iter(by_path), "name")!r}.'
         )
     if set(by_path) == {''}:
-        raise ValueError(f"{option}={path!r}: the network's outputs are one array; leave {option} out.")
+        raise ValueError(f"{option}={path!r}: the network's output is one array. Omit {option}.")
     raise ValueError(f"{option}={path!r}: the network's outputs have the arrays {known}.{suggest(path, by_path)}")
 
 

@@ -1,1 +1,1 @@
-"""Training, its pure parts: state, loss, step, optimizer, control of oscillations, measured strengths, evaluation."""
+"""Pure parts of training: state, loss, step, optimizer, oscillation control, measured strengths, evaluation."""

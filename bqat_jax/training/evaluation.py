@@ -1,4 +1,4 @@
-"""Evaluation of a whole split, every example exactly once."""
+"""Evaluation of a complete split, every example exactly once."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -10,12 +10,12 @@ from bqat_jax.replacement.tasks import Task
 
 
 class Evaluation(NamedTuple):
-    """What an evaluation gives.
+    """The results of an evaluation.
 
     Attributes:
-        metrics: the task's, by name, such as 'top1'.
-        examples: number of examples counted.
-        not_finite: number of these with an output that is NaN or infinite; to classify, they count as wrong.
+        metrics: the task's metrics by name, such as 'top1'.
+        examples: number of counted examples.
+        not_finite: number of counted examples with a NaN or infinite output; classification treats them as wrong.
     """
 
     metrics: Mapping[str, float]
@@ -27,17 +27,17 @@ def evaluate(step: Callable[[Any], dict[str, jax.Array]], batches: Iterable[Any]
     """Evaluates every replica of a network on a split.
 
     Args:
-        step: the counts of a batch, for every replica; see `make_evaluation_step`.
-        batches: of the split, on the devices, at least one; the last batch is filled up and masked.
-        task: makes metrics of the counts.
+        step: returns the counts of a batch for every replica; see `make_evaluation_step`.
+        batches: batches of the split on the devices, at least one; the last batch is padded and masked.
+        task: computes the metrics from the counts.
     """
     totals: Any = None
-    waiting: Any = None  # a batch's counts are fetched while the next batch runs
+    waiting: Any = None  # Counts are fetched while the next batch runs.
     for batch in batches:
         counts, waiting = waiting, step(batch)
         totals = add_counts(totals, counts)
     totals = add_counts(totals, waiting)
-    if totals['examples'].ndim == 0:  # a single run, whose arrays have no axis for replicas
+    if totals['examples'].ndim == 0:  # A single run, whose arrays have no replica axis.
         of_each = [totals]
     else:
         count = len(totals['examples'])
@@ -48,11 +48,11 @@ def evaluate(step: Callable[[Any], dict[str, jax.Array]], batches: Iterable[Any]
 
 
 def add_counts(totals: Any, counts: Any) -> Any:
-    """Returns the sums of a task's counts in int64 and float64, on the host: those of a split fit no smaller types.
+    """Returns the sums of a task's counts on the host, in int64 and float64, because 32 bits are too few for a split.
 
     Args:
-        totals: of the batches before; None for none.
-        counts: of a batch; None for none.
+        totals: sums over previous batches, or None.
+        counts: counts of a batch, or None.
     """
     if counts is None:
         return totals

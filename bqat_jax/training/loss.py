@@ -1,4 +1,4 @@
-"""The loss: training, diagnosis, the measurement of strengths and re-estimation all call `total_loss`."""
+"""The loss of training, diagnosis, the measurement of strengths and re-estimation."""
 
 import dataclasses
 from typing import Any
@@ -22,15 +22,15 @@ def total_loss(
     context: Context,
     draw: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]:
-    """Returns the loss of block replacement with what the regularizers add to it.
+    """Returns the loss of block replacement plus the regularizers' losses.
 
     Args:
-        spec: what is trained.
-        variables: of the network and its quantizers.
+        spec: the static parts of training.
+        variables: variables of the network and its quantizers.
         partner: the FP partner's variables; None if neither plan nor objective reads them.
-        batch: prepared inputs and labels.
+        batch: prepared inputs and targets.
         context: progress, random key and strengths; see `BlockReplacement.loss`.
-        draw: mask and weights of the MP models; drawn from the context's key if None.
+        draw: mask and weights of the MP models; None draws them from the context's key.
 
     Returns:
         The loss, a scalar, and (updated collections, metrics).
@@ -45,9 +45,9 @@ def total_loss(
 
 
 def task_loss_alone(spec: TrainSpec) -> TrainSpec:
-    """Returns the same training with the task's loss of the LP network, such as the cross entropy, as its only loss.
+    """Returns `spec` with the task's loss of the LP network, such as the cross entropy, as its only loss.
 
-    Neither the partner nor a plan's draw is read.
+    It reads neither the partner nor a plan's draw.
     """
     plan = Plan('none', spec.replacement.plan.num_blocks)
     replacement = dataclasses.replace(spec.replacement, plan=plan, objective=task_alone(spec.replacement.task))

@@ -1,7 +1,7 @@
-"""The metrics of a training step: what `metrics.jsonl` has beside the terms of the loss.
+"""The metrics of a training step that `metrics.jsonl` has in addition to the terms of the loss.
 
-A metric is a scalar that is computed inside the jitted step; one more entry in `step_metrics` is logged by itself. The
-terms of the loss come from `bqat_jax.replacement.objective`.
+A metric is a scalar computed inside the jitted step; every entry of `step_metrics` is logged. The terms of the loss
+come from `bqat_jax.replacement.objective`.
 """
 
 from typing import Any, NamedTuple
@@ -14,13 +14,13 @@ from bqat_jax.training.state import TrainState
 
 
 class StepFacts(NamedTuple):
-    """What metrics are made from.
+    """The inputs of the metrics.
 
     Attributes:
         before: the state before the step.
-        after: the state after it.
-        gradients: with respect to `before.params`, in the same structure.
-        learning_rate: of the network in this step.
+        after: the state after the step.
+        gradients: gradients with respect to `before.params`, in its structure.
+        learning_rate: the network's learning rate in this step.
         l2_params: the norm of `after.params`.
     """
 
@@ -32,16 +32,16 @@ class StepFacts(NamedTuple):
 
 
 def l2_norm(tree: Any) -> jax.Array:
-    """Returns the Euclidean norm of all numbers of a tree of real arrays, float32; 0 for an empty one.
+    """Returns the Euclidean norm of a tree of real arrays, float32; 0 for an empty tree.
 
-    `optax.tree.norm` gives the same, in twice as many operations: it squares an imaginary part too.
+    `optax.tree.norm` needs twice as many operations, because it squares imaginary parts too.
     """
     squares = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)]
     return jnp.sqrt(sum(squares, jnp.float32(0)))
 
 
 def step_metrics(step: StepFacts) -> dict[str, jax.Array]:
-    """Returns the metrics of a step, each a scalar."""
+    """Returns the metrics of a step, all scalars."""
     return {
         'first_bad_step': step.after.first_bad_step,
         'learning_rate': step.learning_rate,

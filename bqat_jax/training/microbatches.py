@@ -1,4 +1,4 @@
-"""Gradients of a batch in several parts, one after another: a large batch in the memory of a small one."""
+"""Gradient accumulation over microbatches: a large batch in the memory of a small one."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,18 +8,18 @@ import jax.numpy as jnp
 
 
 def accumulate(gradient: Callable[..., Any], count: int) -> Callable[..., Any]:
-    """Returns a function that runs a batch in `count` parts and gives the mean of what they give.
+    """Returns a function that runs a batch in `count` parts and averages the results.
 
-    Part k has the examples k, k + count, ..: so the examples of each device stay on it. The result is that of the whole
-    batch for whatever is a mean over examples, up to the order of sums. It is another one where a part matters as such:
-    batch norm normalises by the part, and its stored statistics move `count` times; what a quantizer reads off the
-    part (a maximum, a mean) or draws is the part's; feature matching divides by the norm of the part's features; a
-    task that ignores positions divides by the number of those of the part that count.
+    Part k has the examples k, k + count, .., so that the examples of each device stay on it. Means over examples equal
+    those of the full batch, up to summation order. Other results depend on the parts: batch norm normalises each part,
+    and its stored statistics are updated `count` times; quantizers that use statistics of their input or draw do so per
+    part; feature matching divides by the norm of the part's features; a task that ignores positions divides by the
+    number of counted positions of the part.
 
     Args:
-        gradient: `gradient(params, collections, batch, key)` gives ((loss, (collections, metrics)), gradients), the
-            loss and metrics being means over the batch, a tree of arrays with examples along the first axis.
-        count: divides the number of examples.
+        gradient: `gradient(params, collections, batch, key)` returns ((loss, (collections, metrics)), gradients), with
+            loss and metrics averaged over the batch, a tree of arrays with examples along the first axis.
+        count: number of parts; it must divide the number of examples.
     """
     if count == 1:
         return gradient

@@ -1,4 +1,4 @@
-"""The optimizer: SGD or AdamW, cosine decay and warm-up; the quantizers' parameters apart."""
+"""The optimizer: SGD or AdamW with warm-up and cosine decay; quantizer parameters are a separate group."""
 
 import dataclasses
 from collections.abc import Callable, Hashable
@@ -18,11 +18,11 @@ PEAK = 'peak_learning_rate'  # its name in the optimizer's state
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """How a group of parameters is trained.
+    """Hyperparameters of a group of parameters.
 
     Attributes:
         learning_rate: peak learning rate.
-        weight_decay: of the group.
+        weight_decay: weight decay.
     """
 
     learning_rate: float = 0.01
@@ -36,16 +36,16 @@ class OptimizerSpec:
     Attributes:
         name: 'sgd' or 'adamw'.
         learning_rate: peak learning rate of the network.
-        momentum: of SGD; of AdamW it is beta1.
-        beta2: of AdamW.
-        nesterov: of SGD.
-        weight_decay: of kernels; SGD adds it to the gradient, AdamW decouples it.
-        warmup_steps: steps with a rising learning rate.
-        clip_norm: largest norm of the whole gradient; 0 for none.
-        quantizers: of the quantizers' parameters; None for a network that has none.
+        momentum: momentum of SGD, beta1 of AdamW.
+        beta2: beta2 of AdamW.
+        nesterov: whether SGD uses Nesterov momentum.
+        weight_decay: weight decay of kernels; SGD adds it to the gradient, AdamW decouples it.
+        warmup_steps: number of warm-up steps.
+        clip_norm: largest global norm of the gradient; 0 disables clipping.
+        quantizers: hyperparameters of the quantizers' parameters; None for a network without quantizers.
 
     Raises:
-        ValueError: for a name that does not exist.
+        ValueError: for an unknown name.
     """
 
     name: str = 'sgd'
@@ -60,19 +60,19 @@ class OptimizerSpec:
 
     def __post_init__(self):
         if self.name not in NAMES:
-            raise ValueError(f'optimizer.name={self.name!r}: it must be one of {", ".join(NAMES)}.')
+            raise ValueError(f'optimizer.name={self.name!r}: must be one of {", ".join(NAMES)}.')
 
 
 def learning_rate_schedule(peak: float, steps: int, warmup_steps: int) -> optax.Schedule:
     """Returns a linear warm-up from 0 to `peak` followed by a cosine decay to 0 at `steps`.
 
     Raises:
-        UserError: if the warm-up does not fit.
+        UserError: if the warm-up is not shorter than training.
     """
     if warmup_steps >= max(steps, 1):
         raise UserError(
-            f'A warm-up of {warmup_steps} steps does not fit into {steps} steps of training; '
-            "give fewer by the optimizer's warmup_steps."
+            f'A warm-up of {warmup_steps} steps does not fit into {steps} steps of training. '
+            "Decrease the optimizer's warmup_steps."
         )
     start = 0.0 if warmup_steps else peak
     schedule = optax.warmup_cosine_decay_schedule(start, peak, warmup_steps, max(steps, 1), end_value=0.0)
@@ -86,20 +86,20 @@ LearningRate = Callable[[Any, jax.Array], jax.Array]
 def make_optimizer(spec: OptimizerSpec, steps: int) -> tuple[optax.GradientTransformation, LearningRate]:
     """Returns the optimizer over {'network': ..., 'quantizers': ...}, and the network's learning rate.
 
-    The latter is a function of the optimizer's state and the step: the peak learning rates are values in the state and
-    no constants of the program, so that what was compiled for one serves all others.
+    The learning rate is a function of the optimizer's state and the step: peak learning rates are values in the state
+    instead of constants, so that one compiled program serves all of them.
 
-    Weight decay is on kernels alone: not on biases, norms, class tokens or positions. With 'sgd' it is L2
-    regularisation added to the gradient before momentum, as PyTorch's SGD has it; with 'adamw' it is decoupled from the
-    gradient, times the learning rate (arXiv 1711.05101). The quantizers' parameters have a learning rate and a weight
-    decay of their own.
+    Weight decay applies to kernels only: not to biases, norms, class tokens or positions. With 'sgd' it is L2
+    regularisation added to the gradient before momentum, as in PyTorch's SGD; with 'adamw' it is decoupled from the
+    gradient, times the learning rate (arXiv 1711.05101). The quantizers' parameters have a separate learning rate and
+    weight decay.
 
     Args:
-        spec: of the optimizer.
-        steps: steps of training.
+        spec: the optimizer's settings.
+        steps: number of training steps.
 
     Raises:
-        UserError: for a warm-up that does not fit.
+        UserError: if the warm-up is not shorter than training.
     """
     schedule = learning_rate_schedule(1.0, steps, spec.warmup_steps)
     groups: dict[Hashable, optax.GradientTransformation] = {
@@ -120,7 +120,7 @@ def make_optimizer(spec: OptimizerSpec, steps: int) -> tuple[optax.GradientTrans
 
 
 def _make_rule(spec: OptimizerSpec, schedule: optax.Schedule, rates: Rates, mask: Any) -> optax.GradientTransformation:
-    """The update of one group; weight decay where the mask says so, everywhere if it is None."""
+    """Returns the update rule of one group, with weight decay where `mask` is true, or everywhere if it is None."""
     unit_rule = _make_unit_rule(spec, schedule, rates.weight_decay, mask)
     return optax.chain(unit_rule, optax.inject_hyperparams(_scale_by_peak)(**{PEAK: rates.learning_rate}))
 
@@ -128,7 +128,7 @@ def _make_rule(spec: OptimizerSpec, schedule: optax.Schedule, rates: Rates, mask
 def _make_unit_rule(
     spec: OptimizerSpec, schedule: optax.Schedule, weight_decay: float, mask: Any
 ) -> optax.GradientTransformation:
-    """The update of one group at a peak learning rate of 1."""
+    """Returns the update rule of one group at a peak learning rate of 1."""
     if spec.name == 'adamw':
         adamw = optax.adamw(schedule, spec.momentum, spec.beta2, weight_decay=weight_decay, mask=mask)
         # Optax raises floats to the power of the integer step, which strict dtype promotion forbids.
@@ -145,5 +145,5 @@ def _scale_by_peak(peak_learning_rate: Any) -> optax.GradientTransformation:
 
 
 def _kernels(params: Any) -> Any:
-    """True for kernels, false for all else."""
+    """Returns a mask that is true for kernels only."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == WEIGHT_NAME, params)

@@ -1,6 +1,6 @@
-"""Batch-norm statistics estimated anew after training.
+"""Re-estimation of batch-norm statistics after training.
 
-Oscillating weights leave the running ones behind (Nagel et al., ICML 2022, arXiv 2203.11086).
+With oscillating weights, the running statistics are inaccurate (Nagel et al., ICML 2022, arXiv 2203.11086).
 """
 
 import dataclasses
@@ -23,16 +23,16 @@ from bqat_jax.transform import mean_of_trees
 def reestimate_batch_stats(
     spec: TrainSpec, state: TrainState, arrays: Any, batches: Iterable[Any], replicas: Replicas
 ) -> Any:
-    """Returns the mean of the batch statistics over training batches, by which the stored ones are replaced.
+    """Returns the mean of the batch statistics over training batches, which replaces the stored statistics.
 
-    The network normalises by the batch, in as many groups as in training; its quantizers round as in evaluation.
+    Batch norm uses the batch, in as many groups as in training; quantizers round as in evaluation.
 
     Args:
-        spec: what was trained.
-        state: with the weights; it is not changed.
-        arrays: the split that lives on the device, or None.
-        batches: of the training split, on the devices, augmented as in training; at least one.
-        replicas: how many there are.
+        spec: the static parts of training.
+        state: the training state; it is not changed.
+        arrays: the split that is stored on the device, or None.
+        batches: batches of the training split on the devices, augmented as in training; at least one.
+        replicas: the replicas.
     """
     task = task_loss_alone(spec)
 
@@ -40,8 +40,8 @@ def reestimate_batch_stats(
         prepared, _ = prepare_batch(spec, dataclasses.replace(state, step=state.step + number), arrays, batch)
 
         def updated(stored):
-            # The stored statistics and those of the batch mix linearly; with what is stored set to 0 and to 1, the
-            # share of each follows, whatever momentum the network has.
+            # The update is linear in stored and batch statistics: stored values of 0 and 1 determine both shares, for
+            # any momentum.
             stats = jax.tree.map(lambda x: jnp.full_like(x, stored), state.collections[BATCH_STATS])
             variables = state.variables._replace(collections={**state.collections, BATCH_STATS: stats})
             _, (collections, _) = total_loss(task, variables, None, prepared, EVALUATION)
@@ -51,7 +51,7 @@ def reestimate_batch_stats(
 
     axes = (0, None, 0, None)
     run = replicas.jit(replicas.over(statistics, axes), axes)
-    # One after another: XLA's CPU devices can block each other for ever behind a long queue of programs.
+    # Block after each batch: with a long queue of programs, XLA's CPU devices can deadlock.
     estimates = [
         jax.block_until_ready(run(state, arrays, batch, jnp.int32(number))) for number, batch in enumerate(batches)
     ]

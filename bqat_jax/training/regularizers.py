@@ -1,4 +1,4 @@
-"""What is done about oscillating weights during training, on a schedule: see `bqat_jax.quantizers.oscillations`."""
+"""Scheduled dampening and freezing of oscillating weights; see `bqat_jax.quantizers.oscillations`."""
 
 import dataclasses
 import sys
@@ -23,7 +23,7 @@ from bqat_jax.quantizers.oscillations import (
 from bqat_jax.replacement.paths import Variables
 from bqat_jax.transform import Layer, Quantization
 
-# A weight oscillates visibly if it does so this often; the bound of the paper's figures.
+# A weight oscillates visibly above this frequency; the bound of the paper's figures.
 VISIBLE_FREQUENCY = 0.005
 
 
@@ -32,14 +32,15 @@ class Regularizers:
     """Dampening and freezing; both are off by default.
 
     Attributes:
-        dampening: λ at the end of training; it rises from 0 by a cosine. 0 is off.
-        dampening_start: fraction of training at which it begins to rise.
+        dampening: λ at the end of training, reached from 0 along a cosine; 0 disables dampening.
+        dampening_start: fraction of training at which λ starts to increase.
         dampening_aggregation: 'sum' or 'kernel_mean'.
         freezing: whether oscillating weights are frozen.
-        freezing_threshold: frequency above which they are, at the end of training.
-        freezing_first_threshold: the same at `freezing_start`, from which a cosine leads to the end's.
-        freezing_start: fraction of training before which nothing is frozen; oscillations are counted all the same.
-        freezing_momentum: of the moving averages.
+        freezing_threshold: frequency above which weights are frozen at the end of training.
+        freezing_first_threshold: frequency above which weights are frozen at `freezing_start`; a cosine connects the
+            two thresholds.
+        freezing_start: fraction of training before which nothing is frozen; oscillations are tracked from the start.
+        freezing_momentum: momentum of the moving averages.
 
     Raises:
         ValueError: for a value out of range.
@@ -61,10 +62,10 @@ class Regularizers:
             most = 1 if field.name in fractions else sys.float_info.max
             if isinstance(value, float) and not 0 <= value <= most:
                 above = ' and at most 1' if field.name in fractions else ''
-                raise ValueError(f'quant.oscillations.{field.name}={value}: it must be finite and at least 0{above}.')
+                raise ValueError(f'quant.oscillations.{field.name}={value}: must be finite and at least 0{above}.')
         if self.dampening_aggregation not in AGGREGATIONS:
             raise ValueError(
-                f'quant.oscillations.dampening_aggregation={self.dampening_aggregation!r}: it must be one of '
+                f'quant.oscillations.dampening_aggregation={self.dampening_aggregation!r}: must be one of '
                 f'{", ".join(AGGREGATIONS)}.'
             )
 
@@ -74,20 +75,21 @@ class Regularizers:
         return self.dampening > 0
 
     def dampening_weight(self, progress: jax.Array) -> jax.Array:
-        """Returns λ when the fraction `progress` of training is done."""
+        """Returns λ at `progress`, the completed fraction of training."""
         return self.dampening * _risen(progress, self.dampening_start)
 
     def threshold(self, progress: jax.Array) -> jax.Array:
-        """Returns the frequency above which weights are frozen when the fraction `progress` of training is done.
+        """Returns the frequency above which weights are frozen at `progress`, the completed fraction of training.
 
-        It is infinite before `freezing_start`, as in the authors' code (Qualcomm-AI-research/oscillations-qat).
+        The threshold is infinite before `freezing_start`, as in the authors' code
+        (Qualcomm-AI-research/oscillations-qat).
         """
         change = self.freezing_threshold - self.freezing_first_threshold
         threshold = self.freezing_first_threshold + change * _risen(progress, self.freezing_start)
         return jnp.where(progress < self.freezing_start, jnp.inf, threshold)
 
     def loss(self, quantization: Quantization, variables: Variables, progress: jax.Array) -> jax.Array:
-        """Returns the dampening loss of all weights, weighted."""
+        """Returns the weighted dampening loss of all weights."""
         flat: Any = traverse_util.flatten_dict(variables.params, sep='/')
         total = jnp.float32(0)
         for path, quantizer in _weights(quantization):
@@ -100,7 +102,7 @@ class Regularizers:
         return self.dampening_weight(progress) * total
 
     def init_trackers(self, quantization: Quantization, variables: Variables) -> dict[str, Tracker]:
-        """Returns a tracker for every layer whose weights have few bits; none if nothing is frozen."""
+        """Returns a tracker for every layer with low-bit weights, or {} without freezing."""
         if not self.freezing:
             return {}
         flat: Any = traverse_util.flatten_dict(variables.params, sep='/')
@@ -110,18 +112,18 @@ class Regularizers:
         }
 
     def check(self, path: str, quantizer: Quantizer, layer: Layer) -> None:
-        """Raises ValueError if a layer's weights are to be regularized and it or its quantizer does not allow it."""
+        """Raises ValueError if a layer or its quantizer does not support the regularizers."""
         if (self.freezing or self.dampens) and quantizer.bits <= MOST_BITS and not layer.is_plain:
             raise ValueError(
                 f'quant.oscillations: the weights of layer {path} can be neither dampened nor frozen, because they '
-                f'are {"stacked" if layer.stack else "not laid out with their output channels last"}; give it more '
-                f'than {MOST_BITS} bits or full precision by a rule in quant.rules, or switch both off.'
+                f'are {"stacked" if layer.stack else "not laid out with their output channels last"}. Give them more '
+                f'than {MOST_BITS} bits or full precision by a rule in quant.rules, or disable both.'
             )
         if self.freezing and quantizer.bits <= MOST_BITS and not can_freeze(quantizer):
             raise ValueError(
                 f'quant.oscillations.freezing: the weights of layer {path} cannot be frozen, because the quantizer '
-                f'{QUANTIZERS.describe(quantizer)!r} reads its scale off them or scales its output; take lsq, '
-                'lsq_plus, pact, nulsq, minmax or octav, or dampening.'
+                f'{QUANTIZERS.describe(quantizer)!r} computes its scale from them or scales its output. Use lsq, '
+                'lsq_plus, pact, nulsq, minmax or octav, or use dampening.'
             )
 
     def freeze(
@@ -131,7 +133,7 @@ class Regularizers:
         variables: Variables,
         progress: jax.Array,
     ) -> tuple[dict[str, Tracker], Any]:
-        """Returns trackers and network parameters after an optimizer step, with the frozen weights on their levels."""
+        """Returns trackers and network parameters after an optimizer step, with frozen weights set to their levels."""
         flat: Any = traverse_util.flatten_dict(variables.params, sep='/')
         new = {}
         for path, quantizer in _weights(quantization):
@@ -144,7 +146,7 @@ class Regularizers:
 
 
 def oscillation_metrics(trackers: dict[str, Tracker]) -> dict[str, jax.Array]:
-    """Returns the fractions of tracked weights that are frozen, and that visibly oscillate."""
+    """Returns the fractions of tracked weights that are frozen and that visibly oscillate."""
     if not trackers:
         return {}
     count = sum(tracker.codes.size for tracker in trackers.values())
@@ -160,13 +162,13 @@ def oscillation_metrics(trackers: dict[str, Tracker]) -> dict[str, jax.Array]:
 
 
 def _weights(quantization: Quantization) -> Iterable[tuple[str, Quantizer]]:
-    """The quantizers of weights with few bits, by layer."""
+    """Yields (layer path, quantizer) of low-bit weights."""
     for path, role, quantizer in quantization.quantizers():
         if role == 'weights' and quantizer.bits <= MOST_BITS:
             yield path, quantizer
 
 
 def _risen(progress: jax.Array, start: float) -> jax.Array:
-    """A cosine from 0 at `start` to 1 at the end of training."""
+    """Returns a cosine schedule from 0 at `start` to 1 at the end of training."""
     done = jnp.clip((progress - start) / max(1 - start, 1e-6), 0.0, 1.0)
     return 0.5 * (1 - jnp.cos(jnp.pi * done))

@@ -1,4 +1,4 @@
-"""What is trained: the static parts of a training step."""
+"""`TrainSpec`: the static parts of a training step."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,25 +13,25 @@ from bqat_jax.training.regularizers import Regularizers
 # The two groups of trainable parameters, the keys of `TrainState.params`.
 NETWORK, QUANTIZERS = 'network', 'quantizers'
 
-# `prepare(batch, arrays, key)` makes a `Batch` of what a loader gives; with key None as in evaluation.
+# `prepare(batch, arrays, key)` makes a `Batch` from a loaded batch; a key of None means evaluation.
 Prepare = Callable[[Any, Any, jax.Array | None], Batch]
 NO_REGULARIZERS = Regularizers()
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainSpec:
-    """What is trained: the static parts of a training step.
+    """The static parts of a training step.
 
     Attributes:
-        replacement: network, quantizers, plan and objective; no quantizers in the phase that trains the full-precision
-            partner.
-        prepare: `prepare(batch, arrays, key)` makes a `Batch` of a batch as it was loaded and the data that live on the
-            device; with a key it augments, with None it does what evaluation needs.
-        steps: how many there are, for what follows a schedule.
-        regularizers: what is done about oscillating weights.
-        draw_seed: of what the plan draws.
-        microbatches: parts that a batch is run in, one after another; see `microbatches`.
-        batch_norm_groups: parts of what is run at once that batch norm normalises apart; see `batch_norm_in_groups`.
+        replacement: network, quantizers, plan and objective; without quantizers in the phase that trains the
+            full-precision partner.
+        prepare: `prepare(batch, arrays, key)` makes a `Batch` from a loaded batch and the data on the device; with a
+            key it augments, with None it prepares for evaluation.
+        steps: number of training steps, for schedules.
+        regularizers: dampening and freezing of oscillating weights.
+        draw_seed: seed of the plan's draws.
+        microbatches: number of sequential parts of a batch; see `microbatches`.
+        batch_norm_groups: number of groups that batch norm normalises separately; see `batch_norm_in_groups`.
     """
 
     replacement: BlockReplacement
@@ -43,10 +43,10 @@ class TrainSpec:
     batch_norm_groups: int = 1
 
     def draw(self, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns mask and weights of the MP models of step number `step`, counted from 0; see `Plan.draw`."""
+        """Returns mask and weights of the MP models of step `step` (from 0); see `Plan.draw`."""
         key = jax.random.fold_in(jax.random.key(self.draw_seed), step)
         return self.replacement.plan.draw(key, self.progress(step))
 
     def progress(self, step: jax.Array) -> jax.Array:
-        """Returns the fraction of training that is done before step number `step`, counted from 0."""
+        """Returns the fraction of training that is completed before step `step` (from 0)."""
         return step.astype(jnp.float32) / max(self.steps, 1)

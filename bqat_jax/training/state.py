@@ -1,4 +1,4 @@
-"""The state of training: everything that a training step changes."""
+"""The training state."""
 
 from typing import Any
 
@@ -13,19 +13,18 @@ from bqat_jax.training.spec import NETWORK, QUANTIZERS, TrainSpec
 
 @struct.dataclass
 class TrainState:
-    """Everything a training step changes.
+    """Everything that a training step updates.
 
     Attributes:
-        step: int32, steps done.
+        step: int32, number of completed steps.
         key: random key of the phase; step t uses `fold_in(key, t)`.
-        params: {'network': the network's parameters, 'quantizers': the quantizers'}.
+        params: {'network': parameters of the network, 'quantizers': parameters of the quantizers}.
         collections: the network's other collections of variables, {'batch_stats': ...}.
-        opt_state: the optimizer's.
-        strengths: {layer path: {role: strength}} for quantizers whose estimator measures one; see `strengths`.
+        opt_state: the optimizer's state.
+        strengths: {layer path: {role: strength}} for quantizers whose estimator needs one; see `strengths`.
         trackers: {layer path: tracker} of weights that may be frozen; see `regularizers`.
-        first_bad_step: int32, the first step whose loss was not finite, or after which a parameter or a number of
-            another collection was not; -1 for none. Kept on the device, so that the loop need not wait for every loss
-            and can still name the step.
+        first_bad_step: int32, the first step with a non-finite loss, or with a non-finite parameter or other variable
+            after it; -1 for none. It is kept on the device, so that the loop need not wait for every loss.
     """
 
     step: jax.Array
@@ -39,24 +38,24 @@ class TrainState:
 
     @property
     def variables(self) -> Variables:
-        """The arrays of the network and its quantizers."""
+        """The variables of the network and its quantizers."""
         return variables_of(self.params, self.collections)
 
 
 def variables_of(params: Any, collections: Any) -> Variables:
-    """Returns {'network': ..., 'quantizers': ...} and the other collections as variables."""
+    """Returns parameters {'network': ..., 'quantizers': ...} and other collections as `Variables`."""
     return Variables(params[NETWORK], params[QUANTIZERS], collections)
 
 
 def floats_of(tree: Any) -> list[jax.Array]:
-    """Returns those leaves of a tree that are floating-point numbers."""
+    """Returns the floating-point leaves of a tree."""
     return [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
 
 
 def init_state(
     spec: TrainSpec, key: jax.Array, variables: Variables, optimizer: optax.GradientTransformation
 ) -> TrainState:
-    """Returns the state before the first step, which starts from the given variables."""
+    """Returns the state before the first step, with the variables `variables`."""
     strengths: dict[str, dict[str, jax.Array]] = {}
     for path, role, quantizer in spec.replacement.quantization.quantizers():
         if quantizer.estimator.needs_strength:

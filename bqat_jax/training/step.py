@@ -1,4 +1,4 @@
-"""One training step and one evaluation step, as pure functions and jitted over replicas."""
+"""The training step and the evaluation step, as pure functions and jitted over replicas."""
 
 import dataclasses
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from bqat_jax.training.state import TrainState, floats_of, variables_of
 
 
 def prepare_batch(spec: TrainSpec, state: TrainState, arrays: Any, batch: Any) -> tuple[Batch, jax.Array]:
-    """Returns the batch as the network sees it in step `state.step`, and the random key for the loss."""
+    """Returns the prepared batch of step `state.step`, and the random key for the loss."""
     prepare_key, loss_key = jax.random.split(jax.random.fold_in(state.key, state.step))
     return spec.prepare(batch, arrays, prepare_key), loss_key
 
@@ -34,14 +34,14 @@ def train_step(
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """Returns the step `step(state, partner, arrays, batch, draw) -> state, metrics`, a pure function to be jitted.
 
-    Its arguments: the state; the partner's variables, frozen, or None; the split that lives on the device, or None; the
-    batch, sharded over its first axis; mask and weights of the MP models, drawn by `spec.draw` if None.
+    Its arguments are the state; the frozen partner's variables, or None; the split that is stored on the device, or
+    None; the batch, sharded over its first axis; and mask and weights of the MP models, drawn by `spec.draw` if None.
 
     Args:
-        spec: what is trained.
-        optimizer: the update.
-        learning_rate: of the network, as `make_optimizer` gives it.
-        gather: brings a tree of parameters together where the devices have parts of them; see `Placement.gather`.
+        spec: the static parts of training.
+        optimizer: the optimizer.
+        learning_rate: the network's learning rate, from `make_optimizer`.
+        gather: gathers a tree of sharded parameters; see `Placement.gather`.
     """
 
     def step(
@@ -65,7 +65,7 @@ def train_step(
         trackers, params[NETWORK] = spec.regularizers.freeze(
             quantization, state.trackers, variables_of(params, collections), progress
         )
-        # A norm beyond float32's range counts as infinite too; those of the parameters are metrics anyway.
+        # Norms are cheap checks of finiteness, and the parameters' norm is a metric. An overflow is bad too.
         l2_params = l2_norm(params)
         is_sound = jnp.all(jnp.isfinite(jnp.stack([loss, l2_params, l2_norm(floats_of(collections))])))
         is_bad = (state.first_bad_step < 0) & ~is_sound
@@ -92,7 +92,7 @@ def make_train_step(
     step_of_all = replicas.over(step, (0, None, None, 0, None))
 
     def steps(state, partner, arrays, batch):
-        # All replicas are at the same step, and what the plan draws is the same for them.
+        # All replicas are at one step and share the plan's draw.
         return step_of_all(state, partner, arrays, batch, spec.draw(state.step.reshape(-1)[0]))
 
     return replicas.jit(steps, (0, None, None, 0), donate_argnums=(0,))
@@ -101,10 +101,10 @@ def make_train_step(
 def evaluation_step(
     spec: TrainSpec, gather: Callable[[Any], Any] = lambda tree: tree
 ) -> Callable[..., dict[str, jax.Array]]:
-    """Returns `step(params, collections, arrays, batch) -> counts`: sums over one batch, to be added up over a split.
+    """Returns `step(params, collections, arrays, batch) -> counts`: sums over a batch, to be added over a split.
 
-    The counts are the task's, 'examples', their number, and 'not_finite', the number of these with an output that is
-    NaN or infinite. Examples whose 'mask' in the batch is false are not counted. `gather` is as in `train_step`.
+    The counts are the task's, plus 'examples', the number of examples, and 'not_finite', the number of examples with a
+    NaN or infinite output. Examples whose 'mask' in the batch is false are ignored. `gather` is that of `train_step`.
     """
     task = spec.replacement.task
 
@@ -120,8 +120,8 @@ def evaluation_step(
 
 
 def make_evaluation_step(spec: TrainSpec, replicas: Replicas) -> Callable[..., dict[str, jax.Array]]:
-    """Returns the jitted `evaluation_step` of all replicas, which see the same batch."""
-    if replicas.count == 1:  # every process reads the counts, so they are whole on every device
+    """Returns the jitted `evaluation_step` of all replicas, which share the batch."""
+    if replicas.count == 1:  # Every process reads the counts, so they are replicated.
         step = evaluation_step(spec, replicas.placement.gather)
         return jax.jit(step, out_shardings=replicated(replicas.mesh))
     axes = (0, 0, None, None)

@@ -2,9 +2,9 @@
 
     δ = max(0, (Tr(H) / N) / (3 · std(g)))
 
-for every quantizer whose estimator asks for it: H and g are Hessian and gradient of the loss with respect to the
-quantizer's normalized output, N its number of elements. The quotient is averaged over some batches and the mean is cut
-off at zero once, as in the authors' code (cvlab-yonsei/EWGS). The trace is Hutchinson's estimate.
+for every quantizer whose estimator needs it. H and g are the Hessian and the gradient of the loss with respect to the
+quantizer's normalized output, N is its number of elements. The quotient is averaged over some batches and the mean is
+clipped at zero once, as in the authors' code (cvlab-yonsei/EWGS). The trace is Hutchinson's estimate.
 """
 
 import dataclasses
@@ -23,20 +23,20 @@ from bqat_jax.training.state import TrainState
 from bqat_jax.training.step import prepare_batch
 from bqat_jax.transform import Quantization, find_layers
 
-# Sets the randomness of a measurement apart from that of the step with the same key.
+# Separates the randomness of a measurement from that of the step with that key.
 MEASUREMENT = 1
-# Below this a gradient says nothing, and dividing by it would.
+# Gradients with a smaller deviation give a strength of 0.
 SMALLEST_DEVIATION = 1e-12
 
 
 @dataclasses.dataclass(frozen=True)
 class TraceSettings:
-    """How often and how exactly the trace is estimated; the paper's values.
+    """Settings of the trace estimate; the defaults are the paper's.
 
     Attributes:
-        batches: batches that δ is averaged over.
-        iterations: random vectors at most.
-        tolerance: the relative change of every mean at which no more are drawn.
+        batches: number of batches over which δ is averaged.
+        iterations: largest number of random vectors.
+        tolerance: drawing stops when every mean changes by less than this, relatively.
 
     Raises:
         ValueError: for a value out of range.
@@ -49,7 +49,7 @@ class TraceSettings:
     def __post_init__(self):
         for name, least in (('batches', 1), ('iterations', 2), ('tolerance', 0)):
             if getattr(self, name) < least:
-                raise ValueError(f'quant.trace.{name}={getattr(self, name)}: it must be at least {least}.')
+                raise ValueError(f'quant.trace.{name}={getattr(self, name)}: must be at least {least}.')
 
 
 class Trace(NamedTuple):
@@ -57,8 +57,9 @@ class Trace(NamedTuple):
 
     Attributes:
         mean: the estimates.
-        standard_error: of the mean over random vectors; mean ± 1.96 of it is the 95 % confidence interval.
-        iterations: random vectors drawn.
+        standard_error: standard error of the mean over random vectors; mean ± 1.96 · standard_error is the 95 %
+            confidence interval.
+        iterations: number of random vectors drawn.
     """
 
     mean: Any
@@ -69,18 +70,18 @@ class Trace(NamedTuple):
 def hutchinson_traces(
     gradient: Callable[[Any], Any], at: Any, key: jax.Array, iterations: int, tolerance: float
 ) -> Trace:
-    """Estimates the traces of the diagonal blocks of a Hessian, one for every leaf (Hutchinson 1990).
+    """Estimates the traces of the diagonal blocks of a Hessian, one per leaf (Hutchinson 1990).
 
-    With entries of v drawn from ±1, vᵀHv has the trace as its mean. All blocks share the random vectors: what lies off
-    the diagonal only adds variance. At least two vectors are drawn, and no more once every mean changes by less than
-    `tolerance` of its magnitude (the authors' code leaves the magnitude out, and so stops at once for negative traces).
+    With entries of v drawn from ±1, the mean of vᵀHv is the trace. All blocks share the random vectors: off-diagonal
+    blocks only add variance. At least two vectors are drawn; drawing stops when every mean changes by less than
+    `tolerance` of its magnitude (the authors' code omits the magnitude, and so stops immediately for negative traces).
 
     Args:
-        gradient: of a scalar function, from a tree to a tree like it.
-        at: where, a tree of float32 arrays.
+        gradient: gradient of a scalar function, from a tree to a tree of equal structure.
+        at: the point, a tree of float32 arrays.
         key: random key.
-        iterations: random vectors at most, at least 2.
-        tolerance: see above; 0 draws all.
+        iterations: largest number of random vectors, at least 2.
+        tolerance: relative change at which drawing stops; 0 draws all vectors.
     """
 
     def product(vectors):
@@ -88,7 +89,7 @@ def hutchinson_traces(
             parts = jax.tree.map(lambda g, v: jnp.sum(g * v), gradient(x), vectors)
             return sum(jax.tree.leaves(parts), jnp.float32(0))
 
-        # Reverse over reverse: estimators define no forward-mode derivative.
+        # Reverse over reverse, because estimators define no forward-mode derivative.
         return jax.grad(along)(at)
 
     leaves, treedef = jax.tree.flatten(at)
@@ -130,16 +131,15 @@ def measure_strengths(
 ) -> dict[str, dict[str, jax.Array]]:
     """Returns δ of one batch, which may be negative, for every quantizer whose estimator needs one.
 
-    See `mean_strengths` for δ.
+    `mean_strengths` averages the result over batches.
 
     Args:
-        quantization: of the network.
+        quantization: the network's quantizers.
         quantizer_params: parameters of the quantizers.
-        shapes: {layer path: {role: shape of what the quantizer sees}} for those quantizers.
-        loss: `loss(quantization, quantizer_params)` runs the network on the batch with quantizers and parameters it is
-            given, and returns a scalar.
+        shapes: {layer path: {role: shape of the quantizer's input}} for these quantizers.
+        loss: `loss(quantization, quantizer_params)` runs the network on the batch and returns a scalar.
         key: random key.
-        settings: of the estimate.
+        settings: settings of the estimate.
     """
     perturbed = perturb(quantization, shapes)
     zeros = {
@@ -161,7 +161,7 @@ def measure_strengths(
 
 
 def mean_strengths(of_batches: Sequence[Any]) -> Any:
-    """Returns δ: the mean of what single batches gave, at least zero.
+    """Returns δ: the mean over batches, at least zero.
 
     Args:
         of_batches: trees from `measure_strengths`, at least one.
@@ -171,7 +171,7 @@ def mean_strengths(of_batches: Sequence[Any]) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _Perturbed:
-    """A quantizer with something added to its output, in units of the distance from its lowest to its highest level."""
+    """A quantizer with a perturbation of its output, in units of the distance from the lowest to the highest level."""
 
     quantizer: Quantizer
 
@@ -187,7 +187,7 @@ class _Perturbed:
 
 
 def perturb(quantization: Quantization, shapes: dict[str, Any]) -> Quantization:
-    """Returns the quantizers with those in `shapes` open to a perturbation; see `with_perturbations`."""
+    """Returns quantizers of which those in `shapes` accept a perturbation; see `with_perturbations`."""
     layers = dict(quantization.layers)
     for path, roles in shapes.items():
         layers[path] = dataclasses.replace(
@@ -210,10 +210,10 @@ def with_perturbations(quantizer_params: Any, perturbations: Any) -> Any:
 
 
 def make_measurement(spec: TrainSpec, settings: TraceSettings, replicas: Replicas) -> Callable[..., Any]:
-    """Returns the jitted `measure(state, partner, arrays, batch, number)`: δ of one batch, in a tree as in the state.
+    """Returns the jitted `measure(state, partner, arrays, batch, number)`: δ of one batch, structured like the state's.
 
-    `number` tells the batches of one measurement apart. The loss is the whole of training's, on the batch as training
-    would see it. Dampening is left out: it does not depend on what quantizers give.
+    `number` is the batch's index in the measurement. The loss is the full training loss on the batch as prepared for
+    training, without dampening, which does not depend on the outputs of quantizers.
     """
     undampened = dataclasses.replace(spec, regularizers=NO_REGULARIZERS)
 

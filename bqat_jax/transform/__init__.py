@@ -1,4 +1,4 @@
-"""Quantizes a Flax Linen network from outside: finds its layers, calibrates and applies their quantizers."""
+"""Quantizes a Flax Linen network without changing its modules: finds layers, calibrates and applies quantizers."""
 
 from bqat_jax.transform.calibration import (
     calibrate,

@@ -1,8 +1,8 @@
 """Initial parameters of all quantizers, from the weights and some batches of data.
 
-A layer's input may be seen only inside `nn.scan` or `nn.remat`, from where nothing can be carried out by hand. So what
-is to be known of it is tagged there, and collected from the traced program: `tagging`. No gradient is taken: heads that
-nothing reads, and layers in front of `stop_gradient` or `argmax`, are seen too.
+A layer inside `nn.scan` or `nn.remat` cannot return values directly. Statistics of its input are therefore tagged there
+and collected from the traced program; see `tagging`. No gradient is involved, so unused heads and layers before
+`stop_gradient` or `argmax` are observed too.
 """
 
 import functools
@@ -33,18 +33,18 @@ def observe_inputs(
     statistics: Mapping[str, Callable[[jax.Array], Any]],
     transforms: Mapping[str, Callable[[jax.Array], jax.Array]],
 ) -> dict[str, Any]:
-    """Returns statistics of layers' inputs, the mean over a layer's calls; a pure function.
+    """Returns statistics of layers' inputs, averaged over each layer's calls; a pure function.
 
     Args:
         run: `run(params, batch)` runs the network.
         params: the network's 'params' collection.
-        batch: what it runs on.
-        layers: what `find_layers` found.
-        statistics: for every layer of interest a function of its input that gives a tree of float32 arrays.
-        transforms: for some of them, what the layer gets instead of its input, in the same shape.
+        batch: a batch of inputs.
+        layers: layers from `find_layers`.
+        statistics: for every observed layer, a function from its input to a tree of float32 arrays.
+        transforms: for some of these layers, a function that replaces the input by an array of equal shape.
 
     Returns:
-        The statistics by layer, NaN for one whose branch of a conditional was never taken.
+        The statistics by layer; NaN for a layer whose branch of a conditional was never taken.
 
     Raises:
         ValueError: if one of the layers does not run.
@@ -62,7 +62,7 @@ def observe_inputs(
 
     def watched(params, batch):
         flat: Any = traverse_util.flatten_dict(params, sep='/')
-        for path in names:  # where in its stack a layer stands reaches it beside its kernel
+        for path in names:  # The index in its stack travels to a layer next to its kernel.
             stack = layers[path].stack
             flat[f'{path}/{PLACE}'] = jnp.arange(math.prod(stack)).reshape(stack)
         with intercept_layers(look):
@@ -76,13 +76,13 @@ def observe_inputs(
 
 
 def _mean(calls: Sequence[Sequence[jax.Array]], layer: Layer, statistic: Callable[..., Any]) -> Any:
-    """The mean of what was seen at every place of a layer's stack."""
+    """Returns the mean over calls for every index of a layer's stack."""
     shapes = jax.eval_shape(statistic, layer.input)
     leaves, structure = jax.tree.flatten(shapes)
     count = math.prod(layer.stack)
     total, number = [jnp.zeros((count, *x.shape), x.dtype) for x in leaves], jnp.zeros(count, jnp.float32)
     for place, *values in calls:
-        # A branch that is not taken has no place, and is dropped.
+        # A branch that is not taken has place -1 and is dropped.
         at = jnp.where(place.ravel() < 0, count, place.ravel())
         number = number.at[at].add(1.0, mode='drop')
         total = [
@@ -107,15 +107,15 @@ def find_signed_inputs(
     layers: Mapping[str, Layer],
     settings: Mapping[str, LayerSettings],
 ) -> dict[str, bool]:
-    """Returns, for every layer whose input is quantized, whether it needs negative numbers.
+    """Returns for every layer with a quantized input whether its quantizer is signed.
 
-    Settings that name the sign decide; for 'auto' the layer's input in full precision does.
+    For the sign 'auto', the layer's input in full precision decides.
 
     Args:
         run: `run(params, batch)` runs the full-precision network on one batch.
         params: its 'params' collection.
-        batches: what to look at.
-        layers: what `find_layers` found.
+        batches: batches of inputs.
+        layers: layers from `find_layers`.
         settings: the layers' settings.
     """
     wanted = {path: layer.activations.sign for path, layer in settings.items() if layer.activations is not None}
@@ -141,17 +141,17 @@ def init_quantizers(
 ) -> dict[str, Any]:
     """Returns initial parameters of all quantizers, from the weights and one batch; a pure function.
 
-    The input of a layer is seen as it arrives in the low-precision network, behind layers whose weights and inputs are
-    already quantized. A layer that runs more than once has one input quantizer, the mean over its calls.
+    Input quantizers are initialized in the low-precision network, after layers whose weights and inputs are already
+    quantized. A layer with several calls has one input quantizer, whose parameters are the mean over the calls.
 
     Args:
         quantization: the quantizers.
         params: the network's 'params' collection.
         run: `run(params, batch)` runs the network.
-        batch: what it runs on.
+        batch: a batch of inputs.
 
     Raises:
-        ValueError: if a layer that has a quantizer for its input does not run.
+        ValueError: if a layer with an input quantizer does not run.
     """
     flat: Any = traverse_util.flatten_dict(params, sep='/')
     initial: dict[str, Any] = {path: {} for path in quantization.layers}
@@ -172,7 +172,7 @@ def init_quantizers(
 
 
 def quantizer_shapes(quantization: Quantization, params: Any) -> dict[str, Any]:
-    """Returns shapes and dtypes of what `init_quantizers` returns; the network is not traced.
+    """Returns shapes and dtypes of the result of `init_quantizers`; the network is not traced.
 
     Args:
         quantization: the quantizers.
@@ -198,7 +198,7 @@ def _init_and_quantize(quantizer: Quantizer, x: jax.Array) -> jax.Array:
 
 @jax.jit
 def mean_of_trees(trees: Sequence[Any]) -> Any:
-    """Returns the mean of trees of one structure, leaf by leaf."""
+    """Returns the leafwise mean of trees of equal structure."""
     return jax.tree.map(lambda *values: sum(values[1:], values[0]) / len(values), *trees)
 
 
@@ -208,10 +208,10 @@ def calibrate(
     """Returns initial parameters of all quantizers, the mean of `init_quantizers` over the batches.
 
     Raises:
-        ValueError: without a batch, or if a layer's weights or input are not finite; the layer is named.
+        ValueError: without a batch, or if a layer's weights or input are not finite; the message names the layer.
     """
     init = jax.jit(lambda params, batch: init_quantizers(quantization, params, run, batch))
-    # One after another: XLA's CPU devices can block each other for ever behind a long queue of programs.
+    # Block after each batch: with a long queue of programs, XLA's CPU devices can deadlock.
     of_batches = [jax.block_until_ready(init(params, batch)) for batch in batches]
     if not of_batches:
         raise ValueError('Calibration needs at least one batch.')
@@ -220,7 +220,7 @@ def calibrate(
         for role, parameters in roles.items():
             if not all(np.isfinite(x).all() for x in parameters.values()):
                 raise ValueError(
-                    f'The {role} of layer {path} gave no finite scale: there is a NaN or an infinite number in them, '
-                    'or the layer is in a branch that is not taken. Look at the partner and at the calibration data.'
+                    f'The {role} of layer {path} gave no finite scale: they contain NaN or infinity, or the layer is '
+                    'in a branch that is not taken. Check the partner and the calibration data.'
                 )
     return mean

@@ -11,22 +11,22 @@ from jax.extend.core import Literal, jaxprs_in_params
 
 from bqat_jax.transform.layers import intercept_layers
 
-# The scope in which a layer runs, as it stands in the names of its operations.
+# The named scope of a layer, part of the names of its operations.
 _SCOPE = re.compile(r'layer<(.*?)>')
 NO_LAYER = ''
-# What a value depends on: the inputs; weights that no quantizer reaches.
+# What a value depends on: the inputs, or weights that are not quantized.
 DATA, UNREACHED = 'data', 'unreached'
 
 
 def count_macs(run: Callable[..., Any], *arguments: Any) -> dict[str, int]:
-    """Returns the multiply-accumulate operations of every layer that can be quantized, over all its calls.
+    """Returns the multiply-accumulate operations of every quantizable layer, over all its calls.
 
-    Convolutions and matrix products are counted where they stand in the traced program, the body of a loop as often as
-    it runs; of the branches of a conditional the longest counts. The key '' is for those of no such layer, as in
+    Convolutions and matrix products of the traced program are counted. A loop's body is multiplied by its length; a
+    conditional contributes its largest branch. The key '' holds operations outside quantizable layers, such as those of
     attention.
 
     Args:
-        run: runs the network: `run(*arguments)`. Nothing is computed.
+        run: `run(*arguments)` runs the network. It is only traced.
         *arguments: arrays or `jax.ShapeDtypeStruct`s.
     """
 
@@ -36,19 +36,19 @@ def count_macs(run: Callable[..., Any], *arguments: Any) -> dict[str, int]:
 
     with intercept_layers(look):
         program = jax.make_jaxpr(lambda *arguments: run(*arguments))(*arguments)
-    return dict(+_count(program.jaxpr, NO_LAYER))  # without those that count nothing
+    return dict(+_count(program.jaxpr, NO_LAYER))  # `+` drops zero counts.
 
 
 def unquantized_share(run: Callable[..., Any], others: Iterable[str], params: Any, *arguments: Any) -> float:
-    """Returns the share of the multiply-accumulates with weights whose weights no quantizer reaches.
+    """Returns the share of the multiply-accumulates with weights that are not quantized.
 
-    Products of two values that both depend on the inputs, as in attention, are none with weights.
+    Products of two values that both depend on the inputs, as in attention, are not counted.
 
     Args:
-        run: runs the network: `run(params, *arguments)`. Nothing is computed.
-        others: paths of the weights that no quantizer reaches.
+        run: `run(params, *arguments)` runs the network. It is only traced.
+        others: paths of the weights that are not quantized.
         params: the network's 'params' collection; arrays or `jax.ShapeDtypeStruct`s.
-        *arguments: the same.
+        *arguments: arrays or `jax.ShapeDtypeStruct`s.
     """
     others = set(others)
     if not others:
@@ -63,7 +63,7 @@ def unquantized_share(run: Callable[..., Any], others: Iterable[str], params: An
 
 
 def _count_weighted(program: Any, kinds: Sequence[set[str]], counts: collections.Counter, times: int = 1) -> None:
-    """Adds to `counts` products with an operand that depends on no input; `kinds` says what arguments depend on."""
+    """Adds to `counts` the products of data and weights; `kinds` has the dependencies of the program's arguments."""
     known = dict(zip(program.invars, kinds, strict=True))
 
     def depends(x):
@@ -83,7 +83,7 @@ def _count_weighted(program: Any, kinds: Sequence[set[str]], counts: collections
             own = [everything] * missing + given[len(given) + missing - len(part.invars) :]
             parts.append(collections.Counter())
             _count_weighted(part, own, parts[-1], times * length)
-        counts.update(max(parts, key=lambda count: count.total(), default={}))  # of branches the longest
+        counts.update(max(parts, key=lambda count: count.total(), default={}))  # The largest branch.
 
 
 def _count(program: Any, layer: str) -> collections.Counter:
@@ -112,6 +112,6 @@ def _macs(operation: Any) -> int:
         return math.prod(output) * math.prod(left[axis] for axis in contracted)
     image, kernel = (x.aval.shape for x in operation.invars)
     outputs, inputs = (kernel[axis] for axis in operation.params['dimension_numbers'].rhs_spec[:2])
-    if any(step > 1 for step in operation.params['lhs_dilation']):  # transposed: the zeros between are not counted
+    if any(step > 1 for step in operation.params['lhs_dilation']):  # Transposed: inserted zeros are not counted.
         return math.prod(image) * math.prod(kernel) // inputs
     return math.prod(output) * math.prod(kernel) // outputs

@@ -1,4 +1,4 @@
-"""From a full-precision network to a quantized one with initial scales, in one call."""
+"""`prepare`: quantizers with initial scales for a full-precision network, in one call."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,7 +12,7 @@ from bqat_jax.transform.operations import unquantized_share
 from bqat_jax.transform.quantization import Quantization, build_quantization
 from bqat_jax.transform.rules import LayerSettings, assign_quantizers
 
-# Of the multiply-accumulates with weights.
+# Share of the multiply-accumulates with weights.
 ALLOW_UNQUANTIZED = 0.1
 
 
@@ -20,8 +20,8 @@ class Prepared(NamedTuple):
     """A network's quantizers.
 
     Attributes:
-        quantization: the static half.
-        quantizers: their initial parameters, {layer path: {role: {name: array}}}.
+        quantization: the static part.
+        quantizers: initial parameters, {layer path: {role: {name: array}}}.
     """
 
     quantization: Quantization
@@ -38,27 +38,28 @@ def prepare(
     rules: Sequence[Mapping[str, Any]] = (),
     allow_unquantized: float = ALLOW_UNQUANTIZED,
 ) -> Prepared:
-    """Finds a network's layers, assigns quantizers to them, looks at the signs of their inputs, builds and calibrates.
+    """Finds a network's layers, assigns quantizers to them and calibrates the quantizers.
 
     Args:
-        run: `run(params, batch)` runs the full-precision network, as in training.
+        run: `run(params, batch)` runs the full-precision network in training mode.
         params: its 'params' collection.
-        batches: what to calibrate on, as the network takes it: a list or an iterator of at least one batch, with
-            examples along the first axis.
+        batches: calibration data: a list or an iterator of at least one batch of inputs, with examples along the first
+            axis.
         weights: settings of the weights' quantizers, the fields of `QuantizerSettings`, such as {'name': 'lsq',
             'bits': 2}.
         activations: settings of the quantizers of the layers' inputs.
-        rules: which layers differ; see `bqat_jax.transform.rules`.
-        allow_unquantized: largest share of the multiply-accumulates with weights whose weights no quantizer reaches.
+        rules: settings for particular layers; see `bqat_jax.transform.rules`.
+        allow_unquantized: largest allowed share of the multiply-accumulates with weights that are not quantized.
 
     Raises:
         ValueError: for settings or rules that do not exist or do not fit the network, without a batch, if weights or
-            inputs are not finite, or if no quantizer reaches too large a share of the network.
+            inputs are not finite, or if too large a share of the network is not quantized.
     """
     batches, params = _as_list(batches), nn.meta.unbox(params)
-    found = find_layers(run, params, batches[0])
-    layers = found.quantizable
-    check_unquantized(found, unquantized_share(run, found.others, params, batches[0]), allow_unquantized)
+    network_layers = find_layers(run, params, batches[0])
+    layers = network_layers.quantizable
+    share = unquantized_share(run, network_layers.others, params, batches[0])
+    check_unquantized(network_layers, share, allow_unquantized)
     return prepare_layers(run, params, batches, layers, assign_quantizers(tuple(layers), weights, activations, rules))
 
 
@@ -69,17 +70,17 @@ def prepare_layers(
     layers: Mapping[str, Layer],
     settings: Mapping[str, LayerSettings],
 ) -> Prepared:
-    """The second half of `prepare`, for layers that were found and settings that were assigned before.
+    """Runs the second half of `prepare`, for known layers and settings.
 
     Args:
         run: see `prepare`.
         params: see `prepare`.
         batches: see `prepare`.
-        layers: what `find_layers` found.
-        settings: what `assign_quantizers` said of them.
+        layers: layers from `find_layers`.
+        settings: settings from `assign_quantizers`.
 
     Raises:
-        ValueError: as `prepare`.
+        ValueError: see `prepare`.
     """
     batches = _as_list(batches)
     quantization = find_quantization(run, params, batches, layers, settings)
@@ -93,24 +94,24 @@ def find_quantization(
     layers: Mapping[str, Layer],
     settings: Mapping[str, LayerSettings],
 ) -> Quantization:
-    """Returns the static half of `prepare_layers`: it looks at the signs of inputs and calibrates nothing.
+    """Returns the static part of `prepare_layers`: the quantizers with the signs of their inputs, not calibrated.
 
     Args:
         run: see `prepare`.
         params: see `prepare`.
         batches: see `prepare`.
-        layers: what `find_layers` found.
-        settings: what `assign_quantizers` said of them.
+        layers: layers from `find_layers`.
+        settings: settings from `assign_quantizers`.
 
     Raises:
-        ValueError: as `prepare`.
+        ValueError: see `prepare`.
     """
     batches, settings = _as_list(batches), fit_settings(layers, settings)
     return build_quantization(layers, settings, find_signed_inputs(run, params, batches, layers, settings))
 
 
 def fit_settings(layers: Mapping[str, Layer], settings: Mapping[str, LayerSettings]) -> dict[str, LayerSettings]:
-    """Returns settings without those of inputs that cannot be quantized, such as the integers of an embedding."""
+    """Returns the settings without those of inputs that cannot be quantized, such as the integers of an embedding."""
     return {
         path: own if layers[path].has_input else dataclasses.replace(own, activations=None)
         for path, own in settings.items()
@@ -118,29 +119,28 @@ def fit_settings(layers: Mapping[str, Layer], settings: Mapping[str, LayerSettin
 
 
 def check_unquantized(found: Layers, share: float, allowed: float) -> None:
-    """Checks that quantizers reach enough of a network.
+    """Checks that a large enough share of a network is quantized.
 
     Args:
-        found: what `find_layers` returns.
-        share: what `unquantized_share` returns.
-        allowed: the largest share.
+        found: the result of `find_layers`.
+        share: the result of `unquantized_share`.
+        allowed: the largest allowed share.
 
     Raises:
-        ValueError: naming the weights that no quantizer reaches, with their share.
+        ValueError: if the share is too large; the message names the weights that are not quantized.
     """
     if share > allowed:
         listed = '; '.join(f'{path}: {reason}' for path, reason in found.others.items())
         raise ValueError(
             f'No quantizer reaches {share:.0%} of the multiply-accumulates with weights, and allow_unquantized='
-            f'{allowed:g} ({listed}). Make the layers known '
-            'with register_layer, or allow more.'
+            f'{allowed:g} ({listed}). Register the layers with register_layer, or increase allow_unquantized.'
         )
 
 
 def _as_list(batches: Iterable[Any]) -> list[Any]:
-    """Batches that can be read more than once."""
+    """Returns the batches as a list, to be read more than once."""
     if hasattr(batches, 'shape') or isinstance(batches, Mapping):
-        raise ValueError('batches is one batch: write [batch], a list of them.')
+        raise ValueError('batches is a single batch: must be a list. Give [batch].')
     batches = list(batches)
     if not batches:
         raise ValueError('Calibration needs at least one batch.')

@@ -1,11 +1,11 @@
-"""Quantizes a Flax Linen network from outside, without a change to its layers.
+"""Quantizes a Flax Linen network without changing its layers.
 
-Weights go through a pure function from parameter tree to parameter tree. The input of a layer is fake-quantized as it
-enters the layer, by `flax.linen.intercept_methods`. So the low-precision network shares its code, its parameter names
-and its full-precision weights with the full-precision one.
+A pure function from parameter tree to parameter tree fake-quantizes the weights. `flax.linen.intercept_methods`
+fake-quantizes the input of a layer when the layer is called. The low-precision network thus shares code, parameter
+names and full-precision weights with the full-precision network.
 
-What the quantizer of a layer's input needs travels to it in the parameter tree, beside the layer's kernel: whatever
-brings the kernel to the layer, be it `nn.scan` or `nn.remat`, brings that too.
+The parameters of an input quantizer travel in the parameter tree, next to the layer's kernel: `nn.scan` and `nn.remat`
+pass them to the layer together with the kernel.
 """
 
 import contextlib
@@ -27,19 +27,19 @@ from bqat_jax.transform.layers import WEIGHT_NAME, Layer, intercept_layers
 from bqat_jax.transform.rules import LayerSettings
 
 ROLES = ('weights', 'activations')
-# Where in the parameter tree, beside a layer's kernel, the quantizer of its input finds what it needs.
+# Name of the input quantizer's entry in the parameter tree, next to the layer's kernel.
 INPUT_SLOT = 'input_quantizer'
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerQuantizers:
-    """The quantizers of one layer, or of a stack of layers that each have parameters of their own.
+    """The quantizers of one layer, or of a stack of layers with separate parameters.
 
     Attributes:
-        weights: of the kernel; None where it stays in full precision.
-        activations: of the input; None where it stays in full precision.
-        layer: what they are quantizers of; its stack leads the axes of the quantizers' parameters.
-        rescale: a way of `rescale`.
+        weights: quantizer of the kernel; None for full precision.
+        activations: quantizer of the input; None for full precision.
+        layer: the layer; the axes of its stack are the leading axes of the quantizers' parameters.
+        rescale: 'none', 'constant' or 'stddev'; see `rescale`.
     """
 
     weights: Quantizer | None
@@ -55,13 +55,13 @@ class LayerQuantizers:
     def quantize_weights(
         self, parameters: Any, kernel: jax.Array, context: Context = EVALUATION, tracker: Tracker | None = None
     ) -> jax.Array:
-        """Returns the kernel fake-quantized and scaled again, as the layer takes it.
+        """Returns the kernel fake-quantized and rescaled, in the layer's layout.
 
         Args:
-            parameters: of the weights' quantizer.
-            kernel: in full precision.
-            context: of the quantizer.
-            tracker: of the kernel, if some of its weights may be frozen.
+            parameters: parameters of the weights' quantizer.
+            kernel: the full-precision kernel.
+            context: context of the quantizer.
+            tracker: the kernel's tracker, if some of its weights may be frozen.
         """
         quantizer: Any = self.weights
 
@@ -75,7 +75,7 @@ class LayerQuantizers:
         return self.over_stack(quantize)(parameters, kernel, self.slot(context))
 
     def slot(self, context: Context) -> dict[str, Any]:
-        """Returns a context as arrays that have the stack's leading axes; randomness differs along them."""
+        """Returns a context as arrays with the stack's leading axes, with separate random keys along them."""
         slot = {'progress': jnp.broadcast_to(jnp.asarray(context.progress, jnp.float32), self.layer.stack)}
         if context.key is not None:
             slot['key'] = jax.random.split(context.key, self.layer.stack) if self.layer.stack else context.key
@@ -84,7 +84,7 @@ class LayerQuantizers:
         return slot
 
     def over_stack(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Returns the function mapped over the stack's leading axes of all its arguments."""
+        """Returns the function vmapped over the stack's leading axes of all its arguments."""
         for _ in self.layer.stack:
             function = jax.vmap(function)
         return function
@@ -96,29 +96,28 @@ def _from_slot(slot: Mapping[str, Any]) -> Context:
 
 @dataclasses.dataclass(frozen=True)
 class Quantization:
-    """How a network is quantized: the static half, beside the parameters of the quantizers.
+    """The quantizers of a network, without their parameters.
 
-    The parameters are a dict `{layer path: {'weights': {...}, 'activations': {...}}}` without the entries that stay
-    in full precision. An empty `layers` is full precision.
+    The parameters are a separate dict `{layer path: {'weights': {...}, 'activations': {...}}}` that omits what stays in
+    full precision. An empty `layers` is full precision.
 
     Attributes:
-        layers: layer path to its quantizers.
+        layers: quantizers by layer path.
     """
 
     layers: Mapping[str, LayerQuantizers]
 
     def quantize_params(self, parameters: Mapping[str, Any], params: Any, context: Context = EVALUATION) -> Any:
-        """Returns the network's parameter tree with its weights fake-quantized, to be used in `quantize_inputs`.
+        """Returns the network's parameter tree with its weights fake-quantized, for use within `quantize_inputs`.
 
         Args:
             parameters: parameters of the quantizers.
-            params: the network's 'params' collection, whole.
-            context: of the whole network: its key is folded with every layer's path, its strengths are a dict like
-                `parameters` with a strength for each quantizer whose estimator needs one, and its trackers are by
-                layer.
+            params: the network's complete 'params' collection.
+            context: context of the network: its key is folded with every layer's path; its strengths are a dict like
+                `parameters`, with a scalar for each quantizer whose estimator needs one; its trackers are by layer.
 
         Returns:
-            The tree, with what the quantizers of the layers' inputs need beside the kernels.
+            The tree, with the parameters of the input quantizers next to the kernels.
         """
         flat: Any = traverse_util.flatten_dict(params, sep='/')
         for path, layer in self.layers.items():
@@ -132,15 +131,15 @@ class Quantization:
         return traverse_util.unflatten_dict(flat, sep='/')
 
     def weight_path(self, path: str) -> str:
-        """Returns the path of a layer's kernel among the parameters; of one without quantizers Linen's own name."""
+        """Returns the path of a layer's kernel in the parameter tree; Linen's default name if it has no quantizers."""
         return f'{path}/{self.layers[path].layer.weight if path in self.layers else WEIGHT_NAME}'
 
     def quantize_inputs(
         self, look: Callable[[str, jax.Array], None] | None = None
     ) -> contextlib.AbstractContextManager:
-        """Returns a context in which the input of every layer that has a quantizer for it is fake-quantized.
+        """Returns a context in which the input of every layer with an input quantizer is fake-quantized.
 
-        The network must be given parameters from `quantize_params`.
+        The network must run with parameters from `quantize_params`.
 
         Args:
             look: is called with the path of every such layer and the codes of its input.
@@ -153,7 +152,7 @@ class Quantization:
             slot = module.get_variable('params', INPUT_SLOT)
             if slot is None:
                 raise ValueError(
-                    f'The layer {path} has a quantizer for its input but no parameters for it: run the network with '
+                    f'The layer {path} has a quantizer for its input but no parameters for it. Run the network with '
                     'the parameters that `quantize_params` returns.'
                 )
             with without_modules():
@@ -166,7 +165,7 @@ class Quantization:
 
     @functools.cached_property
     def _key(self) -> object:
-        """Different for every instance: JAX's programs of one are not those of another."""
+        """A key per instance: instances must not share traced programs."""
         return object()
 
     def quantizers(self) -> Iterable[tuple[str, str, Quantizer]]:
@@ -177,7 +176,7 @@ class Quantization:
                     yield path, role, getattr(layer, role)
 
     def constrain(self, new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns `new`, quantizer parameters after an optimizer step from `old`, with every scale kept positive."""
+        """Returns `new`, the quantizer parameters after an optimizer step from `old`, with scales kept positive."""
         return {
             path: {
                 role: getattr(self.layers[path], role).constrain(new_parameters, old[path][role])
@@ -187,7 +186,7 @@ class Quantization:
         }
 
     def bits(self, role: str) -> tuple[int, ...]:
-        """The number of bits of each quantized layer, for role 'weights' or 'activations'."""
+        """Returns the number of bits of each quantized layer for role 'weights' or 'activations'."""
         quantizers = [getattr(layer, role) for layer in self.layers.values()]
         return tuple(quantizer.bits for quantizer in quantizers if quantizer is not None)
 
@@ -196,9 +195,9 @@ FULL_PRECISION = Quantization({})
 
 
 def context_of(context: Context, path: str, role: str, quantizer: Quantizer) -> Context:
-    """Returns the context of one quantizer, with randomness and a strength of its own; see `quantize_params`."""
+    """Returns the context of one quantizer, with its random key and strength; see `quantize_params`."""
     estimator, key, strengths = quantizer.estimator, None, None
-    # An estimator that rounds as all do draws nothing.
+    # An estimator with the default `round` needs no key.
     if context.key is not None and type(estimator).round is not Estimator.round:
         key = jax.random.fold_in(context.key, zlib.crc32(f'{path}/{role}'.encode()))
     if context.strengths is not None and estimator.needs_strength:
@@ -207,17 +206,17 @@ def context_of(context: Context, path: str, role: str, quantizer: Quantizer) -> 
 
 
 def rescale(how: str, weights: jax.Array, quantized: jax.Array) -> jax.Array:
-    """Returns quantized weights scaled again, so that their size suits training (SAT; Jin et al., arXiv 1912.10207).
+    """Returns quantized weights rescaled to a scale that suits training (SAT; Jin et al., arXiv 1912.10207).
 
-        'constant': w_q / (sqrt(n_out · k²) · std(w_q)), the size of a fresh initialisation
-        'stddev':   w_q · std(w) / std(w_q), the size of the unquantized weights
+        'constant': w_q / (sqrt(n_out · k²) · std(w_q)), the scale of a fresh initialisation
+        'stddev':   w_q · std(w) / std(w_q), the scale of the unquantized weights
 
-    Standard deviations have no gradient. It matters where no batch norm follows.
+    Standard deviations have no gradient. Rescaling matters for layers without a batch norm after them.
 
     Args:
         how: 'none', 'constant' or 'stddev'.
         weights: the unquantized weights, output channels last.
-        quantized: the quantized ones; what has no spread stays as it is.
+        quantized: the quantized weights; constant ones are returned unchanged.
     """
     if how == 'none':
         return quantized
@@ -225,7 +224,7 @@ def rescale(how: str, weights: jax.Array, quantized: jax.Array) -> jax.Array:
 
 
 def rescale_factor(how: str, weights: jax.Array, quantized: jax.Array) -> jax.Array:
-    """Returns the factor of `rescale`, () float32; 'none' has none."""
+    """Returns the factor of `rescale`, float32 (), for 'constant' or 'stddev'."""
     spread = jnp.std(jax.lax.stop_gradient(quantized).astype(jnp.float32))
     if how == 'constant':
         target = jnp.float32((weights.size // weights.shape[-2]) ** -0.5)
@@ -237,15 +236,15 @@ def rescale_factor(how: str, weights: jax.Array, quantized: jax.Array) -> jax.Ar
 def build_quantization(
     layers: Mapping[str, Layer], settings: Mapping[str, LayerSettings], signed_inputs: Mapping[str, bool]
 ) -> Quantization:
-    """Returns the quantizers that the settings ask for.
+    """Returns the quantizers that the settings describe.
 
     Args:
-        layers: what `find_layers` found.
+        layers: layers from `find_layers`.
         settings: the layers' settings.
-        signed_inputs: for every layer whose input is quantized, whether it needs negative numbers.
+        signed_inputs: for every layer with a quantized input, whether its quantizer is signed.
 
     Raises:
-        ValueError: if a layer's quantizer is not defined for it; the layer is named.
+        ValueError: if a layer does not support its quantizer; the message names the layer.
     """
     quantizers = {}
     for path, layer in settings.items():
@@ -262,7 +261,7 @@ def build_quantization(
                         'these are stacked.'
                     )
         except ValueError as error:
-            raise ValueError(f'Layer {path}: {error} A rule in quant.rules can give this layer another one.') from error
+            raise ValueError(f'Layer {path}: {error} Use another quantizer here by a rule in quant.rules.') from error
         if weights is not None or activations is not None:
             scaling = layer.weights.rescale if layer.weights is not None else 'none'
             quantizers[path] = LayerQuantizers(weights, activations, layers[path], scaling)

@@ -1,11 +1,11 @@
 """Path rules: which layer gets which quantizer.
 
 Defaults apply to every layer; rules change them for the layers whose path they match. The first rule that matches a
-layer wins. A rule is a dict:
+layer applies. A rule is a dict:
 
     {'layers': 'stem/.*', 'weights': {'bits': 8}, 'activations': 'none'}
 
-`layers` is a regular expression that must match the whole path; `weights` and `activations` are either the settings to
+`layers` is a regular expression that must match the full path; `weights` and `activations` are either the settings to
 change or 'none' for full precision.
 """
 
@@ -29,20 +29,20 @@ NOT_OF = {'weights': ('sign',), 'activations': ('granularity', 'rescale')}
 
 @dataclasses.dataclass(frozen=True)
 class QuantizerSettings:
-    """What a config says of one quantizer.
+    """The settings of one quantizer in a config.
 
     Attributes:
         name: the quantizer and its options, such as 'lsq' or 'lsq:narrow=true', or 'none' for full precision.
         bits: number of bits.
         estimator: the gradient estimator and its options, such as 'ewgs:delta=0.1'.
-        granularity: 'tensor' for one scale, 'channel' for one per output channel, 'auto' for what the quantizer's paper
-            uses (weights only).
-        sign: 'signed', 'unsigned', or 'auto': unsigned where the layer's input was never negative during calibration
-            (weights are always signed).
-        rescale: how quantized weights are scaled again, see `bqat_jax.transform.rescale` (weights only).
+        granularity: 'tensor' for one scale, 'channel' for one per output channel, 'auto' for the choice of the
+            quantizer's paper (weights only).
+        sign: 'signed', 'unsigned', or 'auto': unsigned if the layer's input is never negative during calibration
+            (activations only; weights are always signed).
+        rescale: rescaling of quantized weights, see `bqat_jax.transform.rescale` (weights only).
 
     Raises:
-        ValueError: for a value that no quantizer, estimator or grid has.
+        ValueError: for an invalid granularity, sign or rescale.
     """
 
     name: str
@@ -58,18 +58,17 @@ class QuantizerSettings:
         known = (('granularity', GRANULARITIES), ('sign', SIGNS), ('rescale', RESCALINGS))
         for key, allowed in known:
             if getattr(self, key) not in allowed:
-                raise ValueError(f'{key}={getattr(self, key)!r}: it must be one of {", ".join(allowed)}.')
+                raise ValueError(f'{key}={getattr(self, key)!r}: must be one of {", ".join(allowed)}.')
 
     def make(self, *, of_weights: bool, signed: bool) -> Quantizer:
         """Returns the quantizer.
 
         Args:
-            of_weights: whether it is one of weights, or else of activations.
+            of_weights: True for weights, False for activations.
             signed: whether values can be negative.
 
         Raises:
-            ValueError: if there is no such quantizer or estimator, or the two are not defined for each other or for
-            this.
+            ValueError: for an unknown quantizer or estimator, or a combination that is not supported.
         """
         channel_axis = None
         if of_weights:
@@ -86,7 +85,7 @@ class QuantizerSettings:
         )
 
     def check(self, *, of_weights: bool) -> None:
-        """Raises what `make` raises for every sign that there may be."""
+        """Raises the ValueError of `make` if it fails for every possible sign."""
         signs = {'signed': [True], 'unsigned': [False], 'auto': [False, True]}
         errors = []
         for signed in [True] if of_weights else signs[self.sign]:
@@ -100,7 +99,7 @@ class QuantizerSettings:
 
 @dataclasses.dataclass(frozen=True)
 class LayerSettings:
-    """The settings of one layer: of its weights and of its input; None where it stays in full precision."""
+    """The settings of one layer's weights and input; None for full precision."""
 
     weights: QuantizerSettings | None
     activations: QuantizerSettings | None
@@ -118,13 +117,13 @@ def assign_quantizers(
         paths: the layers' paths, such as 'stage1_block1/conv1'.
         weights: default settings of the weights' quantizer, the fields of `QuantizerSettings`.
         activations: default settings of the quantizer of the layer's input.
-        rules: what differs, and where; the first rule that matches a layer wins.
+        rules: changes for the layers that they match; the first matching rule applies.
 
     Raises:
-        ValueError: for a rule that is not understood, or that applies to no layer, and for settings that do not exist.
+        ValueError: for an invalid rule, a rule that applies to no layer, or unknown settings.
     """
     if isinstance(rules, Mapping | str):
-        raise ValueError(f'The quantization rules {rules!r} are no list: write [{{...}}], one dict for each rule.')
+        raise ValueError(f'The quantization rules {rules!r} are not a list. Write [{{...}}], one dict per rule.')
     compiled = [_parse_rule(rule) for rule in rules]
     used = [False] * len(compiled)
     settings = {}
@@ -144,7 +143,7 @@ def assign_quantizers(
             why = (
                 f'every layer it matches ({", ".join(shadowed)}) is matched by an earlier rule'
                 if shadowed
-                else f'no layer has a path that it matches whole; the paths are: {", ".join(paths)}'
+                else f'it matches the full path of no layer; the paths are: {", ".join(paths)}'
             )
             raise ValueError(
                 f'The quantization rule for layers {pattern.pattern!r} applies to nothing: {why}. Set the rules '
@@ -172,12 +171,12 @@ def _settings(role: str, defaults: Mapping[str, Any], changes: Mapping[str, Any]
         return None
     if not isinstance(changes, Mapping):
         raise ValueError(f"{role}={changes!r} in a quantization rule: write 'none' or a dict of settings.")
-    if not hasattr(defaults, 'keys'):  # a ConfigDict is no Mapping
+    if not hasattr(defaults, 'keys'):  # A ConfigDict is not a Mapping.
         raise ValueError(
             f"{role}={defaults!r}: write a dict of settings, {{'name': 'lsq', 'bits': 2}}, or {{'name': 'none'}}."
         )
     fields = [field.name for field in dataclasses.fields(QuantizerSettings)]
-    # The sign of weights is no choice, and a layer's input has no output channels and is not scaled again.
+    # Weights are always signed; inputs have no output channels and are not rescaled.
     fields = [field for field in fields if field not in NOT_OF[role]]
     _check_keys({**defaults, **changes}, fields, f'A quantizer of {role}')
     given = {**defaults, **changes}
@@ -195,4 +194,4 @@ def _check_keys(given: Mapping[str, Any], known: Sequence[str], what: str) -> No
     for key in given:
         if key not in known:
             listed = ', '.join(known)
-            raise ValueError(f'{what} has a key {key!r} that is not known; there are: {listed}.{suggest(key, known)}')
+            raise ValueError(f'{what} has an unknown key {key!r}; the keys are: {listed}.{suggest(key, known)}')

@@ -1,8 +1,8 @@
-"""Values are tagged wherever they stand in a program, and collected from it: out of loops, branches and inner programs.
+"""Tags values anywhere in a program, including loops, branches and inner programs, and collects them.
 
-A tag is a named identity in the traced program (a jaxpr). Evaluating it, inner programs are written out, a loop gives
-the tagged values of all its iterations along a leading axis, and of the branches of a conditional those that are not
-taken give -1 for integers and zeros.
+A tag is a named identity in the traced program (a jaxpr). The evaluation inlines inner programs. A loop returns the
+tagged values of all iterations along a leading axis. A branch of a conditional that is not taken returns -1 for
+integers and zero for other values.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ Collected = dict[int, list[list[jax.Array]]]
 
 
 def tag(number: int, values: Sequence[jax.Array]) -> None:
-    """Tags arrays as one sighting of number `number`; under `vmap` each gets the mapped axis as its first."""
+    """Tags arrays as one record of number `number`; under `vmap`, the mapped axis becomes their first axis."""
     count = len(values)
 
     def mark(*values: jax.Array) -> list[jax.Array]:
@@ -40,16 +40,16 @@ def tag(number: int, values: Sequence[jax.Array]) -> None:
 
 
 def collect_tagged(run: Callable[..., Any], *arguments: Any) -> Collected:
-    """Returns what `run(*arguments)` tags: by number a list of sightings, each a list of arrays.
+    """Returns the tagged values of `run(*arguments)`: for each number a list of records, each a list of arrays.
 
     Raises:
-        ValueError: for a tag within a loop whose length is not known (`while_loop`).
+        ValueError: for a tag within a loop of unknown length (`while_loop`).
     """
     return run_and_collect(run, *arguments)[1]
 
 
 def run_and_collect(run: Callable[..., Any], *arguments: Any) -> tuple[Any, Collected]:
-    """Returns the results of `run(*arguments)` and what it tags; see `collect_tagged`."""
+    """Returns the results and the tagged values of `run(*arguments)`; see `collect_tagged`."""
     program, shapes = jax.make_jaxpr(run, return_shape=True)(*arguments)
     results, collected = _evaluate(program.jaxpr, program.consts, jax.tree.leaves(arguments))
     return jax.tree.unflatten(jax.tree.structure(shapes), results), collected
@@ -68,7 +68,7 @@ def _name(operation: Any) -> str | None:
 
 
 def _evaluate(program: Jaxpr, consts: Sequence[Any], arguments: Sequence[Any]) -> tuple[list[Any], Collected]:
-    """Evaluates a program; returns its results and what is tagged in it."""
+    """Returns the results and the tagged values of a program."""
     values: dict[Var, Any] = dict(zip([*program.constvars, *program.invars], [*consts, *arguments], strict=True))
     collected: Collected = {}
     sightings: dict[str, list[Any]] = {}
@@ -105,14 +105,14 @@ def _evaluate_inner(operation: Any, given: list[Any]) -> tuple[list[Any], Collec
     programs = list(jaxprs_in_params(operation.params))
     if kind == 'while' or len(programs[0].invars) != len(given):
         raise ValueError(
-            f'A layer whose input is to be quantized stands within {kind!r}, where its input cannot be looked at. '
-            "Leave it in full precision by a rule in quant.rules, {'layers': ..., 'activations': 'none'}."
+            f'A layer with a quantized input is within {kind!r}, where its input cannot be observed. Keep the input in '
+            "full precision by a rule in quant.rules, {'layers': ..., 'activations': 'none'}."
         )
     return _evaluate(programs[0], consts_of(operation), given)
 
 
 def _scan(operation: Any, given: list[Any]) -> tuple[list[Any], Collected]:
-    """A loop, with what is tagged in it as more results of every iteration."""
+    """Runs a loop that also returns the tagged values of every iteration."""
     (inner,) = jaxprs_in_params(operation.params)
     constant, carry, stacked = scan_arguments(operation, given)
     carries = len(carry)
@@ -127,7 +127,7 @@ def _scan(operation: Any, given: list[Any]) -> tuple[list[Any], Collected]:
 
 
 def _conditional(operation: Any, given: list[Any]) -> tuple[list[Any], Collected]:
-    """A conditional whose branches all give what is tagged in any."""
+    """Runs a conditional in which every branch returns the tagged values of all branches."""
     branches = operation.params['branches']
 
     def run(branch):

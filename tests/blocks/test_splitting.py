@@ -263,11 +263,11 @@ REFUSED = {
     'no switch': (modules.Unswitched(), ['first', 'second'], r'norm \(BatchNorm\).*Give call='),
     'sow': (modules.Sowing(), ['layer0', 'layer1'], "collection 'losses'.*'intermediates'"),
     'axis': (modules.OverAxis(), ['layer0', 'layer1'], 'mapped axis .*batch.*leave axis_name out'),
-    'iteration': (modules.Scanned(), ['embed', 'layers/layer/enter'], "'layers/layer/enter' lies within an iteration"),
+    'iteration': (modules.Scanned(), ['embed', 'layers/layer/enter'], "'layers/layer/enter' is within an iteration"),
     'iterations': (modules.Scanned(), ['embed', 'layers[4]'], r'layers\[4\]: this nn.scan has the iterations 0 to 3'),
     'no iterations': (modules.SetUp(), ['embed', 'layers_0[0]'], r"'layers_0\[0\]' is never reached"),
-    'cond': (modules.Conditional(), ['first', 'one'], "'one' lies within 'cond'"),
-    'training': (modules.TwoViews(), ['first', 'second'], "behind 'first' .*in evaluation, and in training"),
+    'cond': (modules.Conditional(), ['first', 'one'], "'one' is within 'cond'"),
+    'training': (modules.TwoViews(), ['first', 'second'], "after 'first' .*in evaluation, and in training"),
 }
 
 

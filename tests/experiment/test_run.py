@@ -318,7 +318,7 @@ def test_a_layer_that_does_not_suit_its_quantizer_is_named(config, finished, tmp
     config.partner.workdir = str(finished[1])
     config.quant.activations.name = 'n2uq'
     config.quant.rules = ()
-    with pytest.raises(UserError, match=r'Layer stem/conv: The quantizer .n2uq.*outputs begin at zero'):
+    with pytest.raises(UserError, match=r'Layer stem/conv: The quantizer .n2uq.*outputs start at zero'):
         train(config, tmp_path / 'run', name='digits')
 
 

@@ -46,5 +46,5 @@ def test_wrong_codes_and_sizes_are_refused():
         pack(np.array([-3, 1]), 2, -2)
     with pytest.raises(ValueError, match='3 bytes for 8 codes of 2 bits'):
         unpack(np.zeros(3, np.uint8), 2, 0, (8,))
-    with pytest.raises(ValueError, match='whole number from 1 to 8'):
+    with pytest.raises(ValueError, match='is not an integer from 1 to 8'):
         pack(np.array([0]), 9, 0)

@@ -129,7 +129,7 @@ class Merged(nn.Module):
 
 
 def test_a_switch_must_reach_what_it_switches():
-    with pytest.raises(ValueError, match=r'In training first/Dropout_0 .Dropout. does what it does in evaluation'):
+    with pytest.raises(ValueError, match=r'In training first/Dropout_0 .Dropout. behaves as in evaluation'):
         bq.split_after(HalfSwitched(), ['first', 'second'], (8,))
 
 
@@ -169,7 +169,7 @@ def test_inputs_that_are_no_example_are_told(inputs, message):
 
 
 def test_ends_are_a_list():
-    with pytest.raises(ValueError, match=r"give a list of paths, \['block0', ...\]"):
+    with pytest.raises(ValueError, match=r"Give a list of paths, \['block0', ...\]"):
         bq.split_after(Blocks(), 'block0', (8,))
 
 

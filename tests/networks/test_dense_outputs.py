@@ -60,7 +60,7 @@ def test_skip_connections_pass_by_the_cuts():
 @pytest.mark.parametrize(
     ('case', 'options', 'message'),
     [
-        ('decoder', {'heads': 3}, 'divide the width'),
+        ('decoder', {'heads': 3}, 'heads must divide width'),
         ('decoder', {'depth': 1}, 'at least two layers'),
         ('decoder', {'cut': 'layer1'}, "layers such as 'layers"),
         ('decoder', {'cut': 'layers[1],layers[9]'}, 'iterations 0 to 3'),

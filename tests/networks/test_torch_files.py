@@ -84,7 +84,7 @@ def test_an_unknown_key_lists_what_the_file_has(tmp_path):
     for part in ["partner.torch_key='model_emma.inner'", '"model" (2 tensors)', '"model_ema" (dict)', '"epoch" (int)']:
         assert part in text
     assert '"model_ema.inner" (2 tensors)' in text and "Did you mean 'model_ema.inner'" in text
-    assert 'has 2 tensors of its own' in message_of(saved(tmp_path, weights()), 'model')
+    assert 'has 2 tensors at the top level' in message_of(saved(tmp_path, weights()), 'model')
 
 
 def test_weights_under_an_unknown_entry_are_told_with_the_key_that_takes_them(tmp_path):
@@ -98,7 +98,7 @@ def test_weights_under_an_unknown_entry_are_told_with_the_key_that_takes_them(tm
 def test_a_dict_that_holds_itself_comes_to_an_end(tmp_path):
     content = weights()
     content['model'] = content
-    assert 'beside tensors' in message_of(saved(tmp_path, content))
+    assert 'next to tensors' in message_of(saved(tmp_path, content))
 
 
 def test_metadata_beside_weights_is_left_out_and_told(tmp_path):
@@ -223,7 +223,7 @@ NO_WEIGHTS = {
     'zip': (zip_of(readme='hello'), 'a zip that torch.save did not write: it holds readme'),
     'empty_zip': (zip_of(), 'it holds nothing'),
     'torchscript': (zip_of(**{'net__data.pkl': '', 'net__constants.pkl': ''}), 'TorchScript program'),
-    'cut_zip': (torch_bytes(LARGE)[:2000], 'a zip, as torch.save writes, but damaged or cut off'),
+    'cut_zip': (torch_bytes(LARGE)[:2000], 'a zip, as torch.save writes, but damaged or truncated'),
     'cut_old_format': (torch_bytes(LARGE, _use_new_zipfile_serialization=False)[:1000], 'could not be read as PyTorch'),
     'cut_pickle': (torch_bytes(LARGE, _use_new_zipfile_serialization=False)[:20], 'could not be read'),
     'old_tar': (tar_of('sys_info', 'pickle', 'storages', 'tensors'), 'tar format of the first releases of PyTorch'),
@@ -231,7 +231,7 @@ NO_WEIGHTS = {
     'pickle': (pickle.dumps({'w': 1}), 'a pickle, but not one of torch.save'),
     'namespace': (torch_bytes({'model': LARGE, 'args': argparse.Namespace()}), 'an object argparse.Namespace'),
     'numpy_scalar': (torch_bytes({'model': LARGE, 'top1': np.float64(1)}), 'an object numpy'),
-    'whole_model': (torch_bytes(torch.nn.Linear(2, 2)), 'torch.nn.modules.linear.Linear, perhaps a whole model'),
+    'whole_model': (torch_bytes(torch.nn.Linear(2, 2)), 'torch.nn.modules.linear.Linear, perhaps a complete model'),
     'list': (torch_bytes([torch.zeros(2)]), 'no state_dict'),
     'tensor': (torch_bytes(torch.zeros(2)), 'no state_dict'),
     'no_entries': (torch_bytes({}), 'It has no entries at all. Save the model'),

@@ -187,7 +187,7 @@ def test_two_arrays_for_one_of_ours_are_told(torch_model):
     arrays = arrays_of(torch_model)
     arrays['fc.bias'] = arrays['linear.bias']
     assert [str(one) for one in mismatch(arrays).differences] == [
-        'twice: fc.bias gives params/head/dense/bias, and so does another'
+        'twice: fc.bias and another name both give params/head/dense/bias'
     ]
 
 

@@ -53,15 +53,15 @@ def test_no_quantizer_needs_no_bits():
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
-        ({'batches': INPUTS}, r'write \[batch\]'),
+        ({'batches': INPUTS}, r'Give \[batch\]'),
         ({'batches': []}, 'at least one batch'),
         ({'quantizers': None}, 'quantizers=None'),
         ({'quantizers': {'weights': LSQ}}, 'write .*activations'),
         ({'quantizers': {'weights': 'lsq', 'activations': LSQ}}, "weights='lsq': write a dict"),
         ({'quantizers': {'weights': {'name': 'lsq'}, 'activations': LSQ}}, "no 'bits'"),
-        ({'quantizers': {'weights': LSQ, 'activations': LSQ, 'rules': {'layers': 'x'}}}, 'are no list'),
+        ({'quantizers': {'weights': LSQ, 'activations': LSQ, 'rules': {'layers': 'x'}}}, 'are not a list'),
         ({'plan': None}, 'plan=None'),
-        ({'plan': Plan('prefix', 3)}, r"give Plan\('prefix', 2\)"),
+        ({'plan': Plan('prefix', 3)}, r"Use Plan\('prefix', 2\)"),
         ({'partner': PARTNER['params']}, "no 'params'"),
     ],
 )

@@ -370,8 +370,8 @@ def shaped(*shape, dtype='float32'):
         ('classification', Z, {'y': Y}, 'targets are a dict'),
         ('classification:ignore=-1', Z, shaped(8, dtype='uint8'), 'uint8, which cannot hold it'),
         ('classification:ignore=-1', Z, shaped(8, 10), 'no label to ignore'),
-        ('classification:logits=main', Z, Y, 'outputs are one array; leave logits out'),
-        ('classification', {'logits': Z, 'aux': Z}, Y, "'aux', 'logits': say which"),
+        ('classification:logits=main', Z, Y, 'output is one array. Omit logits'),
+        ('classification', {'logits': Z, 'aux': Z}, Y, "'aux', 'logits'. Choose"),
         ('classification:logits=logit', {'logits': Z, 'aux': Z}, Y, "Did you mean 'logits'"),
         ('multi_label', Z, Y, r'\(8, 10\) and the targets \(8,\)'),
         ('regression', shaped(8, 1), shaped(8), r'\(8, 1\) and the targets \(8,\).*outputs\[:, 0\]'),
@@ -464,5 +464,5 @@ def test_outputs_of_a_task_of_ones_own_may_be_scalars_and_integers():
 
 @pytest.mark.parametrize(('name', 'what'), [('segmentation', 'pixel'), ('language_model', 'token')])
 def test_one_label_of_an_image_is_none_of_its_parts(name, what):
-    with pytest.raises(ValueError, match=f'one of every {what}'):
+    with pytest.raises(ValueError, match=f'one label per {what}'):
         bq.get_task(name).check(normal(0, BATCH, CLASSES), labels(1, BATCH), CLASSES)

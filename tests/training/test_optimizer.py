@@ -133,5 +133,5 @@ def test_weight_decay_is_on_kernels_only(name):
 
 
 def test_an_unknown_name_is_refused():
-    with pytest.raises(ValueError, match=r"optimizer.name='adam': it must be one of sgd, adamw"):
+    with pytest.raises(ValueError, match=r"optimizer.name='adam': must be one of sgd, adamw"):
         OptimizerSpec(name='adam')

@@ -292,7 +292,7 @@ def test_what_is_not_reached_is_named():
         params = module.init(jax.random.key(0), x)['params']
         layers = find_layers(lambda params, x, module=module: module.apply({'params': params}, x), params, x)
         assert set(layers.others) == others
-    assert 'front' in layers.others['blocks/dense/kernel']
+    assert 'leading axes' in layers.others['blocks/dense/kernel']
 
 
 def test_parameters_that_were_not_quantized_are_refused():
