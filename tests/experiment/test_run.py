@@ -256,7 +256,7 @@ def test_a_workdir_from_before_a_key_came_is_resumed(finished, config, tmp_path)
 @pytest.mark.parametrize(
     ('file', 'text', 'message'),
     [
-        ('config.json', '{"train": 3}', 'train is no section'),
+        ('config.json', '{"train": 3}', 'train is not a section'),
         ('config.json', '[]', 'holds a list'),
         ('environment.json', '{"versions": 3}', "entry 'versions'"),
         ('environment.json', '{"versions": {}, "numerics": 3}', "entry 'numerics'"),
@@ -443,7 +443,7 @@ def test_a_network_of_the_users_runs_by_its_name(config, tmp_path, registries):
     result = train(config, tmp_path / 'run', name='digits')
     assert 0 <= result['top1'] <= 1
     config.partner.torch_file = str(plugin)
-    with pytest.raises(UserError, match="network 'mine' are not known"):
+    with pytest.raises(UserError, match="PyTorch names of the network 'mine'"):
         import_partner(config, tmp_path / 'other', name='digits')
     config.network = ml_collections.ConfigDict({'name': 'mine', 'sise': 8})
     with pytest.raises(UserError, match="Did you mean 'size'"):
