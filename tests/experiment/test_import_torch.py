@@ -185,7 +185,7 @@ def test_a_partner_with_a_new_head_is_no_partner_to_import(config, tmp_path):
 @pytest.mark.parametrize('workdir', [None, 'runs/other'])
 def test_keys_that_speak_of_a_file_need_one(config, tmp_path, key, value, workdir):
     config.partner[key], config.partner.workdir = value, workdir
-    with pytest.raises(UserError, match=rf'partner.{key}={value!r}.*give partner.torch_file'):
+    with pytest.raises(UserError, match=rf'partner.{key}={value!r}.*Set partner.torch_file'):
         opened(config, tmp_path)
 
 

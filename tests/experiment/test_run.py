@@ -387,7 +387,7 @@ def test_values_that_cannot_work_are_refused_before_training(config, tmp_path, k
 
 def test_one_partner_only(config, tmp_path):
     config.partner.workdir, config.partner.torch_file = 'a', 'b'
-    with pytest.raises(UserError, match='both given'):
+    with pytest.raises(UserError, match='both set'):
         train(config, tmp_path / 'run', name='digits')
 
 
@@ -508,7 +508,7 @@ def test_a_run_of_two_seeds_gives_both_results(plain, tmp_path):
 def test_replicas_that_devices_cannot_share_are_refused(config, tmp_path):
     config.train.replicas = 3
     config.mesh.data = 2
-    with pytest.raises(UserError, match=r'train.replicas=3 cannot be spread over 2 devices'):
+    with pytest.raises(UserError, match=r'train.replicas=3 cannot be split over 2 devices'):
         train(config, tmp_path, name='digits')
 
 

@@ -92,7 +92,7 @@ def test_a_run_that_is_told_to_stop_measures_no_more(finished):
     before = (workdir / 'report.html').read_text()
     reporting.report_finished(experiment, opened, None, None, lambda: True)
     page = check((workdir / 'report.html').read_text())
-    assert page.count('told to stop') >= 4 and 'could not be made' not in page
+    assert page.count('run was stopped before') >= 4 and 'could not be made' not in page
     (workdir / 'report.html').write_text(before)
 
 

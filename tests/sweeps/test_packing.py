@@ -246,5 +246,5 @@ def test_a_real_sweep_goes_on_from_its_pack_as_if_never_stopped(digits_dir, tmp_
     sweep('first', f'--config.sweep_pack={tmp_path}/sweep.zip', stops=True)
     assert (tmp_path / 'sweep.zip').stat().st_size < 2**21
     sweep('second', f'--config.sweep_pack={tmp_path}/sweep.zip')
-    assert 'goes on after step' in (tmp_path / 'second' / 'all' / 'plain' / 'seed 1' / 'log.txt').read_text()
+    assert 'resumes after step' in (tmp_path / 'second' / 'all' / 'plain' / 'seed 1' / 'log.txt').read_text()
     assert results('second') == results('whole')
