@@ -154,7 +154,7 @@ def test_trees_of_inputs_go_through_every_format(tmp_path):
         np.testing.assert_allclose(load(path)(quantized.inputs), expected, rtol=1e-5, atol=1e-5)
         packed = tmp_path / 'model.safetensors'
         write_checkpoint(packed, quantized.frozen)
-        with pytest.raises(ValueError, match='a module of your own. Pass its BlockNetwork'):
+        with pytest.raises(ValueError, match=r'a module of your own\. Pass its BlockNetwork'):
             load(packed)
         got = load(packed, quantized.network)(quantized.inputs)
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
