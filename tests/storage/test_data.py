@@ -68,7 +68,7 @@ def test_data_that_cannot_be_reached_is_told_soon(prepared, server, cache, fault
     """ArrayRecord alone waits for a quarter of an hour, and then says that there are no records."""
     server.fault = lambda method, path: fault if 'tfds' in path else None
     began = time.monotonic()
-    with pytest.raises(UserError, match=r'storage\.patience|is refused'):
+    with pytest.raises(UserError, match=r'storage\.patience|access is denied'):
         load_images('digits', prepared, ImageOptions(cache=cache))
     assert time.monotonic() - began < 30
 
