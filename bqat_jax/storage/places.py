@@ -55,7 +55,7 @@ def place(text: str | os.PathLike, name: str) -> Place:
         if not rest.split('/')[0]:
             raise UserError(f'{given}: it names no bucket. Write {scheme}://BUCKET/FOLDER.')
         if '' in rest.rstrip('/').split('/') or {'.', '..'} & set(rest.split('/')):
-            raise UserError(f'{given}: parts of an address in a bucket must not be empty, . or ... Write it out.')
+            raise UserError(f'{given}: parts of an address in a bucket must not be empty, "." or "..". Write it out.')
         _check_characters(rest, given)
         return epath.Path(f'{scheme}://{rest.rstrip("/")}')
     if re.match(r'[A-Za-z][A-Za-z0-9+.-]+:/', str(text)):
