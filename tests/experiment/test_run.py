@@ -326,7 +326,7 @@ def test_a_layer_that_does_not_suit_its_quantizer_is_named(config, finished, tmp
     ('key', 'value', 'message'),
     [
         ('replacement.plan', 'prefx', 'none, prefix, single'),
-        ('data.train_split', 'train[:80', r"data\.train_split='train\[:80' is no split"),
+        ('data.train_split', 'train[:80', r"data\.train_split='train\[:80' is not a split"),
         ('data.train_split', 'test', '360 examples are in both'),
         ('data.value_range', (1.0, 0.0), r'data\.value_range=\(1\.0, 0\.0\)'),
         ('data.mean', (77.9,), 'at least 0 and at most 1'),
