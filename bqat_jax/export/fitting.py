@@ -26,7 +26,7 @@ def check_network(network: Any) -> None:
 
 
 def check_fits(frozen: Frozen, network: BlockNetwork) -> None:
-    """Checks that a network and a frozen one have the same parameters with the same shapes.
+    """Checks that the parameters of a network and a frozen one have equal paths and shapes.
 
     Raises:
         ValueError: naming parameters that differ.
