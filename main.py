@@ -95,7 +95,7 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, UserError | flags.Error):
         return text
     if isinstance(error, OSError) and (error.filename is not None or error.errno in DISK_ERRORS):
-        remedy = 'Make room' if error.errno in FULL else 'Give a path that can be read and written'
+        remedy = 'Free some space' if error.errno in FULL else 'Use a path that can be read and written'
         return f'{text}. {remedy}; run the same command again to resume.'
     bucket = address_in(error) or named_bucket(sys.argv[1:])
     if bucket is not None and is_of_bucket(error):

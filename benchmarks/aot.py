@@ -55,7 +55,7 @@ def devices_of(topology: str) -> Sequence[Any]:
         return jax.devices()
     try:
         return topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
-    except Exception as error:  # of many kinds
+    except Exception as error:  # JAX raises many kinds
         raise UserError(
             f'--topology={topology}: {error}. It needs libtpu (pip install "jax[tpu]") and a topology that it knows, '
             'such as v5e:2x2, v5e:16x16 or v5p:8x8x16; --topology=local uses the devices of this machine.'

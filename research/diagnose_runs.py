@@ -23,10 +23,10 @@ from bqat_jax.storage import read_json, write_text
 COLUMNS = (
     'LP loss: cosine to FP',
     'to smoothed',
-    'whole loss: cosine to FP',
+    'full loss: cosine to FP',
     'to smoothed',
     'variance, LP loss',
-    'whole loss',
+    'full loss',
     'CKA of the last block',
     'its relative error',
     'oscillating, %',

@@ -39,7 +39,7 @@ def initialize(distributed: str) -> None:
         _join(distributed)
     try:
         jax.devices()
-    except Exception as error:  # of many kinds: RuntimeError, AssertionError
+    except Exception as error:  # JAX raises many kinds, such as RuntimeError and AssertionError
         why = str(error).partition('\n')[0] or 'there is none of that kind.'
         raise UserError(
             f'JAX_PLATFORMS={os.environ.get("JAX_PLATFORMS", "")!r}: JAX cannot start its devices here: {why} '

@@ -74,7 +74,7 @@ class Checkpoints:
 
         Args:
             directory: created if it does not exist.
-            keep: how many of the newest checkpoints to keep.
+            keep: number of the newest checkpoints to keep.
             has_scores: whether every save has a score; the checkpoint with the highest score is kept.
             read_only: whether only to read; another process may be writing.
 
@@ -222,7 +222,7 @@ class Checkpoints:
 
         Args:
             target: the tree to read, of `jax.ShapeDtypeStruct`s with shardings.
-            remedy: what the error message recommends if it is damaged.
+            remedy: remedy in the error message for a damaged checkpoint.
 
         Raises:
             UserError: if it is damaged, does not match `target` or cannot be accessed.

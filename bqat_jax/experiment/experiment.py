@@ -25,7 +25,7 @@ from bqat_jax.transform.rules import LayerSettings
 
 @dataclasses.dataclass(frozen=True)
 class DataSpec:
-    """How images are read, normalised and augmented.
+    """Reading, normalisation and augmentation of images.
 
     Attributes:
         images: the opened dataset.
@@ -65,7 +65,7 @@ class PhaseSpec:
 
 @dataclasses.dataclass(frozen=True)
 class PartnerSource:
-    """Where the partner comes from: `torch_file`, `workdir`, or training if both are None.
+    """The source of the partner: `torch_file`, `workdir`, or training if both are None.
 
     Attributes:
         network_name: name of the network, which selects the rules for PyTorch names.
@@ -86,7 +86,7 @@ class PartnerSource:
 
 @dataclasses.dataclass(frozen=True)
 class InitSource:
-    """What the low-precision network starts from.
+    """The start of the low-precision network.
 
     Attributes:
         workdir: workdir of another run, whose selected checkpoint is used; None for the partner.
@@ -118,7 +118,7 @@ class Intervals:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """What a config describes.
+    """The experiment that a config describes.
 
     Attributes:
         config: the config as JSON; a resumed run must match it.
@@ -143,12 +143,12 @@ class Experiment:
         calibration_batches: batches that quantizers are calibrated on.
         reestimation_batches: batches that batch-norm statistics are re-estimated on after training; 0 for none.
         partner: the training of the partner.
-        partner_source: where the partner comes from if it is not trained.
-        init: what the low-precision network starts from.
+        partner_source: source of the partner if it is not trained.
+        init: start of the low-precision network.
         training: the training of the low-precision network.
         intervals: steps between logs, checkpoints, measurements and diagnoses.
-        kept_checkpoints: how many of the newest checkpoints are kept.
-        trace: how the strengths of estimators are measured.
+        kept_checkpoints: number of the newest checkpoints to keep.
+        trace: settings of the measurement of estimators' strengths.
         diagnosis: the size of a diagnosis.
     """
 

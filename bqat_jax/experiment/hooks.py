@@ -112,7 +112,7 @@ class Save:
         that is the score, and the hold on the workdir.
         """
         self.checkpoints = checkpoints
-        self.seconds = 0.0  # of the phase, at the last save
+        self.seconds = 0.0  # seconds of the phase at the last save
         self._log, self._evaluation, self._metric, self._hold = log, evaluation, metric, hold
         self._saved: int | None = None
 

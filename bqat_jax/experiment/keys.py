@@ -35,7 +35,7 @@ class Key:
         name: with dots, such as 'train.batch_size'.
         default: the value in the base config; its type is the key's.
         text: what the key does, in Markdown.
-        range: of a number, or of each number of a tuple: an interval such as '[0, 1)'; '' where there is none.
+        range: interval of the number, or of each number of a tuple, such as '[0, 1)'; '' for none.
         may_change: whether a run may resume with another value, because results do not depend on it, or, for the mesh,
             only through the order of float32 sums.
     """

@@ -38,7 +38,7 @@ CHECKPOINTS = 'checkpoints'
 
 
 class Start(NamedTuple):
-    """What the low-precision network starts from.
+    """The start of the low-precision network.
 
     Attributes:
         variables: {'params': ..., 'batch_stats': ...}.

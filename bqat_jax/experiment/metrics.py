@@ -25,7 +25,7 @@ SHOWN = {'loss': 'loss {:.3g}', 'examples_per_second': '{:.0f} examples/s'}
 
 @dataclasses.dataclass(frozen=True)
 class Recording:
-    """Where metrics go.
+    """The destinations of metrics.
 
     Attributes:
         workdir: the run's workdir; files are sent to a bucket every minute and before each checkpoint.

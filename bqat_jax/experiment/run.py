@@ -119,7 +119,7 @@ def import_partner(
         check_config(experiment)
         write_record(experiment, name, overrides)
         partner = find_partner(experiment)
-        assert partner is not None  # a source is given
+        assert partner is not None  # a source is set
         experiment.console.print('Evaluating on the test split.')
         test = load_split(experiment, experiment.data.images.test)
         evaluation = _evaluate_partner(experiment, partner, test, stop)

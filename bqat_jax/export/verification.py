@@ -29,7 +29,7 @@ class Run(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """How far two networks agree on some examples.
+    """The agreement of two networks on some examples.
 
     Attributes:
         examples: number of examples compared.

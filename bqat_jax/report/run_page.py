@@ -102,7 +102,7 @@ def run_page(record: Record, measured: Measured) -> str:
     looks = functools.cache(measured.looks)
     answers = functools.cache(measured.answers)
     sections = [
-        section('What was run', lambda: what_was_run(record)),
+        section('Config and environment', lambda: what_was_run(record)),
         *(
             section(title, functools.partial(_curves, record, phase))
             for phase, title in PHASES.items()
@@ -368,7 +368,7 @@ def _wrong(answers: Answers, classes: Sequence[str]) -> Iterator[Html]:
     shown = []
     for one in wrong:
         label, answer = classes[one.label], classes[one.answer]
-        text = f'{label}, taken for {answer}'
+        text = f'{label}, classified as {answer}'
         caption = element('figcaption', element('b', answer), f' {one.confidence:.1%}', Html('<br>'), f'is {label}')
         shown.append(element('figure', image(one.image, text), caption))
     yield note(f'The {len(shown)} most confident wrong answers: answer, confidence and label.')

@@ -95,7 +95,7 @@ def positions(choice: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]]
 def sweep_page(record: SweepRecord) -> str:
     """Returns the page of a sweep, HTML."""
     sections = [
-        section('What was run', lambda: _what_was_run(record)),
+        section('Config and environment', lambda: _what_was_run(record)),
         section('Every seed', lambda: _seeds(record)),
         section(f'Paired differences to {record.baseline}', lambda: _differences(record)),
         section('Cost', lambda: _cost(record)),
@@ -194,7 +194,7 @@ def _differences(record: SweepRecord) -> Iterator[Html]:
         "Differences paired by seed: their mean and its 95 % interval (Student's t, which assumes independent, normal "
         'differences). Grey: the interval contains 0.'
     )
-    header = ['setting', 'method', 'pairs', 'mean', '95 % interval', 'without 0']
+    header = ['setting', 'method', 'pairs', 'mean', '95 % interval', 'excludes 0']
     yield table(header, rows, numbers=header[2:5])
 
 
@@ -239,7 +239,7 @@ def _choices(record: SweepRecord) -> Iterator[Html]:
         added = _added_values(record.settings[setting][method], one.key)
         values = ', '.join(f'{value_of(x)} (added)' if x in added else value_of(x) for x in one.grid)
         rows.append((setting, method, one.key, value_of(one.value), values, cell))
-    yield table(['setting', 'method', 'key', 'taken', 'from', 'where'], rows)
+    yield table(['setting', 'method', 'key', 'selected', 'candidates', 'position'], rows)
     yield grid(_choice_drawings(record))
     yield note(
         f'The choice with the best mean on held-out training images is selected (ringed): {record.metric.title}, on '

@@ -91,7 +91,7 @@ def check_objects(directory: Place) -> None:
     """Reads the first byte of the largest and the smallest objects below a folder in a bucket.
 
     Raises:
-        Exception: of the libraries, if an object may not be read or the bucket does not respond.
+        Exception: any error of the libraries, if an object may not be read or the bucket does not respond.
     """
     sizes = {name: int(facts['size'] or 0) for name, facts in files_below(directory).items()}
     names = sorted((name for name in sizes if sizes[name]), key=lambda name: sizes[name])
