@@ -14,8 +14,8 @@ from ml_collections import config_flags
 
 try:
     import jax  # noqa: F401
-except ValueError as problem:  # an environment variable with a value that JAX does not take
-    sys.exit(f'Error: {problem}. Unset the variable, or give it a value that JAX takes.')
+except ValueError as problem:  # JAX rejects the value of an environment variable
+    sys.exit(f'Error: {problem}. Unset the variable, or give it a value that JAX accepts.')
 
 from bqat_jax.distributed.preemption import Stopped
 from bqat_jax.distributed.processes import initialize
@@ -28,13 +28,13 @@ from bqat_jax.storage import explain as explain_bucket
 
 MODES = ('train', 'evaluate', 'import', 'summary', 'diagnose', 'export', 'report', 'sweep')
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# They come without the name of a file where a write fails.
+# A failed write raises them without a file name.
 DISK_ERRORS = (*FULL, errno.EROFS, errno.EIO, errno.ESTALE)
 DEFAULT_RECIPE = Path(__file__).resolve().parent / 'configs' / 'digits.py'
 
 
 def define_flags(argv: list[str]) -> CommandLine:
-    """Defines the flags; the config's own are read from the command line at once.
+    """Defines the flags; those of the config are read from the command line here.
 
     Raises:
         UserError: for a recipe that cannot be loaded, or a key that it does not have.
@@ -42,7 +42,7 @@ def define_flags(argv: list[str]) -> CommandLine:
     given = read_command_line(flags.FLAGS.read_flags_from_files(argv, force_gnu=False), DEFAULT_RECIPE)
     text = 'Recipe, with arguments after a colon: configs/digits.py:bits=2,plan=prefix'
     config_flags.DEFINE_config_dict('config', given.config, text, sys_argv=given.argv)
-    flags.DEFINE_string('workdir', None, 'Where the run goes; runs/<recipe> if not given. Run again to continue.')
+    flags.DEFINE_string('workdir', None, 'Folder of the run; runs/<recipe> by default. Run again to resume.')
     flags.DEFINE_enum('mode', 'train', MODES, 'What to do.')
     return given
 
@@ -50,8 +50,8 @@ def define_flags(argv: list[str]) -> CommandLine:
 def main(argv: list[str], given: CommandLine) -> None:
     """Dispatches on --mode."""
     if len(argv) > 1:
-        raise UserError(f'{" ".join(argv[1:])!r} is not understood; write flags as --name=value.')
-    # Imported here, as what a run needs takes a second to load: --help and a mistyped flag are answered without it.
+        raise UserError(f'{" ".join(argv[1:])!r} is not understood. Write flags as --name=value.')
+    # Imported here: --help and a mistyped flag should not wait a second for these modules.
     from bqat_jax.experiment import run as runs
     from bqat_jax.experiment.environment import check_processes
 
@@ -90,34 +90,34 @@ def main(argv: list[str], given: CommandLine) -> None:
 
 
 def explain(error: Exception) -> str | None:
-    """Returns what went wrong in plain words, or None if it is nothing that the user can mend."""
+    """Returns a message for an error that the user can fix, or None for another."""
     text = str(error)
     if isinstance(error, UserError | flags.Error):
         return text
     if isinstance(error, OSError) and (error.filename is not None or error.errno in DISK_ERRORS):
-        remedy = 'Make room' if error.errno in FULL else 'Give a path that can be read and written'
-        return f'{text}. {remedy}; run the same command again to go on.'
+        remedy = 'Free some space' if error.errno in FULL else 'Use a path that can be read and written'
+        return f'{text}. {remedy}; run the same command again to resume.'
     bucket = address_in(error) or named_bucket(sys.argv[1:])
     if bucket is not None and is_of_bucket(error):
         return f'A request to a bucket failed: {explain_bucket(error, bucket)}'
     if isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in text:
         return (
-            f'The memory is full ({text.partition(chr(10))[0][:300]}). Take smaller batches (train.batch_size), run '
-            'them in parts (train.microbatches), recompute blocks (network.remat), share arrays between devices '
-            '(mesh.fsdp), or leave the images on the host (data.on_device=false). What was saved is kept.'
+            f'The memory is full ({text.partition(chr(10))[0][:300]}). Use smaller batches (train.batch_size), run '
+            'them in parts (train.microbatches), recompute blocks (network.remat), shard arrays over devices '
+            '(mesh.fsdp), or leave the images on the host (data.on_device=false). Saved checkpoints are kept.'
         )
     return explain_with_plugins(error) if loaded_plugins() else None
 
 
 def named_bucket(argv: list[str]) -> str | None:
-    """Returns the first address in a bucket that a command line names; None without any."""
-    found = re.search(r'(gs|s3)://[^\s,]+', ' '.join(argv))
-    return found and found[0]
+    """Returns the first address in a bucket that a command line names; None if there is none."""
+    match = re.search(r'(gs|s3)://[^\s,]+', ' '.join(argv))
+    return match and match[0]
 
 
 def explain_with_plugins(error: Exception) -> str:
-    """Returns what is known of an error that a plugin may have led to; the traceback goes into a file."""
-    where = place_in_plugins(error) or f'Beside the plugins {", ".join(loaded_plugins())} the program'
+    """Returns a message for an error that a plugin may have caused; the traceback goes to a file."""
+    where = place_in_plugins(error) or f'With the plugins {", ".join(loaded_plugins())} the program'
     with tempfile.NamedTemporaryFile('w', prefix='bqat_jax_', suffix='.txt', delete=False) as file:
         file.write(''.join(traceback.format_exception(error)))
     what = f'{type(error).__name__}: {str(error).partition(chr(10))[0]}'
@@ -125,9 +125,9 @@ def explain_with_plugins(error: Exception) -> str:
 
 
 def run() -> None:
-    """Runs main; a mistake that the user can mend is told in plain words, without a traceback."""
-    # Our own words are shown, and none of the libraries': they warn of folders that are merely not there yet, and what
-    # fails in them is raised here too.
+    """Runs main; an error that the user can fix is printed without a traceback."""
+    # Only this program's messages are shown: libraries warn of folders that do not exist yet, and their errors are
+    # raised here anyway.
     absl_logging.set_verbosity(absl_logging.FATAL)
     logging.getLogger('asyncio').setLevel(logging.CRITICAL)
     ours = logging.getLogger('bqat_jax')

@@ -1,1 +1,1 @@
-"""Measurements of speed and size, apart from the tests: each prints and stores a table."""
+"""Measurements of speed and size; each program prints and stores a table."""

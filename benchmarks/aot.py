@@ -1,13 +1,13 @@
-"""Compiles the training step of a recipe for a TPU topology on a machine that has no TPU, and reports what came of it.
+"""Compiles the training step of a recipe for a TPU topology on a machine without a TPU, and reports memory and traffic.
 
-Nothing runs and no data is read: it shows that a step compiles, is split as the config says, and fits, not how fast it
-is.
+Nothing runs and no data is read: this shows that a step compiles, is sharded as configured, and fits, but not its
+speed.
 
 Command: python -m benchmarks.aot --config=configs/imagenet_resnet50.py:bits=2 --topology=v5e:16x16 \
     --batch_per_device=128 --config.mesh.fsdp=16
 
-It needs libtpu, which `pip install "jax[tpu]"` brings, best in an environment of its own. With --topology=local the
-step is compiled for the devices that are there, and libtpu is not needed.
+It needs libtpu, from `pip install "jax[tpu]"`, best in a separate environment. With --topology=local the step is
+compiled for the devices of this machine, without libtpu.
 """
 
 import collections
@@ -27,7 +27,7 @@ os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
 os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-4')
 os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
 os.environ.setdefault('TPU_WORKER_ID', '0')
-os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')  # nothing is held, so several may compile at once
+os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')  # no TPU is used, so several processes may compile at once
 
 import jax
 import numpy as np
@@ -49,26 +49,26 @@ def devices_of(topology: str) -> Sequence[Any]:
     """Returns the devices of a topology, such as 'v5e:16x16', or those of this machine for 'local'.
 
     Raises:
-        UserError: if libtpu is not installed, or knows no such topology.
+        UserError: if libtpu is not installed, or does not know the topology.
     """
     if topology == LOCAL:
         return jax.devices()
     try:
         return topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
-    except Exception as error:  # of many kinds
+    except Exception as error:  # JAX raises many kinds
         raise UserError(
             f'--topology={topology}: {error}. It needs libtpu (pip install "jax[tpu]") and a topology that it knows, '
-            'such as v5e:2x2, v5e:16x16 or v5p:8x8x16; --topology=local takes the devices of this machine.'
+            'such as v5e:2x2, v5e:16x16 or v5p:8x8x16; --topology=local uses the devices of this machine.'
         ) from error
 
 
 def collectives_of(text: str) -> dict[str, dict[str, int]]:
-    """Returns, for every kind of collective in a compiled program's text, how many there are and their bytes.
+    """Returns the number and the bytes of every kind of collective in a compiled program's text.
 
-    Bytes are those of the whole arrays on one device: what an all-reduce or an all-gather gives, what a reduce-scatter
-    takes. XLA for TPUs repeats a collective's text where it hides one behind other work; by its channel it counts once,
-    and an all-reduce of which every device keeps a part is the reduce-scatter that it is. What stands in a branch or a
-    loop counts once.
+    Bytes are those of the complete arrays on one device: the results of an all-reduce or an all-gather, the operand of
+    a reduce-scatter. XLA for TPUs repeats a collective that overlaps with other work; repetitions, known by their
+    channel, are counted once. An all-reduce of which every device keeps a part is counted as a reduce-scatter, and a
+    collective in a branch or a loop once.
     """
     collectives: dict[str, dict[str, int]] = collections.defaultdict(lambda: {'count': 0, 'bytes': 0})
     seen, computation = set(), ''
@@ -81,12 +81,12 @@ def collectives_of(text: str) -> dict[str, dict[str, int]]:
             continue
         shapes, kind, start, rest = match.groups()
         channel, sizes = re.search(r'channel_id=(\d+)', rest), _sizes(shapes)
-        if channel:  # a pass may give a channel's number again, to another collective
+        if channel:  # a pass may reuse the number of a channel for another collective
             repeated = (channel[1], kind, *sizes) in seen
             seen.add((channel[1], kind, *sizes))
             if repeated:
                 continue
-        if start and kind != 'all-reduce':  # these begin with operands and results
+        if start and kind != 'all-reduce':  # their shapes are those of operands, then results
             sizes = sizes[len(sizes) // 2 :] if kind == 'all-gather' else sizes[: len(sizes) // 2]
         elif kind == 'reduce-scatter':
             sizes = [size * _group_size(rest) for size in sizes]
@@ -98,7 +98,7 @@ def collectives_of(text: str) -> dict[str, dict[str, int]]:
 
 
 def _sizes(shapes: str) -> list[int]:
-    """Bytes of the arrays whose shapes stand in a text; without layouts and the numbers that XLA adds as remarks."""
+    """Bytes of the arrays whose shapes are in a text, which may have layouts and XLA's comments."""
     plain = re.sub(r'/\*.*?\*/|\{[^}]*\}', '', shapes)
     return [
         BYTES[dtype] * int(np.prod([int(size) for size in dims.split(',') if size]))
@@ -108,7 +108,7 @@ def _sizes(shapes: str) -> list[int]:
 
 
 def _group_size(attributes: str) -> int:
-    """How many devices take part in a collective, from `replica_groups={{0,1},{2,3}}` or `[2,2]<=[4]`."""
+    """The number of devices in a group of a collective, from `replica_groups={{0,1},{2,3}}` or `[2,2]<=[4]`."""
     listed = re.search(r'replica_groups=\{\{([\d,]+)\}', attributes)
     if listed:
         return listed[1].count(',') + 1
@@ -117,15 +117,15 @@ def _group_size(attributes: str) -> int:
 
 
 def sent_bytes(collectives: dict[str, dict[str, int]]) -> int:
-    """Returns the bytes that a device sends in a step on rings, without their factor (n - 1) / n for n devices.
+    """Returns the bytes that a device sends in a step on rings, without the factor (n - 1) / n for n devices.
 
-    An all-reduce sends what it works on twice, once to sum and once to spread the sums.
+    An all-reduce sends its array twice: to sum it, and to distribute the sums.
     """
     return sum((2 if kind == 'all-reduce' else 1) * one['bytes'] for kind, one in collectives.items())
 
 
 def report(config: Config, topology: str, batch_per_device: int) -> dict[str, Any]:
-    """Compiles a config's step for a topology and returns what was found, as JSON.
+    """Compiles a config's step for a topology and returns a report as JSON.
 
     Raises:
         UserError: for a config or a topology that cannot work.
@@ -195,7 +195,7 @@ def table(reports: Sequence[dict[str, Any]]) -> str:
 
 
 def main(argv: list[str]) -> None:
-    """Prints the report as JSON, and appends it to a file as a line; or prints such a file as a table."""
+    """Prints the report as JSON and appends it to a file; or prints such a file as a table."""
     del argv
     if flags.FLAGS.table:
         print(table([json.loads(line) for line in Path(flags.FLAGS.table).read_text(encoding='utf-8').splitlines()]))
@@ -214,9 +214,7 @@ if __name__ == '__main__':
     logging.getLogger('absl').setLevel(logging.ERROR)
     config_flags.DEFINE_config_file('config', 'configs/imagenet_resnet50.py', 'Recipe, with arguments after a colon.')
     flags.DEFINE_string('topology', 'v5e:2x2', "Such as v5e:16x16, or 'local' for the devices of this machine.")
-    flags.DEFINE_integer(
-        'batch_per_device', 0, "Images for each device; the config's batch is split if 0.", lower_bound=0
-    )
-    flags.DEFINE_string('append', None, 'A file to which the report is added as a line of JSON.')
-    flags.DEFINE_string('table', None, 'A file of reports to print as a table; nothing is compiled.')
+    flags.DEFINE_integer('batch_per_device', 0, "Images per device; the config's batch is split if 0.", lower_bound=0)
+    flags.DEFINE_string('append', None, 'File to which the report is appended as a line of JSON.')
+    flags.DEFINE_string('table', None, 'File of reports to print as a table; nothing is compiled.')
     app.run(main)

@@ -1,4 +1,4 @@
-"""The training step of a recipe without its dataset: examples at random, or shapes alone."""
+"""The training step of a recipe without its dataset, on random examples or on shapes."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +25,7 @@ from bqat_jax.training.optimizer import make_optimizer
 from bqat_jax.training.step import make_train_step
 from bqat_jax.transform import build_quantization, prepare_layers
 
-# Datasets that are not read, with none but their sizes.
+# Sizes of datasets that are not read.
 DESCRIBED = {
     'imagenet2012': {'examples': 1_281_167, 'num_classes': 1000, 'image_shape': (224, 224, 3)},
     'cifar10': {'examples': 50_000, 'num_classes': 10, 'image_shape': (32, 32, 3)},
@@ -37,21 +37,21 @@ DESCRIBED = {
         'image_shape': (16, 16, 1),
         'label_shape': (16, 16),
     },
-    # As many sequences as the library of Python 3.11 gives.
+    # The number of sequences for Python 3.11.
     'python_bytes': {'examples': 138_228, 'num_classes': 256, 'image_shape': (64,), 'is_tokens': True},
 }
 
 
 class Bench(NamedTuple):
-    """A step and what it is called with.
+    """A training step and its arguments.
 
     Attributes:
-        experiment: of the recipe.
-        phase: of the low-precision network.
+        experiment: the recipe's experiment.
+        phase: the phase of the low-precision network.
         step: jitted `step(state, partner, None, batch) -> state, metrics`; it donates `state`.
         state: arrays, or their shapes.
         partner: the partner's variables, or None if the step does not read them.
-        batch: examples as they are read.
+        batch: a batch of stored examples.
     """
 
     experiment: Experiment
@@ -63,13 +63,13 @@ class Bench(NamedTuple):
 
 
 def described_images(name: str) -> ImageData:
-    """Returns a dataset of which only sizes are known.
+    """Returns a dataset with sizes and no examples.
 
     Raises:
-        UserError: for a dataset whose sizes are not known here.
+        UserError: for a dataset that is not in `DESCRIBED`.
     """
     if name not in DESCRIBED:
-        raise UserError(f'data.name={name!r}: the sizes are known here of {", ".join(DESCRIBED)}.')
+        raise UserError(f'data.name={name!r}: must be one of {", ".join(DESCRIBED)}.')
     described = dict(DESCRIBED[name])
     count, nothing = described.pop('examples'), Subset(None, np.arange(0))
     return ImageData(Subset(None, np.arange(count)), nothing, nothing, **described)
@@ -79,10 +79,10 @@ def make_bench(config: Config, devices: Sequence[Any] | None = None, *, with_arr
     """Returns the training step of a config.
 
     Args:
-        config: a recipe's, changed as it is to be measured.
-        devices: those of the mesh; JAX's if None.
-        with_arrays: whether to make arrays, or shapes alone. With shapes, the inputs of all layers but the stem's are
-            taken for unsigned.
+        config: the config to measure.
+        devices: devices of the mesh; JAX's if None.
+        with_arrays: whether to make arrays or only shapes. With shapes, inputs of all layers but the stem's are assumed
+            to be unsigned.
 
     Raises:
         UserError: for a config that cannot work.
@@ -125,7 +125,7 @@ def make_bench(config: Config, devices: Sequence[Any] | None = None, *, with_arr
 
 
 def _arrays_of(images: ImageData) -> dict[str, tuple[tuple[int, ...], str, int]]:
-    """Returns shape, dtype and number of values of the arrays of an example, by their names."""
+    """Returns shape, dtype and number of values of the arrays of an example, by name."""
     if images.is_tokens:
         return {'tokens': ((images.image_shape[0] + 1,), 'uint8', images.num_classes)}
     return {
@@ -142,8 +142,8 @@ def _make_bench(experiment: Experiment, phase: Phase, state: Any, batch: Any) ->
 
 
 def peak_bytes(compiled: Any) -> int:
-    """Returns the memory that a compiled program needs at most on one device, by XLA's account."""
+    """Returns the peak memory of a compiled program on one device, from XLA's analysis."""
     memory = compiled.memory_analysis()
-    # What is donated is in the arguments and the outputs, and lies there once.
+    # Donated arrays are both arguments and outputs, and need memory once.
     arrays = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return arrays + memory.temp_size_in_bytes

@@ -1,10 +1,10 @@
-"""How large a recipe's exported network is in every format, and how fast each runs here.
+"""Measures the size of a recipe's exported network in every format, and its speed on this machine.
 
 Command: python -m benchmarks.export --config=configs/digits.py:bits=2 --formats=packed,stablehlo,onnx,qcdq
 
-The network is calibrated and not trained. Speed does not depend on that. A file is a few percent smaller than a trained
-network's: StableHLO and ONNX store once what is the same number throughout, such as the scales of a new batch norm. All
-programs take turns on the same batch, and medians of seconds are reported, also those of the full-precision and the
+The network is calibrated and not trained, which does not affect its speed. Its files are a few percent smaller than a
+trained network's: StableHLO and ONNX store an array of equal values, such as the scales of a new batch norm, as one
+value. All programs take turns on one batch, and medians of seconds are reported, also for the full-precision and the
 fake-quantized network.
 """
 
@@ -34,7 +34,7 @@ OPSET_OF_TWO_BITS = 25
 
 
 def freeze_bench(bench: Bench) -> Frozen:
-    """Returns the network of a benchmark, calibrated, as plain arrays."""
+    """Returns a benchmark's calibrated network as plain arrays."""
     experiment, phase = bench.experiment, bench.phase
     data = experiment.data
     normalization, inputs = None, experiment.network.inputs
@@ -46,7 +46,7 @@ def freeze_bench(bench: Bench) -> Frozen:
 
 
 def contents(bench: Bench, frozen: Frozen, formats: list[str]) -> dict[str, bytes]:
-    """Returns the files of all formats; of ONNX also that of the opset with integers of 2 bits."""
+    """Returns the files of all formats; for ONNX also one with the opset that has 2-bit integers."""
     network, files = bench.experiment.network, {}
     for name in formats:
         if name == PACKED:
@@ -62,7 +62,7 @@ def contents(bench: Bench, frozen: Frozen, formats: list[str]) -> dict[str, byte
 
 
 def programs(bench: Bench, frozen: Frozen, files: dict[str, bytes], folder: Path) -> dict[str, Callable[[Any], Any]]:
-    """Returns every format in its runtime, with the networks that they come from."""
+    """Returns every format in its runtime, and the full-precision and fake-quantized networks."""
     network, variables = bench.experiment.network, bench.state.variables
     normalization = frozen.normalization
 
@@ -71,20 +71,20 @@ def programs(bench: Bench, frozen: Frozen, files: dict[str, bytes], folder: Path
 
     full = jax.jit(lambda inputs: network.apply(variables.of_network, prepare(inputs), train=False)[0])
     low, _ = fake_quantized(network, bench.phase.spec.replacement.quantization, variables, prepare)
-    found: dict[str, Callable[[Any], Any]] = {'full precision': full, 'fake-quantized': low}
+    runs: dict[str, Callable[[Any], Any]] = {'full precision': full, 'fake-quantized': low}
     for name, content in files.items():
-        path = folder / f'{len(found)}{Path(FILES[name.partition(",")[0]]).suffix}'
+        path = folder / f'{len(runs)}{Path(FILES[name.partition(",")[0]]).suffix}'
         path.write_bytes(content)
         if name == PACKED:
             for arithmetic in ('float32', 'int8'):
-                found[f'{name}, {arithmetic}'] = load(path, network, arithmetic).run
+                runs[f'{name}, {arithmetic}'] = load(path, network, arithmetic).run
         else:
-            found[name] = load(path).run
-    return found
+            runs[name] = load(path).run
+    return runs
 
 
 def measure(runs: dict[str, Callable[[Any], Any]], inputs: Any, repeats: int) -> dict[str, float]:
-    """Returns the median seconds of a batch of every program, in turns."""
+    """Returns the median seconds per batch of every program; programs take turns."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(repeats + 1):
         for name, run in runs.items():
@@ -125,8 +125,8 @@ def define_flags() -> None:
     """Defines the flags."""
     flags.DEFINE_string('config', 'configs/digits.py', 'Recipe, with arguments after a colon.')
     flags.DEFINE_list('formats', list(FILES), 'Formats to write.')
-    flags.DEFINE_integer('batch', 32, 'Examples at once.', lower_bound=1)
-    flags.DEFINE_integer('repeats', 7, 'Turns that are measured; 0 for sizes alone.', lower_bound=0)
+    flags.DEFINE_integer('batch', 32, 'Batch size.', lower_bound=1)
+    flags.DEFINE_integer('repeats', 7, 'Turns that are measured; 0 for sizes only.', lower_bound=0)
 
 
 if __name__ == '__main__':

@@ -1,10 +1,10 @@
-"""Whether a long run grows: resident memory of main.py against its steps, with logging, checkpoints and diagnosis on.
+"""Measures the growth of a long run's memory: resident memory of main.py by step, with logs, checkpoints and diagnoses.
 
 Command: python -m benchmarks.growth --steps=20000
 
-Linux alone, which tells a process's memory in /proc. The run is the default recipe's, the digits, with a short partner.
-Memory is read every half second and belongs to the step that was recorded last. The growth is a line's slope, fitted to
-the second half of the steps, where whatever is kept once has been kept.
+Only for Linux, which reports a process's memory in /proc. The run has the default recipe, the digits, with a short
+training of the partner. Memory is read every half second and assigned to the last recorded step. The growth is the
+slope of a line fitted to the second half of the steps, after one-time allocations.
 """
 
 import itertools
@@ -26,13 +26,13 @@ ROWS = 10
 
 
 def resident_bytes(process: int) -> int:
-    """Returns the memory that a process has in use now."""
+    """Returns the current resident memory of a process, in bytes."""
     pages = int(Path(f'/proc/{process}/statm').read_text(encoding='ascii').split()[1])
     return pages * os.sysconf('SC_PAGE_SIZE')
 
 
 def last_step(metrics: Path) -> int:
-    """Returns the training step of the last whole record of a run, 0 before there is one."""
+    """Returns the training step of the last complete record of a run, or 0 if there is none."""
     if not metrics.exists():
         return 0
     with metrics.open('rb') as file:
@@ -41,7 +41,7 @@ def last_step(metrics: Path) -> int:
     for line in reversed(lines):
         try:
             record = json.loads(line)
-        except ValueError:  # the beginning of it was cut off
+        except ValueError:  # its beginning was not read
             continue
         if record.get('phase') == 'train':
             return int(record['step'])
@@ -49,7 +49,7 @@ def last_step(metrics: Path) -> int:
 
 
 def watch(arguments: Sequence[str], workdir: Path) -> list[tuple[int, int]]:
-    """Runs main.py and returns pairs of a training step and the bytes that were resident then.
+    """Runs main.py and returns pairs of a training step and the resident bytes at that time.
 
     Raises:
         SystemExit: if the run fails.
@@ -66,7 +66,7 @@ def watch(arguments: Sequence[str], workdir: Path) -> list[tuple[int, int]]:
                     break
                 seen.append(pair)
                 time.sleep(SECONDS)
-        except BaseException:  # an interrupt, too, must not leave the run behind
+        except BaseException:  # an interrupt must end the run, too
             process.kill()
             raise
         finally:
@@ -80,17 +80,17 @@ def growth(seen: Sequence[tuple[int, int]]) -> float:
     """Returns the slope of the second half of the steps, in bytes per step.
 
     Raises:
-        ValueError: if it holds less than three steps that differ.
+        ValueError: if it has fewer than three different steps.
     """
     steps, sizes = np.array(seen, float).T
     late = steps > steps.max() / 2
     if len(set(steps[late])) < 3:
-        raise ValueError(f'{late.sum()} readings in the second half are too few; take more steps.')
+        raise ValueError(f'{late.sum()} readings in the second half are too few. Use more steps.')
     return float(np.polyfit(steps[late], sizes[late], 1)[0])
 
 
 def table(seen: Sequence[tuple[int, int]]) -> str:
-    """Returns the median of what was resident in each tenth of the steps, and the growth, as Markdown."""
+    """Returns the median resident memory in each tenth of the steps, and the growth, as Markdown."""
     steps, sizes = np.array(seen, float).T
     edges = np.linspace(0, steps.max(), ROWS + 1)
     lines = ['| steps | resident MiB |', '|---|---|']
@@ -102,7 +102,7 @@ def table(seen: Sequence[tuple[int, int]]) -> str:
 
 
 def main(argv: list[str]) -> None:
-    """Runs, and prints the table."""
+    """Runs main.py and prints the table."""
     del argv
     steps = flags.FLAGS.steps
     with tempfile.TemporaryDirectory() as folder:

@@ -1,10 +1,10 @@
-"""How fast photographs are read: the input of a training run against a bare loop that only decodes.
+"""Measures how fast photographs are read: the input of a training run against a bare loop that only decodes.
 
 Command: python -m benchmarks.input --workers=0,1,2
 
-Images of the size that ImageNet's mostly have (500 x 375 pixels, JPEG) are made at random and prepared as a dataset of
-TensorFlow Datasets. The bare loop opens, crops and resizes the same encoded images one after another in one thread.
-Rounds of all are interleaved; the table has medians, and images per second and core: the bare loop has one core.
+Random images of ImageNet's usual size (500 x 375 pixels, JPEG) are prepared as a dataset of TensorFlow Datasets. The
+bare loop opens, crops and resizes these images one after another in one thread. Rounds are interleaved; the table has
+medians, and images per second and core; the bare loop has one core.
 """
 
 import functools
@@ -35,9 +35,9 @@ def bare_loop(images: ImageData, count: int) -> float:
 
 
 def pipeline(split: Split, batch_size: int, batches: int) -> float:
-    """Reads training batches as a run does; returns images per second behind the first batch."""
+    """Reads training batches as a run does; returns images per second after the first batch."""
     reading = iter(split.training_batches(0, batch_size, 0, batches + 1))
-    next(reading)  # by now processes have started
+    next(reading)  # worker processes have started
     began = time.perf_counter()
     for _ in reading:
         pass
@@ -73,9 +73,9 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    flags.DEFINE_integer('images', 1024, 'Images that each round reads, at least one batch.', lower_bound=1)
+    flags.DEFINE_integer('images', 1024, 'Images per round, at least one batch.', lower_bound=1)
     flags.DEFINE_integer('rounds', 5, 'Rounds.', lower_bound=1)
-    flags.DEFINE_integer('batch_size', 128, 'Images of a batch.', lower_bound=1)
-    flags.DEFINE_integer('image_size', 224, 'Side of the squares.', lower_bound=1)
+    flags.DEFINE_integer('batch_size', 128, 'Images per batch.', lower_bound=1)
+    flags.DEFINE_integer('image_size', 224, 'Crop size in pixels.', lower_bound=1)
     flags.DEFINE_list('workers', ['0', '1', '2'], 'Numbers of worker processes; 0 for threads.')
     app.run(main)

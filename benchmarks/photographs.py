@@ -1,7 +1,7 @@
-"""A dataset of TensorFlow Datasets that is made on the spot: JPEGs of the size that ImageNet's mostly have.
+"""A generated dataset of TensorFlow Datasets: JPEGs of ImageNet's usual size.
 
-A module of its own, because a class registers its dataset when it is defined, and worker processes run the main module
-again under another name.
+It is a separate module because a class registers its dataset when it is defined, and worker processes run the main
+module again under another name.
 """
 
 import io
@@ -14,7 +14,7 @@ WIDTH, HEIGHT, QUALITY = 500, 375, 90
 
 
 class Photographs(tfds.core.GeneratorBasedBuilder):
-    """Noise of several scales, which takes as many bytes as photographs do: about 100 kB each."""
+    """Noise of several scales, which takes as many bytes as photographs: about 100 kB each."""
 
     VERSION = tfds.core.Version('1.0.0')
     pkg_dir_path = None

@@ -1,16 +1,16 @@
-"""What bounds a training step: its convolutions and the rest, against what this machine reaches at most.
+"""Compares a training step, its convolutions and the rest, with the ceilings of this machine.
 
 Command: python -m benchmarks.roofline --config=configs/cifar10_resnet20.py:bits=2 --variant=lsq
 
 Two ceilings are measured in this process: operations per second of a matrix product of 2048 x 2048, and bytes per
-second of adding one to an array that no cache holds. A part's bound is the larger of its operations over the one and
-its bytes over the other (a roofline: Williams, Waterman and Patterson, doi 10.1145/1498765.1498785). Bytes of a
-convolution are those of its two arguments and its result; bytes of the rest are what XLA says that the whole step
-accesses, without the convolutions'.
+second of adding one to an array larger than all caches. A part's bound is the larger of its operations and its bytes,
+each divided by its ceiling (a roofline: Williams, Waterman and Patterson, doi 10.1145/1498765.1498785). Bytes of a
+convolution are those of its two arguments and its result; bytes of the rest are those that the step accesses according
+to XLA, without the convolutions'.
 
-Every convolution of the network is measured alone, with arguments that lie ready: the forward pass, the gradients of
-its input and of its kernel by `networks/convolution.py`, and the latter by XLA. All take turns. The rest of the step
-is what the whole step takes beyond its convolutions, so it holds what they lose beside each other.
+Every convolution of the network is measured alone, with prepared arguments: the forward pass, the gradients of its
+input and of its kernel by `networks/convolution.py`, and the latter by XLA. All take turns. The rest of the step is its
+time minus that of its convolutions, so it includes their slowdown within the step.
 """
 
 import collections
@@ -39,8 +39,8 @@ class Convolution(NamedTuple):
 
     Attributes:
         images: shape of its input.
-        kernel: shape.
-        strides: for height and width.
+        kernel: shape of its kernel.
+        strides: strides for height and width.
         padding: pixels before and after, for height and width.
     """
 
@@ -62,7 +62,7 @@ class Convolution(NamedTuple):
 
     @property
     def operations(self) -> float:
-        """Multiplications and additions of one pass, those with the padding's zeros included."""
+        """Multiplications and additions of one pass, including those with the padding's zeros."""
         rows, columns, channels, _ = self.kernel
         return 2.0 * math.prod(self.output) * rows * columns * channels
 
@@ -73,21 +73,21 @@ class Convolution(NamedTuple):
 
 
 class Ceilings(NamedTuple):
-    """What the machine reaches: operations and bytes per second."""
+    """The measured ceilings of the machine: operations and bytes per second."""
 
     operations: float
     bytes: float
 
     def bound(self, operations: float, size: float) -> float:
-        """Returns the seconds that work of so many operations and bytes takes at least."""
+        """Returns the lower bound in seconds for a number of operations and bytes."""
         return max(operations / self.operations, size / self.bytes)
 
 
 def convolutions_of(jaxpr: Jaxpr) -> Iterator[Convolution]:
-    """Yields the convolutions of a program, those of inner programs included.
+    """Yields the convolutions of a program and of its inner programs.
 
     Raises:
-        ValueError: for one with groups or dilation, which is not measured here.
+        ValueError: for one with groups or dilation, which is not supported.
     """
     for operation in jaxpr.eqns:
         for inner in jaxprs_in_params(operation.params):
@@ -96,14 +96,14 @@ def convolutions_of(jaxpr: Jaxpr) -> Iterator[Convolution]:
             given = operation.params
             spread = any(size != 1 for size in (*given['lhs_dilation'], *given['rhs_dilation']))
             if spread or given['feature_group_count'] * given['batch_group_count'] != 1:
-                raise ValueError(f'{operation} has groups or dilation, which is not measured here.')
+                raise ValueError(f'{operation} has groups or dilation, which is not supported.')
             arguments: Any = [x.aval for x in operation.invars]
             images, kernel = (tuple(x.shape) for x in arguments)
             yield Convolution(images, kernel, tuple(given['window_strides']), tuple(map(tuple, given['padding'])))
 
 
 def timings(functions: Mapping[Any, Callable[[], Any]], turns: int) -> dict[Any, float]:
-    """Returns the median seconds of functions that take turns, after a first call of each."""
+    """Returns the median seconds of functions, which take turns after a first call of each."""
     seconds: dict[Any, list[float]] = {name: [] for name in functions}
     for function in functions.values():
         jax.block_until_ready(function())
@@ -116,7 +116,7 @@ def timings(functions: Mapping[Any, Callable[[], Any]], turns: int) -> dict[Any,
 
 
 def ceilings() -> Ceilings:
-    """Measures what the machine reaches; the best of some."""
+    """Measures the ceilings of the machine, each the best of several runs."""
     square, long = jnp.ones((CEILING_SIZE, CEILING_SIZE)), jnp.ones(COPIED_BYTES // 4)
     product, add = jax.jit(lambda a: a @ a), jax.jit(lambda a: a + 1)
     best = [float('inf'), float('inf')]
@@ -127,7 +127,7 @@ def ceilings() -> Ceilings:
 
 
 def functions_of(one: Convolution) -> dict[str, Callable[[], Any]]:
-    """Returns the passes of a convolution, each with arguments that lie ready."""
+    """Returns the passes of a convolution with prepared arguments."""
     keys = jax.random.split(jax.random.key(0), 3)
     x, kernel, gradient = (
         jax.random.normal(key, shape) for key, shape in zip(keys, (one.images, one.kernel, one.output), strict=True)
@@ -147,9 +147,9 @@ def functions_of(one: Convolution) -> dict[str, Callable[[], Any]]:
 
 
 def measure(config: Any, turns: int) -> tuple[Mapping[Convolution, int], dict[Any, float], float, Ceilings]:
-    """Returns the network's convolutions with their number, seconds, bytes that the step accesses, and the ceilings.
+    """Returns the network's convolutions with their numbers, seconds, bytes that the step accesses, and the ceilings.
 
-    Seconds are by (convolution, pass), and by 'step' for the step.
+    Keys of seconds are (convolution, pass), and 'step' for the step.
     """
     machine = ceilings()
     bench = make_bench(config, with_arrays=True)
@@ -172,7 +172,7 @@ def measure(config: Any, turns: int) -> tuple[Mapping[Convolution, int], dict[An
 
 
 def report(counted: Mapping[Convolution, int], seconds: Mapping[Any, float], size: float, machine: Ceilings) -> str:
-    """Returns what was measured as Markdown: the step in parts, and the convolutions."""
+    """Returns the measurements as Markdown: the parts of the step, and the convolutions."""
     lines = [
         f'Ceilings: {machine.operations / 1e9:.0f} Gflop/s, {machine.bytes / 1e9:.1f} GB/s.\n',
         '| part | number | Gflop | GB | bound ms | measured ms | bound / measured |',
@@ -211,7 +211,7 @@ def report(counted: Mapping[Convolution, int], seconds: Mapping[Any, float], siz
 
 
 def main(argv: list[str]) -> None:
-    """Measures, and prints the tables."""
+    """Measures and prints the tables."""
     del argv
     given = flags.FLAGS
     print(report(*measure(change_config(given.config, given.variant), given.turns)))
@@ -221,6 +221,8 @@ if __name__ == '__main__':
     from ml_collections import config_flags
 
     config_flags.DEFINE_config_file('config', 'configs/cifar10_resnet20.py', 'Recipe, with arguments after a colon.')
-    flags.DEFINE_string('variant', 'lsq', 'What is measured: fp, lsq, or another of benchmarks.step that JAX runs.')
-    flags.DEFINE_integer('turns', 9, 'Turns of the step and of every pass of every convolution.', lower_bound=1)
+    flags.DEFINE_string(
+        'variant', 'lsq', 'Variant to measure: fp, lsq, or another of benchmarks.step that runs in JAX.'
+    )
+    flags.DEFINE_integer('turns', 9, 'Turns of the step and of every pass of a convolution.', lower_bound=1)
     app.run(main)

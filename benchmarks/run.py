@@ -1,11 +1,11 @@
-"""What a real run costs beside its steps: time lost to input, logging and checkpoints, and time to the first step.
+"""Measures the cost of a run beyond its steps: input, logging and checkpoints, and the time to the first step.
 
 Command: python -m benchmarks.run --config=configs/cifar10_resnet20.py --config.partner.torch_file=FILE \\
     --config.train.steps=120 --config.train.log_every_steps=10 --config.checkpoint.every_steps=50
 
-Runs of main.py, each in a new folder, take turns with the bare step, which has random images. All runs share one new
-folder for compiled programs: the first has to compile, the others do not. The seconds of a step in a run are those
-between its first and its last record, with all that happens in between.
+Runs of main.py, each in a new folder, take turns with the bare step on random images. All runs share one new folder for
+compiled programs, so that only the first compiles. The seconds of a step in a run are measured between its first and
+its last record, and include everything in between.
 """
 
 import json
@@ -28,7 +28,7 @@ def real_run(arguments: list[str], workdir: Path) -> dict[str, float]:
     """Runs main.py and returns the seconds of a step, and those from the start of the process to the first step's end.
 
     Raises:
-        SystemExit: if the run fails or leaves less than two records.
+        SystemExit: if the run fails or writes fewer than two records.
     """
     began = time.monotonic()
     first: float | None = None
@@ -48,7 +48,7 @@ def real_run(arguments: list[str], workdir: Path) -> dict[str, float]:
 
 
 def report(bare: list[float], runs: list[dict[str, float]]) -> str:
-    """Returns what was measured as a Markdown table."""
+    """Returns the measurements as a Markdown table."""
     step, real = statistics.median(bare), statistics.median(run['seconds'] for run in runs)
     first, later = runs[0]['start'], statistics.median(run['start'] for run in runs[1:])
     losses = [100 * (run['seconds'] / one - 1) for run, one in zip(runs, bare, strict=True)]
@@ -61,7 +61,7 @@ def report(bare: list[float], runs: list[dict[str, float]]) -> str:
 
 
 def main(argv: list[str]) -> None:
-    """Measures, prints the table and stores it with all numbers."""
+    """Measures, prints the table and stores it with all measurements."""
     del argv
     given, arguments = flags.FLAGS, config_arguments()
     bare: list[float] = []
@@ -90,5 +90,5 @@ if __name__ == '__main__':
     config_flags.DEFINE_config_file('config', 'configs/digits.py', 'Recipe, with arguments after a colon.')
     flags.DEFINE_integer('turns', 3, 'Runs, and turns of the bare step.', lower_bound=2)
     flags.DEFINE_integer('steps', 50, 'Steps of a turn of the bare step.', lower_bound=1)
-    flags.DEFINE_string('output', None, 'A JSON file for all numbers; the table goes beside it.')
+    flags.DEFINE_string('output', None, 'JSON file for all measurements; the table goes beside it.')
     app.run(main)

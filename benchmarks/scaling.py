@@ -1,9 +1,9 @@
-"""How a training step's cost grows with depth, blocks, bits, batch, replicas and devices.
+"""Measures how a training step's cost grows with depth, blocks, bits, batch, replicas and devices.
 
 Command: python -m benchmarks.scaling --axis=blocks --variants=prefix,prefix_sampled
 
-Every value of an axis is measured in a process of its own, and all take turns, as in benchmarks.step. The growth is the
-exponent p of seconds = c · value^p, fitted to the medians on logarithmic axes.
+Every value of an axis is measured in a separate process, and processes take turns, as in benchmarks.step. The growth is
+the exponent p of seconds = c · value^p, fitted to the medians on logarithmic axes.
 """
 
 import json
@@ -19,7 +19,7 @@ from absl import app, flags
 
 from benchmarks.step import Case, config_arguments, measure
 
-# What changes along an axis, and the values if none are given; networks are CIFAR ResNets.
+# The axes with their default values; networks are CIFAR ResNets.
 AXES: dict[str, tuple[int, ...]] = {
     'depth': (8, 14, 20, 32),
     'blocks': (2, 3, 5, 9),
@@ -31,10 +31,10 @@ AXES: dict[str, tuple[int, ...]] = {
 
 
 def case(axis: str, value: int, variant: str, arguments: Sequence[str], depth: int) -> Case:
-    """Returns what is measured at a value of an axis.
+    """Returns the case for a value of an axis.
 
     Raises:
-        ValueError: for a value that cannot be.
+        ValueError: for an invalid value.
     """
     settings: dict[str, list[str]] = {
         'depth': [f'--config.network.depth={value}'],
@@ -51,7 +51,7 @@ def case(axis: str, value: int, variant: str, arguments: Sequence[str], depth: i
 
 
 def cuts(depth: int, blocks: int) -> list[str]:
-    """Returns the parts of a CIFAR ResNet behind which it is cut into so many blocks, as equal as can be.
+    """Returns the parts after which to split a CIFAR ResNet into blocks that are as equal as possible.
 
     Raises:
         ValueError: if it has fewer residual blocks, or `blocks` is below 2.
@@ -59,12 +59,12 @@ def cuts(depth: int, blocks: int) -> list[str]:
     each = (depth - 2) // 6
     parts = [f'stage{stage + 1}_block{number + 1}' for stage in range(3) for number in range(each)]
     if not 2 <= blocks <= len(parts):
-        raise ValueError(f'A CIFAR ResNet of depth {depth} can be cut into 2 to {len(parts)} blocks, not {blocks}.')
+        raise ValueError(f'A CIFAR ResNet of depth {depth} can be split into 2 to {len(parts)} blocks, not {blocks}.')
     return [parts[round(len(parts) * number / blocks) - 1] for number in range(1, blocks)]
 
 
 def growth(values: Sequence[float], seconds: Sequence[float]) -> float:
-    """Returns the exponent p of seconds = c · value^p that fits best, by least squares of logarithms."""
+    """Returns the exponent p of seconds = c · value^p, fitted by least squares of logarithms."""
     return float(np.polyfit(np.log(values), np.log(seconds), 1)[0])
 
 
@@ -84,7 +84,7 @@ def table(axis: str, growths: Mapping[str, Mapping[int, dict[str, Any]]]) -> str
 
 
 def main(argv: list[str]) -> None:
-    """Measures along the axis, prints the table and stores it with all numbers."""
+    """Measures along the axis, prints the table and stores it with all measurements."""
     del argv
     given, arguments = flags.FLAGS, config_arguments()
     values = [int(value) for value in given.values] if given.values else list(AXES[given.axis])
@@ -110,10 +110,10 @@ if __name__ == '__main__':
     from ml_collections import config_flags
 
     config_flags.DEFINE_config_file('config', 'configs/cifar10_resnet20.py', 'Recipe, with arguments after a colon.')
-    flags.DEFINE_enum('axis', 'blocks', list(AXES), 'What changes.')
-    flags.DEFINE_list('values', [], "The axis's values, by commas; its usual ones if none are given.")
+    flags.DEFINE_enum('axis', 'blocks', list(AXES), 'The axis.')
+    flags.DEFINE_list('values', [], 'Values of the axis, separated by commas; its defaults if empty.')
     flags.DEFINE_list('variants', ['prefix', 'prefix_sampled'], 'Variants of benchmarks.step; for replicas plain QAT.')
     flags.DEFINE_integer('turns', 7, 'Turns of every variant.', lower_bound=1)
     flags.DEFINE_integer('steps', 2, 'Steps of a turn.', lower_bound=1)
-    flags.DEFINE_string('output', None, 'A JSON file for all numbers; the table goes beside it.')
+    flags.DEFINE_string('output', None, 'JSON file for all measurements; the table goes beside it.')
     app.run(main)

@@ -1,17 +1,17 @@
-"""What a training step costs: full precision, plain QAT, block replacement, every estimator, and PyTorch.
+"""Measures the cost of a training step: full precision, plain QAT, block replacement, every estimator, and PyTorch.
 
 Command: python -m benchmarks.step --config=configs/cifar10_resnet20.py --variants=fp,lsq,distillation,prefix
          python -m benchmarks.step --variants=fp,lsq,torch_fp,torch_lsq
 
-Every variant has a process of its own, which compiles and warms up; then they take turns, a few steps at a time, so
-that whatever else the machine does meets all of them. A turn begins with one step that does not count: it finds caches
-and memory as the others left them. The table has medians over turns, and quartiles as their spread.
-A matrix product of 2048 x 2048 is measured in each process before the turns: the ceiling that achieved operations are
-compared with. Operations are those that XLA counts; PyTorch's are not counted. Images and labels are random.
+Every variant has a separate process, which compiles and warms up; then they take turns of a few steps, so that other
+load on the machine affects all of them. A turn starts with one unmeasured step, which meets cold caches. The table has
+medians and quartiles over turns. Each process first measures a matrix product of 2048 x 2048, the ceiling that achieved
+operations are compared with. Operations are those that XLA counts; PyTorch's are not counted. Images and labels are
+random.
 
 Variants: fp; lsq (plain QAT); distillation; a plan such as prefix or prefix_sampled; estimator:NAME (plain QAT with
-it); recipe (as the config has it); bf16:VARIANT; replicas:N (of plain QAT, each with a batch of its own), as a run has
-them, replicas_in_turns:N (one after another) and replicas_together:N (vectorized); torch_fp, torch_lsq, and
+it); recipe (the config unchanged); bf16:VARIANT; replicas:N (of plain QAT, each with its own batch), as in a run,
+replicas_in_turns:N (one after another) and replicas_together:N (vectorized); torch_fp, torch_lsq, and
 torch_compiled_fp and torch_compiled_lsq (torch.compile; on a GPU with CUDA graphs).
 """
 
@@ -39,7 +39,7 @@ CEILING_SIZE, CEILING_REPEATS = 2048, 5
 
 
 def expected_units(variant: str, blocks: int) -> float | None:
-    """Returns what a step costs in forward passes of the network if its blocks are equal (docs/method.md), or None."""
+    """Returns a step's cost in forward passes of the network if its blocks are equal (docs/method.md), or None."""
     units = {'fp': 3.0, 'lsq': 3.0, 'distillation': 4.0, 'prefix': 4.0 + blocks - 1, 'prefix_sampled': 5.0}
     variant = variant.removeprefix('bf16:')
     if match := REPLICAS.fullmatch(variant):
@@ -50,10 +50,10 @@ def expected_units(variant: str, blocks: int) -> float | None:
 
 
 def change_config(config: Any, variant: str) -> Any:
-    """Returns a recipe's config as a variant has it.
+    """Returns a recipe's config changed for a variant.
 
     Raises:
-        ValueError: for a variant that there is not.
+        ValueError: for an unknown variant.
     """
     config = config.copy_and_resolve_references()
     if variant == 'recipe':
@@ -79,7 +79,7 @@ def change_config(config: Any, variant: str) -> Any:
 
 
 def make_jax_runner(config: Any, variant: str) -> tuple[Callable[[int], None], dict[str, Any]]:
-    """Returns a function that makes so many steps and waits for them, and what is known of the step."""
+    """Returns a function that makes a number of steps and waits for them, and facts about the step."""
     import jax
     import jax.numpy as jnp
 
@@ -107,7 +107,7 @@ def make_jax_runner(config: Any, variant: str) -> tuple[Callable[[int], None], d
         'device': jax.devices()[0].device_kind,
     }
     state = bench.state
-    waits = jax.default_backend() == 'cpu'  # XLA's CPU devices can block each other behind a long queue
+    waits = jax.default_backend() == 'cpu'  # with a long queue, XLA's CPU devices can block each other
 
     def run(count: int) -> None:
         nonlocal state
@@ -121,7 +121,7 @@ def make_jax_runner(config: Any, variant: str) -> tuple[Callable[[int], None], d
 
 
 def make_torch_runner(config: Any, variant: str) -> tuple[Callable[[int], None], dict[str, Any]]:
-    """Returns the same of PyTorch.
+    """Returns what `make_jax_runner` does, for PyTorch.
 
     Raises:
         ValueError: for a network other than a CIFAR ResNet with shortcut A.
@@ -150,7 +150,7 @@ def make_torch_runner(config: Any, variant: str) -> tuple[Callable[[int], None],
 
 
 def _ceiling(product: Callable[[], Any]) -> float:
-    """Operations per second of a matrix product, the best of some."""
+    """Operations per second of a matrix product, the best of several runs."""
     product()
     seconds = []
     for _ in range(CEILING_REPEATS):
@@ -161,7 +161,7 @@ def _ceiling(product: Callable[[], Any]) -> float:
 
 
 def work(config: Any, variant: str) -> None:
-    """Answers every number on standard input with the seconds that so many steps take; says first what it knows."""
+    """Prints facts about the step; then, for each number of steps read from standard input, the seconds they take."""
     logging.getLogger('absl').setLevel(logging.ERROR)
     if variant.startswith('torch'):
         run, facts = make_torch_runner(config, variant)
@@ -179,12 +179,12 @@ def work(config: Any, variant: str) -> None:
 
 
 class Case(NamedTuple):
-    """What a process measures.
+    """The configuration of a measuring process.
 
     Attributes:
-        variant: see above.
-        arguments: the config and changes of it, `--config=FILE --config.key=value`.
-        devices: virtual CPU devices; None for what the machine has.
+        variant: one of the variants in this module's docstring.
+        arguments: the config and its changes, `--config=FILE --config.key=value`.
+        devices: virtual CPU devices; None for the machine's devices.
     """
 
     variant: str
@@ -193,10 +193,10 @@ class Case(NamedTuple):
 
 
 class Worker:
-    """A process that has compiled and warmed up a case, and makes steps when asked."""
+    """A process that compiles and warms up a case, and makes steps on request."""
 
     def __init__(self, name: str, case: Case):
-        """Starts it; `wait` must come before `ask`."""
+        """Starts the process; call `wait` before `ask`."""
         self._name = name
         command = [sys.executable, '-m', 'benchmarks.step', *case.arguments, f'--work={case.variant}']
         flags_of_xla = os.environ.get('XLA_FLAGS', '')
@@ -208,11 +208,11 @@ class Worker:
         )
 
     def wait(self) -> dict[str, Any]:
-        """Waits until the process is ready, and returns what it knows of its step."""
+        """Waits until the process is ready and returns facts about its step."""
         return self._answer()
 
     def ask(self, steps: int) -> dict[str, float]:
-        """Returns the 'seconds' that so many steps took, and the most memory the process has had, 'resident'."""
+        """Makes steps; returns their 'seconds' and the process's peak memory, 'resident', in bytes."""
         assert self._process.stdin is not None
         self._process.stdin.write(f'{steps}\n')
         self._process.stdin.flush()
@@ -227,18 +227,18 @@ class Worker:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit(f'Error: the process of {self._name} ended; what it said is above.')
+            raise SystemExit(f'Error: the process of {self._name} ended; its output is above.')
         return json.loads(line)
 
 
 def measure(cases: Mapping[str, Case], turns: int, steps: int, *, together: bool = False) -> dict[str, dict[str, Any]]:
-    """Returns what was measured of every case: its facts, and 'seconds' per step of every turn.
+    """Returns the facts of every case, and its 'seconds' per step in every turn.
 
     Args:
-        cases: by their names.
-        turns: of every case.
-        steps: of a turn.
-        together: whether all processes start at once, so that their ceilings and compile times disturb each other.
+        cases: cases by name.
+        turns: turns of every case.
+        steps: steps per turn.
+        together: whether all processes start at once, which affects their ceilings and compile times.
     """
     measured: dict[str, dict[str, Any]] = {}
     workers: dict[str, Worker] = {}
@@ -261,12 +261,12 @@ def measure(cases: Mapping[str, Case], turns: int, steps: int, *, together: bool
 
 
 def config_arguments() -> list[str]:
-    """Returns those arguments of this process that are about the config."""
+    """Returns the arguments of this process that set the config."""
     return [argument for argument in sys.argv[1:] if argument.startswith('--config')]
 
 
 def table(measured: dict[str, dict[str, Any]]) -> str:
-    """Returns what was measured as a Markdown table; the first variant is what others are compared with."""
+    """Returns the measurements as a Markdown table; variants are compared with the first."""
     lines = [
         '| variant | ms | quartiles | examples/s | time / first | by units | measured / units | compile s | peak MiB '
         '| resident MiB | Gflop/s | of the ceiling |',
@@ -299,7 +299,7 @@ def table(measured: dict[str, dict[str, Any]]) -> str:
 
 
 def main(argv: list[str]) -> None:
-    """Measures, prints the table and stores it with all numbers."""
+    """Measures, prints the table and stores it with all measurements."""
     given = flags.FLAGS
     if given.work:
         work(given.config, given.work)
@@ -318,12 +318,10 @@ if __name__ == '__main__':
     from ml_collections import config_flags
 
     config_flags.DEFINE_config_file('config', 'configs/cifar10_resnet20.py', 'Recipe, with arguments after a colon.')
-    flags.DEFINE_string(
-        'variants', VARIANTS, 'What is measured, by commas; the first is what others are compared with.'
-    )
+    flags.DEFINE_string('variants', VARIANTS, 'Variants, separated by commas; they are compared with the first.')
     flags.DEFINE_integer('turns', 9, 'Turns of every variant.', lower_bound=1)
-    flags.DEFINE_integer('steps', 3, 'Steps of a turn.', lower_bound=1)
-    flags.DEFINE_bool('together', False, 'Starts all processes at once, which many cores do sooner.')
-    flags.DEFINE_string('output', None, 'A JSON file for all numbers; the table goes beside it.')
-    flags.DEFINE_string('work', None, 'For the processes of variants.')
+    flags.DEFINE_integer('steps', 3, 'Steps per turn.', lower_bound=1)
+    flags.DEFINE_bool('together', False, 'Start all processes at once, which is faster with many cores.')
+    flags.DEFINE_string('output', None, 'JSON file for all measurements; the table goes beside it.')
+    flags.DEFINE_string('work', None, 'Internal: the variant of a measuring process.')
     app.run(main)

@@ -1,8 +1,8 @@
-"""A training step of the same network in PyTorch, with LSQ as its users write it: autograd functions, channels_last.
+"""A training step of a CIFAR ResNet in PyTorch, with LSQ as an autograd function, and channels_last.
 
-LSQ is written from its paper (arXiv 1902.08153): v̂ = round(clip(v/s, -Q_N, Q_P))·s, the gradient of v inside the clip
-bounds, the step size's gradient (section 2.1) times 1/√(N·Q_P). As in our recipes N leaves the batch out, and the first
-and the last layer have 8 bits.
+LSQ follows its paper (arXiv 1902.08153): v̂ = round(clip(v/s, -Q_N, Q_P))·s, the gradient of v inside the clip bounds,
+the step size's gradient (section 2.1) times 1/√(N·Q_P). As in our recipes N excludes the batch, and the first and the
+last layer have 8 bits.
 """
 
 import math
@@ -37,7 +37,7 @@ class FakeQuantize(torch.autograd.Function):
 
 
 class Quantizer(nn.Module):
-    """A step size; it is set from the first tensor that comes."""
+    """A quantizer whose step size is initialised from the first tensor."""
 
     def __init__(self, bits: int, *, signed: bool, has_batch: bool):
         super().__init__()
@@ -52,12 +52,12 @@ class Quantizer(nn.Module):
             self.step.data.copy_(2 * v.detach().abs().mean() / math.sqrt(self.high))
             self.is_set = True
         count = v[0].numel() if self.has_batch else v.numel()
-        fake_quantize: Any = FakeQuantize.apply  # of which PyTorch declares no type
+        fake_quantize: Any = FakeQuantize.apply  # PyTorch declares no type for it
         return fake_quantize(v, self.step, self.low, self.high, 1 / math.sqrt(count * self.high))
 
 
 class Layer(nn.Module):
-    """A convolution or a dense layer with quantized weights and inputs; in full precision for 0 bits."""
+    """A convolution or dense layer with quantized weights and inputs, or in full precision for 0 bits."""
 
     def __init__(self, layer: nn.Conv2d | nn.Linear, bits: int, *, signed: bool):
         super().__init__()
@@ -95,7 +95,7 @@ class Block(nn.Module):
 
 
 def cifar_resnet(depth: int, width: int, bits: int) -> nn.Module:
-    """Returns a ResNet of depth 6n + 2 for 32x32 images in 10 classes, quantized to `bits`, or not at all for 0."""
+    """Returns a ResNet of depth 6n + 2 for 32x32 images in 10 classes, with `bits` bits, or full precision for 0."""
     outer = 8 if bits else 0
     layers: list[nn.Module] = [
         Layer(nn.Conv2d(3, width, 3, 1, 1, bias=False), outer, signed=True),
@@ -113,7 +113,7 @@ def cifar_resnet(depth: int, width: int, bits: int) -> nn.Module:
 
 
 class Step:
-    """A training step on the GPU if PyTorch has one, called with a number of steps to make."""
+    """A training step, on the GPU if PyTorch has one; called with a number of steps."""
 
     def __init__(self, depth: int, width: int, bits: int, batch_size: int):
         torch.manual_seed(0)
@@ -125,12 +125,12 @@ class Step:
         self.optimizer = torch.optim.SGD(self.network.parameters(), 0.01, 0.9, weight_decay=1e-4, nesterov=True)
 
     def compile(self) -> None:
-        """Has the network compiled by PyTorch when it is next called; on a GPU its launches become CUDA graphs."""
+        """Makes PyTorch compile the network at its next call, on a GPU with CUDA graphs."""
         self(1)  # step sizes are set from the first batch
         self.network = torch.compile(self.network, mode='reduce-overhead' if self.images.is_cuda else 'default')
 
     def __call__(self, count: int) -> float:
-        """Makes steps, and returns the last loss."""
+        """Makes `count` steps and returns the last loss."""
         loss = torch.zeros(())
         for _ in range(count):
             self.optimizer.zero_grad(set_to_none=True)

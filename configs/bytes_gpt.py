@@ -1,8 +1,8 @@
-"""A decoder-only transformer on the bytes of Python's standard library, W4A8, cut between its layers.
+"""A decoder-only transformer on the bytes of Python's standard library, W4A8, with layers as blocks.
 
-The text is that of the Python that prepares the data set; metadata and environment.json say which. Loss: the
+The text is the library of the Python that prepares the data set; metadata and environment.json have its version. Loss:
 cross entropy of the next byte; metric: bits per byte on files that were not trained on. The embedding and the head have
-8 bits. docs/results.md ("Bytes and pixels") has what it reaches.
+8 bits. Results: docs/results.md ("Bytes and pixels").
 
 Command: python main.py --config=configs/bytes_gpt.py:bits=4,plan=prefix
 """

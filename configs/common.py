@@ -1,4 +1,4 @@
-"""What the recipes share: their arguments, and the settings of datasets."""
+"""Arguments and settings of datasets that the recipes share."""
 
 from typing import Any
 
@@ -8,12 +8,12 @@ LSQ8 = {'name': 'lsq', 'bits': 8, 'estimator': 'identity'}
 
 
 def begin(argument: str | None, **defaults: Any) -> tuple[Config, Config]:
-    """Returns the base config with a recipe's arguments set in it, and the arguments.
+    """Returns the base config with a recipe's arguments applied, and the arguments.
 
     Args:
-        argument: what stands after the colon of `--config=FILE.py:bits=2,plan=prefix`.
-        **defaults: of the arguments: `bits` (of weights and activations) and those of one recipe; all recipes have
-            `plan`, `distillation` (from the partner, to the network and to MP paths) and `cut`.
+        argument: the text after the colon of `--config=FILE.py:bits=2,plan=prefix`.
+        **defaults: defaults of the arguments: `bits` (of weights and activations) and those of the recipe; all recipes
+            have `plan`, `distillation` (from the partner to the network and to MP paths) and `cut`.
     """
     given = parse_argument(argument, **{'plan': 'prefix', 'distillation': 1.0, 'cut': 'stage', **defaults})
     config = base_config()
@@ -25,7 +25,7 @@ def begin(argument: str | None, **defaults: Any) -> tuple[Config, Config]:
 
 
 def use_small_images(config: Config, name: str, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-    """Sets CIFAR's customary augmentation: crops after padding by 4 pixels, and mirroring."""
+    """Sets a dataset with the usual augmentation of CIFAR: crops after padding by 4 pixels, and flips."""
     config.data.name = name
     config.data.mean = mean
     config.data.std = std
@@ -34,7 +34,7 @@ def use_small_images(config: Config, name: str, mean: tuple[float, ...], std: tu
 
 
 def use_imagenet(config: Config) -> None:
-    """Sets ImageNet, read by eight processes, with random resized crops of 224 pixels and mirroring."""
+    """Sets ImageNet, read by eight processes, with random resized crops of 224 pixels and flips."""
     config.data.name = 'imagenet2012'
     config.data.mean = (0.485, 0.456, 0.406)
     config.data.std = (0.229, 0.224, 0.225)

@@ -1,8 +1,7 @@
-"""A small UNet that labels every pixel of canvases with handwritten digits, W2A2, cut down, below and up again.
+"""A small UNet that labels every pixel of canvases with handwritten digits, W2A2.
 
 The data set is made of scikit-learn's digits. Metric: the mean intersection over union (IoU) of the background and the
-ten digits. The first and the last layer have 8 bits. docs/results.md ("Bytes and pixels") has what it
-reaches.
+ten digits. The first and the last layer have 8 bits. Results: docs/results.md ("Bytes and pixels").
 
 Command: python main.py --config=configs/digits_segmentation.py:bits=2,plan=prefix
 """
@@ -18,7 +17,7 @@ def get_config(argument: str | None = None) -> Config:
     config, _ = begin(argument, bits=2)
     config.task = 'segmentation'
     config.data.name = 'digits_segmentation'
-    config.data.mean = (0.080,)  # of the training split's pixels
+    config.data.mean = (0.080,)  # statistics of the training split's pixels
     config.data.std = (0.234,)
     config.data.validation_fraction = 0.1
     config.network = ml_collections.ConfigDict({'name': 'unet', 'width': 16, 'levels': 2, 'dtype': 'float32'})

@@ -1,19 +1,19 @@
 """DeiT-tiny on ImageNet from a full-precision partner, W4A4 by default.
 
-The recipe is that of OFQ (arXiv 2302.02210), as its authors' scripts (nbasyl/OFQ) have it for DeiT-tiny with a
-distillation token, which ours is without: AdamW from full-precision weights with the full-precision network as teacher,
-300 epochs, learning rate 5e-4 for each 512 images after 5 epochs of warm-up, weight decay 0.05 whatever the bits, no
-mixup or cutmix, weights with one scale per channel. For comparison, Q-ViT of NeurIPS 2022 (YanjingLi0202/Q-ViT) has
-LAMB at 3e-4, batch 512, no weight decay and no warm-up. The other Q-ViT (arXiv 2201.07703) was not looked at.
+The recipe is that of OFQ (arXiv 2302.02210), from its authors' scripts (nbasyl/OFQ) for DeiT-tiny with a distillation
+token, which ours does not have: AdamW from full-precision weights with the full-precision network as teacher, 300
+epochs, learning rate 5e-4 per 512 images after 5 epochs of warm-up, weight decay 0.05 for all bits, no mixup or cutmix,
+weights with one scale per channel. For comparison, Q-ViT of NeurIPS 2022 (YanjingLi0202/Q-ViT) has LAMB at 3e-4, batch
+512, no weight decay and no warm-up. The other Q-ViT (arXiv 2201.07703) was not checked.
 
 Ours: the quantizers' learning rate of 1e-5, which is that of Adam in the code of EWGS (arXiv 2104.00903); 8 bits for
-the patch embedding and the head, the custom of convolutional networks; layers' inputs and weights are quantized with
-LSQ, where OFQ has a quantizer of its own for weights and reparametrizes queries and keys; block replacement. OFQ also
-has RandAugment and random erasing, which are not here.
+the patch embedding and the head, as usual for convolutional networks; LSQ for inputs and weights, where OFQ has its own
+quantizer of weights and reparametrizes queries and keys; block replacement. OFQ also has RandAugment and random
+erasing, which this recipe lacks.
 
-Partner: timm's deit_tiny_patch16_224, by --config.partner.torch_file=FILE; Hugging Face's
-facebook/deit-tiny-patch16-224 wants --config.network.norm_epsilon=1e-12. Take one: without a file the partner is
-trained first with the learning rate and weight decay above, but DeiT's accuracy needs its augmentation too.
+Partner: timm's deit_tiny_patch16_224, with --config.partner.torch_file=FILE; Hugging Face's
+facebook/deit-tiny-patch16-224 needs --config.network.norm_epsilon=1e-12. Use one of them: without a file the partner is
+trained first with this learning rate and weight decay, but DeiT's accuracy needs its augmentation too.
 
 Command: python main.py --config=configs/imagenet_deit_tiny.py:bits=4,plan=prefix --config.data.dir=DIR
 """

@@ -1,20 +1,20 @@
 """MobileNetV2 on ImageNet from a full-precision partner, W4A4 by default; meant for 3 bits and more.
 
-The recipe is that of "Overcoming oscillations in quantization-aware training" (arXiv 2203.11086), as its authors' code
-(Qualcomm-AI-research/oscillations-qat) has it: 90 epochs, batch 128, LSQ with one scale per tensor, SGD with cosine
-decay at 0.0033 and weight decay 5e-5 for 4 bits, 0.01 and 2.5e-5 for 3 bits; weights that oscillate are frozen, at a
-frequency that falls from 0.1 to 0.01 (0.011 for 3 bits), none in the first quarter; batch-norm statistics are estimated
-anew on 50 batches before every evaluation (here: after training). The first and the last layer have 8 bits. All
-depthwise layers have the bits of the others: they are what oscillation hurts most. PROFIT (arXiv 2008.04693), in
-contrast, goes down by way of 8 and 5 bits at a learning rate of 0.005.
+The recipe is that of "Overcoming oscillations in quantization-aware training" (arXiv 2203.11086), from the authors'
+code (Qualcomm-AI-research/oscillations-qat): 90 epochs, batch 128, LSQ with one scale per tensor, SGD with cosine decay
+at 0.0033 and weight decay 5e-5 for 4 bits, 0.01 and 2.5e-5 for 3 bits; weights that oscillate are frozen at a frequency
+that falls from 0.1 to 0.01 (0.011 for 3 bits), none in the first quarter; batch-norm statistics are re-estimated on 50
+batches before every evaluation (here: after training). The first and the last layer have 8 bits. Depthwise layers have
+the bits of the others; oscillation hurts them most. PROFIT (arXiv 2008.04693) instead trains with 8 and 5 bits first,
+at a learning rate of 0.005.
 
 Ours: the quantizers' learning rate, that of the weights as in LSQ (the code: Adam at 1e-5); the image has 8 bits too;
 above 4 bits the settings of 4, at 2 bits those of 3; the argument depthwise, other bits for depthwise layers; block
 replacement.
 
-Partner: torchvision's or timm's mobilenet_v2, by --config.partner.torch_file=FILE (the code starts from another file);
-Hugging Face's wants --config.network.padding=tf --config.network.norm_epsilon=0.001. Without a file the partner is
-trained first by settings of ours, which nobody tuned.
+Partner: torchvision's or timm's mobilenet_v2, with --config.partner.torch_file=FILE (the code starts from another
+file); Hugging Face's needs --config.network.padding=tf --config.network.norm_epsilon=0.001. Without a file the partner
+is trained first with our own settings, which were not tuned.
 
 Command: python main.py --config=configs/imagenet_mobilenet_v2.py:bits=4,plan=prefix --config.data.dir=DIR
 """

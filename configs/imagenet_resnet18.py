@@ -2,15 +2,15 @@
 
 The recipe is LSQ's (arXiv 1902.08153): SGD from full-precision weights, cosine decay; step sizes are learned with the
 weights' learning rate, their gradients scaled; the first and the last layer have 8 bits. Weight decay is 1e-4, half of
-it at 3 bits, a quarter at 2. The paper's text was not at hand: 90 epochs, batch 512, learning rate 0.01 and weight
-decay 1e-4 at 4 bits were seen in a re-implementation (hustzxd/LSQuantization), the lower weight decays were not. For
+it at 3 bits, a quarter at 2. The paper's text was not available: 90 epochs, batch 512, learning rate 0.01 and weight
+decay 1e-4 at 4 bits are from a re-implementation (hustzxd/LSQuantization); the lower weight decays are unverified. For
 comparison, the code of EWGS (arXiv 2104.00903) has 100 epochs, batch 256, SGD at 0.01 with weight decay 1e-4, and Adam
 at 1e-5 for the quantizers.
 
-Ours: the same settings with block replacement; no weight decay on step sizes; the image has 8 bits too.
+Ours: block replacement; no weight decay on step sizes; the image has 8 bits too.
 
-Partner: torchvision's resnet18 (IMAGENET1K_V1), by --config.partner.torch_file=FILE. Without it the partner is trained
-first: 90 epochs, learning rate 0.1 for each 256 images after 5 epochs of warm-up (arXiv 1706.02677), cosine decay
+Partner: torchvision's resnet18 (IMAGENET1K_V1), with --config.partner.torch_file=FILE. Without it the partner is
+trained first: 90 epochs, learning rate 0.1 per 256 images after 5 epochs of warm-up (arXiv 1706.02677), cosine decay
 (ours).
 
 Command: python main.py --config=configs/imagenet_resnet18.py:bits=2,plan=prefix --config.data.dir=DIR

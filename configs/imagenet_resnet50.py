@@ -2,14 +2,14 @@
 
 The recipe is that of configs/imagenet_resnet18.py, LSQ's (arXiv 1902.08153): SGD at 0.01 for weights and step sizes,
 cosine decay, 90 epochs, the first and the last layer in 8 bits, weight decay 1e-4, half of it at 3 bits, a quarter at
-2. What of it was seen where is told there; that LSQ trains ResNet-50 with the same numbers was not verified.
+2. That file has the sources; that LSQ trains ResNet-50 with these numbers was not verified.
 
-Ours: batch 256 (with learning rate 0.01, as the code of EWGS, arXiv 2104.00903, has it for ResNet-18 and -34), because
-frozen suffixes run beside the network; the same settings with block replacement; no weight decay on step sizes. Where
-memory is short: --config.network.remat=True.
+Ours: batch 256 with learning rate 0.01, as in the code of EWGS (arXiv 2104.00903) for ResNet-18 and -34, because frozen
+suffixes run beside the network; block replacement; no weight decay on step sizes. If memory is short:
+--config.network.remat=True.
 
-Partner: torchvision's resnet50, by --config.partner.torch_file=FILE. IMAGENET1K_V1 is the usual one; IMAGENET1K_V2 is
-the same network trained with a longer recipe. Without a file the partner is trained first: 90 epochs, learning rate 0.1
+Partner: torchvision's resnet50, with --config.partner.torch_file=FILE. IMAGENET1K_V1 is the usual one; IMAGENET1K_V2 is
+this network trained with a longer recipe. Without a file the partner is trained first: 90 epochs, learning rate 0.1
 after 5 epochs of warm-up (arXiv 1706.02677), cosine decay (ours).
 
 Command: python main.py --config=configs/imagenet_resnet50.py:bits=2,plan=prefix --config.data.dir=DIR

@@ -1,1 +1,1 @@
-"""Programs that compare methods; each says its command and what it writes."""
+"""Programs that compare methods; each module's docstring has its command and its files."""

@@ -1,14 +1,14 @@
-"""Every gradient estimator in every quantizer, in short runs on the digits, over several seeds.
+"""Compares every gradient estimator in every quantizer, in short runs on the digits over several seeds.
 
-Plain QAT (no replacement, no distillation) of a narrow ResNet-8 from one full-precision partner. First and last layer
-have 8 bits and LSQ. All other weights have the quantizer and the estimator named, at 2 bits, or at 1 bit where the
-quantizer or the estimator is for one bit. Activations have the same two at 2 bits where they are defined for
-activations, and else LSQ or the identity. One learning rate for all, not tuned: a low number may mean that it does not
-suit.
+Runs are plain QAT (no replacement, no distillation) of a narrow ResNet-8 from one full-precision partner. The first and
+the last layer have 8 bits and LSQ. All other weights have the named quantizer and estimator at 2 bits, or at 1 bit if
+one of them is for one bit. Activations have this quantizer and estimator at 2 bits if both are defined for activations,
+and otherwise LSQ or the identity. The learning rate is shared and not tuned, so a low score may only mean that it does
+not suit.
 
 Command: python -m research.compare_estimators --workdir=runs/compare_estimators
 
-Writes `results.json`, to which a further call adds what is missing, and `table.md`.
+Writes `results.json`, which a second call completes, and `table.md`.
 """
 
 import dataclasses
@@ -46,18 +46,18 @@ from bqat_jax.transform.rules import assign_quantizers
 from configs.digits import get_config
 
 NO_TRAINING = 'calibrated, not trained'
-# The strength of `ewgs_trace` is measured anew after so many steps.
+# Steps between two measurements of the strength of `ewgs_trace`.
 MEASURE_EVERY = 50
 CALIBRATION_IMAGES = 256
 
 
 def recipe() -> Config:
-    """Returns the digits recipe, narrower and without what is not compared."""
+    """Returns the digits recipe with a narrower network, without validation split, replacement and distillation."""
     config = get_config()
     config.network.width = 8
     config.data.validation_fraction = 0.0
     config.replacement.plan, config.replacement.distillation = 'none', 0.0
-    # Not the recipe's, which suits LSQ's scaled gradients: where a paper scales none, larger steps diverge.
+    # The recipe's rate suits LSQ's scaled gradients; quantizers without that scaling diverge with it.
     config.optimizer.quantizers.learning_rate = 0.001
     return config
 
@@ -66,7 +66,7 @@ def settings_of(quantizer: str, estimator: str) -> dict[str, Any]:
     """Returns the settings of weights and activations for a cell of the table.
 
     Raises:
-        ValueError: if the two are not defined for each other.
+        ValueError: if quantizer and estimator do not go together.
     """
     sign_only = ESTIMATORS.get(estimator).sign_only
     bits = 1 if sign_only or 2 not in QUANTIZERS.get(quantizer).bits_signed else 2
@@ -85,11 +85,11 @@ def settings_of(quantizer: str, estimator: str) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """What all cells share.
+    """The parts that all cells share.
 
     Attributes:
         config: the recipe.
-        experiment: what it describes.
+        experiment: its experiment.
         partner: the trained partner.
         train: the training split, on the device.
         test: the test split, on the device.
@@ -103,7 +103,7 @@ class Bench:
 
 
 def make_bench(config: Config, workdir: Path, console: rich.console.Console) -> Bench:
-    """Returns what all cells share; trains the partner unless the workdir has it."""
+    """Returns the parts that all cells share; trains the partner unless the workdir has it."""
     experiment = make_experiment(config, workdir, console)
     data = load_data(experiment)
     with StopRequest() as stop:
@@ -116,7 +116,7 @@ def run_cell(bench: Bench, cell: dict[str, Any], steps: int, seeds: int) -> list
     experiment, network = bench.experiment, bench.experiment.network
     variables, batch_size = bench.partner.variables, experiment.data.batch_size
     train, test = bench.train.arrays, bench.test.arrays
-    assert train is not None and test is not None  # they live on the device
+    assert train is not None and test is not None  # both splits are on the device
     preprocessing = make_preprocessing(experiment, bench.partner.facts)
     calibration = preprocessing({'index': np.arange(CALIBRATION_IMAGES)}, train, None).inputs
     quantization, quantizers = prepare(
@@ -131,8 +131,7 @@ def run_cell(bench: Bench, cell: dict[str, Any], steps: int, seeds: int) -> list
     spec = TrainSpec(BlockReplacement(network, quantization, plan, objective), preprocessing, steps)
     optimizer, learning_rate = make_optimizer(experiment.training.optimizer, max(steps, 1))
     start = Variables(variables['params'], quantizers, other_collections(variables))
-    # Seeds one after another, by the same compiled programs: side by side, under vmap, convolutions of weights that
-    # differ are several times slower on a CPU.
+    # Seeds run one after another: under vmap, convolutions with different kernels are several times slower on a CPU.
     begin = jax.jit(lambda key: init_state(spec, key, start, optimizer))
     step = jax.jit(train_step(spec, optimizer, learning_rate), donate_argnums=(0,))
     evaluate = jax.jit(evaluation_step(spec))
@@ -155,7 +154,7 @@ def run_cell(bench: Bench, cell: dict[str, Any], steps: int, seeds: int) -> list
 
 
 def write_table(path: Path, results: dict[str, Any], seeds: int) -> None:
-    """Writes the table: estimators down, quantizers across, mean ± standard deviation in percent."""
+    """Writes the table of estimators (rows) by quantizers (columns): mean ± standard deviation in percent."""
     names = list(QUANTIZERS)
     lines = [f'| estimator | {" | ".join(names)} |', f'|---|{"---|" * len(names)}']
     for estimator in [NO_TRAINING, *ESTIMATORS]:
@@ -175,7 +174,7 @@ def write_table(path: Path, results: dict[str, Any], seeds: int) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Fills in what is missing, cell by cell."""
+    """Runs the missing cells."""
     del argv
     logging.set_verbosity(logging.ERROR)
     workdir, steps, seeds = Path(flags.FLAGS.workdir), flags.FLAGS.steps, flags.FLAGS.seeds
@@ -194,7 +193,7 @@ def main(argv: list[str]) -> None:
             try:
                 cell = settings_of(quantizer, 'identity' if estimator == NO_TRAINING else estimator)
             except ValueError:
-                continue  # not defined for each other
+                continue  # they do not go together
             results[name] = run_cell(bench, cell, 0 if estimator == NO_TRAINING else steps, seeds)
             console.print(name, results[name])
             write_json(path, results)
@@ -203,10 +202,10 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    flags.DEFINE_string('workdir', 'runs/compare_estimators', 'Where results go.')
-    flags.DEFINE_string('data_dir', None, "Where the digits are prepared; TensorFlow Datasets' default if not given.")
-    flags.DEFINE_integer('steps', 150, 'Steps of every run.', lower_bound=1)
-    flags.DEFINE_integer('seeds', 3, 'Seeds of every cell.', lower_bound=1)
+    flags.DEFINE_string('workdir', 'runs/compare_estimators', 'Folder of the results.')
+    flags.DEFINE_string('data_dir', None, "Folder of the prepared digits; TensorFlow Datasets' default if not set.")
+    flags.DEFINE_integer('steps', 150, 'Steps per run.', lower_bound=1)
+    flags.DEFINE_integer('seeds', 3, 'Seeds per cell.', lower_bound=1)
     flags.DEFINE_list('estimators', None, 'Only these estimators.')
     flags.DEFINE_list('quantizers', None, 'Only these quantizers.')
     app.run(main)

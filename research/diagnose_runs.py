@@ -1,10 +1,9 @@
-"""Diagnoses finished runs, such as those of a sweep, and puts what was found into one table.
+"""Diagnoses finished runs, such as those of a sweep, and writes the results to one table.
 
 Command: python -m research.diagnose_runs --table=TABLE.md WORKDIR [WORKDIR ...]
 
-Each workdir is diagnosed as `main.py --mode=diagnose` does it, unless it has a diagnosis already. Runs whose workdirs
-have the same parent are seeds of one method: the table has their mean. A diagnosis is of the first of seeds side by
-side.
+Each workdir is diagnosed as by `main.py --mode=diagnose`, unless it has a diagnosis already. Runs whose workdirs share
+a parent are seeds of one method, and the table has their mean. With replicas the first one is diagnosed.
 """
 
 import statistics
@@ -24,10 +23,10 @@ from bqat_jax.storage import read_json, write_text
 COLUMNS = (
     'LP loss: cosine to FP',
     'to smoothed',
-    'whole loss: cosine to FP',
+    'full loss: cosine to FP',
     'to smoothed',
     'variance, LP loss',
-    'whole loss',
+    'full loss',
     'CKA of the last block',
     'its relative error',
     'oscillating, %',
@@ -35,7 +34,7 @@ COLUMNS = (
 
 
 def find_or_make(workdir: Path) -> dict[str, Any]:
-    """Returns the newest diagnosis in a workdir, made now if there is none.
+    """Returns the newest diagnosis in a workdir; makes one if there is none.
 
     Raises:
         UserError: if the workdir holds no run.
@@ -45,12 +44,12 @@ def find_or_make(workdir: Path) -> dict[str, Any]:
     made = sorted((workdir / DIRECTORY).glob('step_*.json'), key=lambda path: int(path.stem.removeprefix('step_')))
     if not made:
         made = [Path(diagnose_run(ml_collections.ConfigDict(read_json(workdir / 'config.json')), workdir)['json'])]
-        jax.clear_caches()  # the next run has programs of its own
+        jax.clear_caches()  # the next run has other programs
     return read_json(made[-1])
 
 
 def measures_of(diagnosis: dict[str, Any]) -> list[float]:
-    """Returns the numbers of a diagnosis for the columns of the table: means over blocks, and over layers."""
+    """Returns the values of a diagnosis for the columns of the table: means over blocks, or over layers."""
 
     def mean(loss, measure):
         return statistics.mean(block[measure] for block in diagnosis['gradients'][loss]['blocks'].values())
@@ -66,7 +65,7 @@ def measures_of(diagnosis: dict[str, Any]) -> list[float]:
 
 
 def write_table(path: Path, rows: dict[str, list[list[float]]]) -> None:
-    """Writes the table: a row for each name, the mean over its runs."""
+    """Writes the table, with the mean over runs in a row for each name."""
     lines = [f'| runs | seeds | {" | ".join(COLUMNS)} |', '|' + '---|' * (len(COLUMNS) + 2)]
     for name, measures in rows.items():
         means = [statistics.mean(values) for values in zip(*measures, strict=True)]
@@ -75,7 +74,7 @@ def write_table(path: Path, rows: dict[str, list[list[float]]]) -> None:
 
 
 def diagnose_runs(workdirs: Sequence[Path], table: Path) -> None:
-    """Diagnoses what has no diagnosis yet, and writes the table anew after each.
+    """Diagnoses runs without a diagnosis, and updates the table after each.
 
     Raises:
         UserError: if a workdir holds no run.
@@ -91,7 +90,7 @@ def main(argv: list[str]) -> None:
     """Reads the command line."""
     logging.set_verbosity(logging.ERROR)
     if len(argv) < 2:
-        raise app.UsageError('Which runs? Give their workdirs.')
+        raise app.UsageError('Which runs? Name their workdirs.')
     try:
         diagnose_runs([Path(name) for name in argv[1:]], Path(flags.FLAGS.table))
     except UserError as error:
@@ -99,5 +98,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    flags.DEFINE_string('table', 'diagnoses.md', 'The table that is written.')
+    flags.DEFINE_string('table', 'diagnoses.md', 'File of the table.')
     app.run(main)

@@ -15,12 +15,12 @@ from bqat_jax.quantizers.rounding import Context, QuantizeSpec, quantize
 
 COLUMNS = 5
 POINTS = 1201
-# What `ewgs_trace` would have measured.
+# An example of a strength measured by `ewgs_trace`.
 EXAMPLE_DELTA = 1.0
 
 
 def gradient(name: str, cotangent: float, progress: float) -> tuple[np.ndarray, np.ndarray]:
-    """Returns inputs and the gradient with respect to them of rounding to -2 .. 1, or -1 .. 0 for the sign."""
+    """Returns inputs and the gradient at them for rounding to -2 .. 1, or to -1 .. 0 for estimators of the sign."""
     estimator = ESTIMATORS.make(name)
     lower, upper = (-1, 0) if estimator.sign_only else (-2, 1)
     how = QuantizeSpec(estimator, lower, upper)
@@ -31,7 +31,7 @@ def gradient(name: str, cotangent: float, progress: float) -> tuple[np.ndarray, 
 
 
 def draw(path: str) -> None:
-    """Writes the picture, one panel for every registered estimator."""
+    """Writes the figure, with one panel for every registered estimator."""
     names = list(ESTIMATORS)
     rows = -(-len(names) // COLUMNS)
     figure, panels = plt.subplots(rows, COLUMNS, figsize=(3 * COLUMNS, 2.3 * rows), squeeze=False, layout='constrained')

@@ -1,1 +1,1 @@
-"""Images: TensorFlow Datasets sources, the order they are read in, augmentation."""
+"""Data: sources of TensorFlow Datasets, the order of reading, preprocessing and augmentation."""

@@ -1,6 +1,6 @@
-"""What happens to images on the device: augmentation in training, and normalisation.
+"""Augmentation and normalisation of images on the device.
 
-Images are uint8, where the largest pixel is 255, or float32, where it is 1; black is 0 in both.
+Images are uint8 with a largest pixel of 255, or float32 with 1; black is 0 in both.
 """
 
 import jax
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 
 def largest_pixel(images: jax.Array) -> float:
-    """Returns the value of the brightest pixel that images of a dtype can have: 255 of uint8, 1 of float32.
+    """Returns the largest possible pixel of images: 255 for uint8, 1 for float32.
 
     Raises:
         TypeError: for another dtype.
@@ -21,7 +21,7 @@ def largest_pixel(images: jax.Array) -> float:
 
 
 def random_crop(key: jax.Array, images: jax.Array, padding: int) -> jax.Array:
-    """Pads images with black by `padding` pixels on each side and cuts the original size out at random.
+    """Pads images with `padding` black pixels on each side and crops them to their size at random.
 
     Args:
         key: random key.
@@ -41,7 +41,7 @@ def random_crop(key: jax.Array, images: jax.Array, padding: int) -> jax.Array:
 
 
 def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
-    """Mirrors each image left to right with probability one half; images are (batch, height, width, channels)."""
+    """Flips each image horizontally with probability one half; images are (batch, height, width, channels)."""
     flip = jax.random.bernoulli(key, 0.5, (images.shape[0], 1, 1, 1))
     return jnp.where(flip, images[:, :, ::-1, :], images)
 
@@ -49,8 +49,8 @@ def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
 def color_jitter(key: jax.Array, images: jax.Array, strength: float) -> jax.Array:
     """Changes brightness, contrast and saturation of each image by random factors.
 
-    Each factor is uniform in [1 - strength, 1 + strength], not below 0, and blends the image with black, with the mean
-    of its grey levels, and with its grey levels, as torchvision's ColorJitter does; the order is always this one.
+    Each factor is uniform in [1 - strength, 1 + strength], at least 0, and blends the image with black, with its mean
+    grey level, and with its grey levels, as in torchvision's ColorJitter, but always in this order.
 
     Args:
         key: random key.
@@ -65,16 +65,16 @@ def color_jitter(key: jax.Array, images: jax.Array, strength: float) -> jax.Arra
 
 
 def adjust_colors(images: jax.Array, brightness: jax.Array, contrast: jax.Array, saturation: jax.Array) -> jax.Array:
-    """Returns images with brightness, contrast and saturation multiplied by factors, one after the other.
+    """Multiplies brightness, contrast and saturation of images by factors, in this order.
 
     Args:
         images: uint8 or float32 (batch, height, width, 1 or 3 channels).
-        brightness: (batch, 1, 1, 1), as the two others; 1 changes nothing.
-        contrast: see above.
-        saturation: see above.
+        brightness: (batch, 1, 1, 1); 1 changes nothing.
+        contrast: (batch, 1, 1, 1).
+        saturation: (batch, 1, 1, 1).
     """
 
-    def grey(x):  # ITU-R BT.601, as PIL and torchvision have it
+    def grey(x):  # ITU-R BT.601, as in PIL and torchvision
         weights = jnp.array((0.299, 0.587, 0.114) if x.shape[-1] == 3 else (1.0,), jnp.float32)
         return jnp.sum(x * weights.reshape(1, 1, 1, -1), axis=-1, keepdims=True)
 
@@ -90,7 +90,7 @@ def adjust_colors(images: jax.Array, brightness: jax.Array, contrast: jax.Array,
 
 
 def augment(key: jax.Array, images: jax.Array, *, crop_padding: int, flip: bool, jitter: float = 0.0) -> jax.Array:
-    """Returns randomly cropped, mirrored if `flip`, and recoloured images of the same shape and dtype."""
+    """Crops, flips (if `flip`) and recolours images at random; keeps shape and dtype."""
     crop_key, flip_key = jax.random.split(key)
     images = random_crop(crop_key, images, crop_padding)
     images = random_flip(flip_key, images) if flip else images
@@ -98,12 +98,12 @@ def augment(key: jax.Array, images: jax.Array, *, crop_padding: int, flip: bool,
 
 
 def normalize(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
-    """Maps images to float32: (value / largest pixel - mean) / std, channel by channel.
+    """Maps images to float32: (value / largest pixel - mean) / std per channel.
 
     Args:
         images: uint8 or float32 (..., channels).
-        mean: of every channel, in units of the largest pixel.
-        std: of every channel, in the same units.
+        mean: channel means, in units of the largest pixel.
+        std: channel standard deviations, in units of the largest pixel.
     """
     shape = (1,) * (images.ndim - 1) + (len(mean),)
     scaled = images.astype(jnp.float32) / largest_pixel(images)

@@ -1,4 +1,4 @@
-"""Data sets of buckets on this machine: files are fetched once for each host, and kept up to a size."""
+"""A local cache of data sets in buckets: files are fetched once per host, up to a size."""
 
 import dataclasses
 import fcntl
@@ -17,15 +17,15 @@ from bqat_jax.storage import KeptArrays, Place, files_below, filesystem_of, is_o
 logger = logging.getLogger(__name__)
 
 DEFAULT = Path('~/.cache/bqat_jax')
-# In the folder of a data set: it is whole; and a lock that processes share which read it.
+# Files in the folder of a data set: a mark that it is complete, and a lock that its readers share.
 COMPLETE, IN_USE = 'complete', 'in_use'
-# Folders of data sets have such names, in a folder of their own: nothing else is counted or removed.
+# The folder of all data sets, and the names of their folders; nothing else is counted or removed.
 OWN, NAME = 'of_buckets', re.compile('[0-9a-f]{20}')
-# Beside it: arrays of data sets that were decoded, and of weights that were converted.
+# The folder of decoded data sets and converted weights.
 ARRAYS = 'arrays'
-# What a bucket calls the version of an object's content.
+# Metadata of an object that identifies its content.
 TAGS = ('ETag', 'etag', 'md5Hash', 'generation')
-# Of folders that this process reads, so that no other process removes them; open as long as it lives.
+# Shared locks on folders that this process reads, until it ends; other processes do not remove them.
 _READ: dict[Path, IO[bytes]] = {}
 
 
@@ -34,9 +34,9 @@ class Cache:
     """A local folder for files of buckets.
 
     Attributes:
-        directory: of all data sets; made if it is not there.
-        most_bytes: what it may hold; what was not used for longest is removed.
-        is_wished: whether it is used for data that could be read directly too.
+        directory: the folder, created if needed.
+        most_bytes: size limit; the least recently used data sets are removed.
+        is_wished: whether to cache data that can be read directly, too.
     """
 
     directory: Path = DEFAULT
@@ -45,26 +45,26 @@ class Cache:
 
     @property
     def arrays(self) -> KeptArrays:
-        """Where arrays are kept, in what data sets leave of the size."""
+        """The cache of arrays, in the space that data sets leave."""
         root = self.directory.expanduser()
         try:
             held = _size_of(root / OWN) if (root / OWN).is_dir() else 0
-        except OSError:  # another process is about to change it
+        except OSError:  # another process is changing the folder
             held = self.most_bytes
         return KeptArrays(root / ARRAYS, self.most_bytes - held)
 
     def fetch(self, source: Place, below: Place) -> Path:
-        """Returns a local folder in which a data set lies as it does in a bucket.
+        """Returns a local folder with a copy of a data set in a bucket.
 
-        Processes of one host wait for each other: the first one fetches. A fetch that was broken off goes on. The
-        folder belongs to the names and tags of the objects: where one changes, all are fetched anew.
+        Processes of one host wait for each other: the first one fetches. An interrupted fetch resumes. The folder is
+        keyed by the names and tags of the objects: if one changes, all are fetched again.
 
         Args:
             source: the data set's folder in the bucket.
-            below: the folder of data sets that it lies in.
+            below: the folder of data sets that contains it.
 
         Raises:
-            UserError: if there is no room for it, or the cache cannot be written.
+            UserError: if there is not enough space, or the cache cannot be written.
         """
         files = files_below(source)
         sizes = {name: int(facts['size'] or 0) for name, facts in files.items()}
@@ -88,21 +88,21 @@ class Cache:
             if is_of_bucket(error):
                 raise
             raise UserError(
-                f'{source} cannot be fetched into {root}: {error}. Make room, or give another folder '
+                f'{source} cannot be fetched into {root}: {error}. Free some space, or use another folder '
                 '(--config.data.cache_dir=DIR).'
             ) from error
         return own
 
     def _make_room(self, root: Path, needed: int, own: Path, source: Place) -> None:
-        """Removes what was not used for longest, until so many bytes more are allowed."""
+        """Removes the least recently used data sets until `needed` bytes fit."""
         if needed > self.most_bytes:
             raise UserError(
-                f'{source} has {needed / 1e9:.1f} GB, and data.cache_gb={self.most_bytes / 1e9:g}. Give more, or read '
-                'from gs:// directly, or from a local folder.'
+                f'{source} has {needed / 1e9:.1f} GB, and data.cache_gb={self.most_bytes / 1e9:g}. Use a larger value, '
+                'or read from gs:// directly, or from a local folder.'
             )
         others = [path for path in root.iterdir() if NAME.fullmatch(path.name) and path.is_dir() and path != own]
         held = {path: _size_of(path) for path in others}
-        # Arrays are made again sooner than data sets are fetched.
+        # Arrays go first: making them again is faster than fetching data sets.
         KeptArrays(root.parent / ARRAYS, self.most_bytes).trim(max(0, self.most_bytes - needed - sum(held.values())))
         for path in sorted(others, key=_last_use):
             if sum(held.values()) + needed <= self.most_bytes:
@@ -112,11 +112,12 @@ class Cache:
         if sum(held.values()) + needed > self.most_bytes:
             raise UserError(
                 f'{source} has {needed / 1e9:.1f} GB, and of data.cache_gb={self.most_bytes / 1e9:g} other runs read '
-                f'{sum(held.values()) / 1e9:.1f} in {root}. Give more, or another folder (--config.data.cache_dir=DIR).'
+                f'{sum(held.values()) / 1e9:.1f} in {root}. Use a larger value, or another folder '
+                '(--config.data.cache_dir=DIR).'
             )
 
 
-# The default: for data that cannot be read directly.
+# The default, for data that cannot be read directly.
 NOT_WISHED = Cache(is_wished=False)
 
 
@@ -139,14 +140,14 @@ def _fetch_files(source: Place, target: Path, sizes: dict[str, int]) -> None:
 
 
 def _keep(own: Path) -> None:
-    """Lets no process remove a folder as long as this one lives."""
+    """Locks a folder against removal until this process ends."""
     if own not in _READ:
         _READ[own] = (own / IN_USE).open('wb')
         fcntl.flock(_READ[own], fcntl.LOCK_SH)
 
 
 def _remove_unused(path: Path) -> bool:
-    """Removes a folder that no process reads; returns whether it did."""
+    """Removes a folder if no process reads it; returns whether it did."""
     with (path / IN_USE).open('ab') as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -162,6 +163,6 @@ def _size_of(path: Path) -> int:
 
 
 def _last_use(path: Path) -> float:
-    """When a folder was last used; one that is not complete was never."""
+    """The time at which a folder was last used; 0 if it is incomplete."""
     complete = path / COMPLETE
     return complete.stat().st_mtime if complete.is_file() else 0.0

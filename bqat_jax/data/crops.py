@@ -1,4 +1,4 @@
-"""Images of one size from photographs of any: random crops for training, the centre for evaluation; on the host."""
+"""Crops of photographs to one size on the host: random crops for training, the centre for evaluation."""
 
 import dataclasses
 import io
@@ -9,20 +9,20 @@ from PIL import Image
 
 from bqat_jax.data.examples import WrongExample
 
-# Szegedy et al., arXiv 1409.4842, section 6: area 8 % to 100 %, aspect ratio 3/4 to 4/3; as torchvision has it, ten
-# tries and then the centre.
+# Szegedy et al., arXiv 1409.4842, section 6: area 8 % to 100 %, aspect ratio 3/4 to 4/3; as in torchvision, ten tries,
+# then the centre.
 AREA = (0.08, 1.0)
 RATIO = (3 / 4, 4 / 3)
 TRIES = 10
-# In evaluation the short side is resized to this many times the size: 256 for 224.
+# In evaluation the short side is resized to this multiple of the size: 256 for 224.
 MARGIN = 256 / 224
 
 
 @dataclasses.dataclass(frozen=True)
 class Crop:
-    """Decodes an image and cuts out a square.
+    """Decodes an image and crops it to a square.
 
-    Pillow converts palettes, CMYK and transparency to RGB or grey; transparency is dropped.
+    Pillow converts palettes and CMYK to RGB or grey, and drops transparency.
 
     Attributes:
         size: side of the square in pixels.
@@ -33,20 +33,20 @@ class Crop:
     channels: int
 
     def random(self, encoded: bytes, generator: np.random.Generator) -> np.ndarray:
-        """Returns a random part of an encoded image, resized: uint8 (size, size, channels).
+        """Returns a random crop of an encoded image, resized: uint8 (size, size, channels).
 
         Raises:
-            WrongExample: if it has more than 8 bits a pixel.
+            WrongExample: if it has more than 8 bits per pixel.
         """
         image = Image.open(io.BytesIO(encoded))
         left, top, width, height = random_box(generator, *image.size)
         return self._cut(image, (left, top, left + width, top + height))
 
     def center(self, encoded: bytes) -> np.ndarray:
-        """Returns the centre of an encoded image whose short side is 256/224 of the size: uint8 as in `random`.
+        """Returns the centre of an encoded image resized to a short side of 256/224 · size: uint8 as in `random`.
 
         Raises:
-            WrongExample: if it has more than 8 bits a pixel.
+            WrongExample: if it has more than 8 bits per pixel.
         """
         image = Image.open(io.BytesIO(encoded))
         side = min(image.size) * self.size / round(self.size * MARGIN)
@@ -54,13 +54,13 @@ class Crop:
         return self._cut(image, (left, top, left + side, top + side))
 
     def _cut(self, image: Image.Image, box: tuple[float, float, float, float]) -> np.ndarray:
-        if image.mode.startswith(('I', 'F')):  # Pillow would cut off what is above 255
+        if image.mode.startswith(('I', 'F')):  # Pillow would clip values above 255
             raise WrongExample(
-                f"its 'image' is a file of mode {image.mode}, with more than 8 bits a pixel, and Pillow resizes 8-bit "
-                'images alone. Prepare the data set with 8-bit images'
+                f"its 'image' is a file of mode {image.mode}, with more than 8 bits a pixel, and Pillow resizes only "
+                '8-bit images. Prepare the data set with 8-bit images'
             )
         whole = image.size
-        # JPEG can be decoded at a half, a quarter or an eighth; not so far that the box gets smaller than the result.
+        # JPEG can be decoded at 1/2, 1/4 or 1/8; the box must stay at least as large as the result.
         shrink = min(box[2] - box[0], box[3] - box[1]) / self.size
         if shrink >= 2:
             least = (math.ceil(whole[0] / shrink), math.ceil(whole[1] / shrink))
@@ -73,7 +73,7 @@ class Crop:
 
 
 def random_box(generator: np.random.Generator, width: int, height: int) -> tuple[int, int, int, int]:
-    """Returns (left, top, width, height) of a random part of an image; see the constants of this module."""
+    """Returns (left, top, width, height) of a random crop; see the constants of this module."""
     for _ in range(TRIES):
         area = generator.uniform(*AREA) * width * height
         ratio = math.exp(generator.uniform(math.log(RATIO[0]), math.log(RATIO[1])))

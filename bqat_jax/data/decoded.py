@@ -1,4 +1,4 @@
-"""Splits that are decoded whole, kept for later starts under all that their pixels depend on."""
+"""A cache of decoded splits, keyed by everything that their pixels depend on."""
 
 import hashlib
 import importlib.metadata
@@ -12,21 +12,21 @@ from bqat_jax.data.pipeline import read_whole
 from bqat_jax.data.sources import Subset
 from bqat_jax.storage import KeptArrays, is_local
 
-# What reads and decodes examples, beside this program.
+# Packages that read and decode examples.
 PACKAGES = ('numpy', 'pillow', 'tensorflow-datasets', 'array_record')
-# Beside the files of a split: what its features and its splits are.
+# Files beside a split's, which describe its features and splits.
 DESCRIPTIONS = ('dataset_info.json', 'features.json')
 
 
 def read_decoded(source: Subset, kept: KeptArrays | None) -> dict[str, np.ndarray]:
-    """Returns what `read_whole` does, as an earlier start has kept it if there was one.
+    """Reads a split as `read_whole` does, through a cache.
 
     Args:
-        source: the split. One whose files do not lie on this machine is read.
-        kept: where it is kept; None to read it.
+        source: the split; it is cached only if its files are on this machine.
+        kept: the cache; None for no cache.
 
     Raises:
-        UserError: as `read_whole`.
+        UserError: for the reasons of `read_whole`.
     """
     facts = None if kept is None else describe_source(source)
     if kept is None or facts is None:
@@ -35,10 +35,10 @@ def read_decoded(source: Subset, kept: KeptArrays | None) -> dict[str, np.ndarra
 
 
 def describe_source(source: Subset) -> dict[str, Any] | None:
-    """Returns all that the decoded examples depend on, as JSON; None if it cannot be known.
+    """Returns everything that the decoded examples depend on, as JSON; None if it cannot be determined.
 
-    That is the data set with its version, the split's files with size and times of each, which records of them are
-    read, what the examples are declared to be, and the packages and the module that decode them.
+    This is the data set with its version, the split's files with their sizes and times, the records that are read, the
+    declared format of examples, and the packages and the module that decode them.
     """
     paths = [Path(name) for name, _, _ in source.files]
     if not source.data_set or not paths or not all(is_local(name) for name, _, _ in source.files):
@@ -62,6 +62,6 @@ def describe_source(source: Subset) -> dict[str, Any] | None:
 
 
 def _stamp(path: Path) -> list[int]:
-    """Size and times of a file: a new content has others, also where the time of writing was set back."""
+    """Size and times of a file; the change time reveals new content even if the modification time was set back."""
     facts = path.stat()
     return [facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns]

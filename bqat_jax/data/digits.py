@@ -1,4 +1,4 @@
-"""The handwritten digits that ship with scikit-learn, as a TensorFlow Datasets builder of this project's own."""
+"""The handwritten digits of scikit-learn, as a TensorFlow Datasets builder."""
 
 import io
 from typing import Any, ClassVar
@@ -33,7 +33,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager):
         del dl_manager
-        # Here: it takes 2 seconds to import, and only what prepares the digits needs it.
+        # Imported here: it takes 2 seconds, and only the preparation needs it.
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
 

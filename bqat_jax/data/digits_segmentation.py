@@ -18,8 +18,7 @@ INK = 4
 class DigitsSegmentation(tfds.core.GeneratorBasedBuilder):
     """One to three of scikit-learn's 8×8 digits (E. Alpaydin, C. Kaynak, 1998; UCI) on canvases of 16×16 pixels.
 
-    A pixel's label is 0 for the background and d + 1 for the digit d. The digits of the test canvases are in no canvas
-    of the training split.
+    A pixel's label is 0 for the background and d + 1 for the digit d. Test and training canvases share no digits.
     """
 
     VERSION = tfds.core.Version('1.0.0')
@@ -41,7 +40,7 @@ class DigitsSegmentation(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager):
         del dl_manager
-        # Here: it takes 2 seconds to import, and only what prepares the digits needs it.
+        # Imported here: it takes 2 seconds, and only the preparation needs it.
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
 
@@ -63,8 +62,8 @@ def draw_canvas(digits: Any, chosen: Any, generator: np.random.Generator) -> tup
 
     Args:
         digits: scikit-learn's data set.
-        chosen: numbers of the digits that may be drawn.
-        generator: of random numbers.
+        chosen: indices of the digits to draw from.
+        generator: the random generator.
     """
     image, label = np.zeros((2, SIDE, SIDE), np.uint8)
     corners: list[tuple[int, int]] = []
@@ -72,7 +71,7 @@ def draw_canvas(digits: Any, chosen: Any, generator: np.random.Generator) -> tup
         top, left = (int(n) for n in generator.integers(0, SIDE - DIGIT + 1, 2))
         number = chosen[generator.integers(len(chosen))]
         if any(abs(top - y) < DIGIT and abs(left - x) < DIGIT for y, x in corners):
-            continue  # it would lie over another; the first of all never does
+            continue  # it would overlap another digit
         corners.append((top, left))
         pixels = digits.images[number]
         window = np.s_[top : top + DIGIT, left : left + DIGIT]

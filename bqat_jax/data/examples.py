@@ -1,4 +1,4 @@
-"""What the examples of a data set are: checked one by one, and images made uint8 or float32 from 0 to 1."""
+"""The formats of examples: checks every example and converts images to uint8, or float32 from 0 to 1."""
 
 import dataclasses
 import io
@@ -7,27 +7,27 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-# In what a range of float or integer pixels is looked for when it is not stated; the first that holds.
+# Candidates for the range of float or integer pixels if the user states none; the first that fits is used.
 COMMON_RANGES = ((0.0, 1.0), (-1.0, 1.0), (0.0, 255.0))
 STATE_RANGE = "--config.data.value_range='(LOWEST, HIGHEST)'"
 
 
 class WrongExample(Exception):
-    """An example that is not what its data set declares; the message says in what, and the remedy."""
+    """An example does not match its data set's declaration; the message has the difference and the remedy."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ExampleFormat:
-    """What the examples of a data set are declared to be.
+    """The declared format of examples with images.
 
     Attributes:
         num_classes: labels are 0 to num_classes - 1.
-        dtype: of the stored pixels.
-        is_encoded: whether images come as the bytes of a PNG or JPEG file.
-        shape: (height, width, channels) of every image; None if images stay encoded, to be cropped later.
-        value_range: the values that become 0 and 1; None for uint8 pixels that stay as they are.
-        label_shape: () for one label of every image, (height, width) for one of every pixel, encoded as a PNG file.
-        ignore: a label beside these, of what the task does not count; None for no such label.
+        dtype: dtype of the stored pixels.
+        is_encoded: whether images are stored as the bytes of a PNG or JPEG file.
+        shape: (height, width, channels) of every image; None if images stay encoded and are cropped later.
+        value_range: the values that map to 0 and 1; None for uint8 pixels, which are not scaled.
+        label_shape: () for one label per image, (height, width) for one per pixel, encoded as a PNG file.
+        ignore: a further label, which the task ignores; None for none.
     """
 
     num_classes: int
@@ -39,7 +39,7 @@ class ExampleFormat:
     ignore: int | None = None
 
     def read(self, example: dict[str, Any]) -> dict[str, Any]:
-        """Returns an example as the program knows it.
+        """Checks and converts a stored example.
 
         Args:
             example: {'image', 'label'} as stored; images are encoded if `is_encoded`.
@@ -49,7 +49,7 @@ class ExampleFormat:
             bytes without a `shape`. The label is int32, of `label_shape`.
 
         Raises:
-            WrongExample: if label, shape, dtype or range are not the declared ones.
+            WrongExample: if label, shape, dtype or range differ from the declaration.
         """
         label = self._check_labels(example['label']) if self.label_shape else self._check_label(example['label'])
         if self.shape is None:
@@ -58,10 +58,10 @@ class ExampleFormat:
         return {'image': pixels if self.value_range is None else scale(pixels, self.value_range), 'label': label}
 
     def pixels(self, example: dict[str, Any]) -> np.ndarray:
-        """Returns the decoded image as it is stored, not scaled.
+        """Returns the decoded image without scaling.
 
         Raises:
-            WrongExample: if shape or dtype are not the declared ones.
+            WrongExample: if shape or dtype differ from the declaration.
         """
         pixels = self._decode(example['image']) if self.is_encoded else np.asarray(example['image'])
         if pixels.dtype != self.dtype or pixels.shape != self.shape:
@@ -73,7 +73,7 @@ class ExampleFormat:
 
     def _decode(self, encoded: bytes) -> np.ndarray:
         image = Image.open(io.BytesIO(encoded))
-        if self.dtype == np.float32:  # TensorFlow Datasets stores the four bytes of a float as the channels of a PNG
+        if self.dtype == np.float32:  # TensorFlow Datasets stores the four bytes of a float as PNG channels
             four = np.ascontiguousarray(image)
             if four.dtype != np.uint8 or four.ndim != 3 or four.shape[-1] != 4:
                 raise WrongExample(
@@ -83,10 +83,10 @@ class ExampleFormat:
             return four.view(np.float32)
         if image.mode == '1':
             image = image.convert('L')
-        elif image.mode == 'P':  # the array of a palette image holds places in the palette, not colours
+        elif image.mode == 'P':  # the array of a palette image holds indices, not colours
             image = image.convert('RGBA' if 'transparency' in image.info else 'RGB')
         pixels = np.asarray(image)
-        if image.mode == 'I' and self.dtype == np.uint16:  # so older Pillows open 16-bit files
+        if image.mode == 'I' and self.dtype == np.uint16:  # older versions of Pillow open 16-bit files like this
             pixels = pixels.astype(np.uint16)
         return pixels[..., np.newaxis] if pixels.ndim == 2 else pixels
 
@@ -97,7 +97,7 @@ class ExampleFormat:
             raise WrongExample(
                 f"its 'label' is {labels.dtype} of shape {labels.shape} with labels up to {labels.max()}, and the data "
                 f'set declares 0 to {self.num_classes - 1}, of shape {self.label_shape}. Prepare it with such '
-                'labels, or name the one that does not count (--config.task=segmentation:ignore=LABEL)'
+                'labels, or name the label to ignore (--config.task=segmentation:ignore=LABEL)'
             )
         return labels.astype(np.int32)
 
@@ -106,18 +106,18 @@ class ExampleFormat:
             return np.int32(label)
         what = "it has no label (its 'label' is -1)" if label == -1 else f"its 'label' is {label}"
         raise WrongExample(
-            f'{what}, and labels are 0 to {self.num_classes - 1}. Take splits with labels (--config.data.train_split, '
-            '--config.data.test_split), or prepare the data set with right ones'
+            f'{what}, and labels are 0 to {self.num_classes - 1}. Use splits with labels (--config.data.train_split, '
+            '--config.data.test_split), or prepare the data set with valid ones'
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenFormat:
-    """What the examples of a data set of sequences are declared to be.
+    """The declared format of examples with sequences of tokens.
 
     Attributes:
         num_classes: tokens are 0 to num_classes - 1.
-        length: tokens of an example, one more than a network gets.
+        length: tokens of an example, one more than the network's input.
     """
 
     num_classes: int
@@ -127,7 +127,7 @@ class TokenFormat:
         """Returns {'tokens'}, uint8 (length,).
 
         Raises:
-            WrongExample: if shape or dtype are not the declared ones.
+            WrongExample: if shape or dtype differ from the declaration.
         """
         tokens = np.asarray(example['tokens'])
         if tokens.dtype != np.uint8 or tokens.shape != (self.length,):
@@ -139,12 +139,12 @@ class TokenFormat:
 
 
 def scale(pixels: np.ndarray, value_range: tuple[float, float]) -> np.ndarray:
-    """Maps pixels linearly to float32, so that a range becomes 0 to 1.
+    """Maps pixels linearly from a range to float32 from 0 to 1.
 
     Raises:
         WrongExample: if a pixel is outside the range, or not a number.
     """
-    # A float32 pixel is compared with the bound as float32: 0.7 is not above 0.7.
+    # Bounds are compared in the pixels' dtype: in float32, 0.7 is not above 0.7.
     lowest, highest = np.array(value_range, pixels.dtype if pixels.dtype.kind == 'f' else np.float64)
     low, high = extremes(pixels)
     if low < lowest or high > highest:

@@ -1,6 +1,6 @@
-"""Data sets on disk: finding them by name, preparing them, and whether their files are whole.
+"""Opens data sets on disk: finds them by name, prepares them and checks their files.
 
-TensorFlow Datasets and ArrayRecord raise errors of many kinds; they are caught here, where these libraries are called.
+Errors of TensorFlow Datasets and ArrayRecord are of many kinds and are caught here.
 """
 
 import errno
@@ -27,7 +27,7 @@ from bqat_jax.storage import explain, explained, filesystem_of, is_local, scheme
 
 logger = logging.getLogger(__name__)
 
-# 'name', 'name/config', 'name:1.0.0', 'name/config:1.0.0'. Other forms name data sets of other libraries' hubs.
+# 'name', 'name/config', 'name:1.0.0', 'name/config:1.0.0'. Other forms refer to hubs of other libraries.
 NAME = re.compile(r'(?P<name>[a-z]\w*)(/\w[\w.\-]*)?(:(\d+|\*)(\.(\d+|\*)){2})?')
 CANNOT_WRITE = (
     errno.EACCES,
@@ -39,32 +39,31 @@ CANNOT_WRITE = (
     errno.ENOSPC,
     errno.EDQUOT,
 )
-OTHER_DIRECTORY = 'Give a folder with --config.data.dir=DIR.'
-DIRECT = ('gs',)  # schemes that ArrayRecord reads by itself
-# Files that are looked at side by side: on network disks each takes a while.
+OTHER_DIRECTORY = 'Use a folder: --config.data.dir=DIR.'
+DIRECT = ('gs',)  # schemes that ArrayRecord can read
+# Files that are checked in parallel: on network disks each takes a while.
 THREADS = 16
 MESSAGE_LENGTH = 300
 
 
 def open_builder(name: str, directory: str | None, registered: Mapping[str, Any], cache: Cache = NOT_WISHED) -> Any:
-    """Returns the builder of a prepared data set; prepares one that is registered.
+    """Returns the builder of a prepared data set; prepares a registered one if needed.
 
     Args:
         name: 'name', 'name/config', 'name:1.0.0' or 'name/config:1.0.0'.
-        directory: where prepared data sets lie, a local folder or one in a bucket; None for TensorFlow Datasets'
-            default.
+        directory: folder of prepared data sets, local or in a bucket; None for TensorFlow Datasets' default.
         registered: builder classes of data sets that prepare themselves, by name.
-        cache: where data sets of buckets are kept.
+        cache: cache of data sets in buckets.
 
     Raises:
-        UserError: if there is no such data set, or it is not prepared as ArrayRecord, or cannot be.
+        UserError: if the data set does not exist, is not prepared as ArrayRecord, or cannot be prepared.
     """
     tfds.disable_progress_bar()
     match = NAME.fullmatch(name)
     if match is None:
         raise UserError(
-            f'data.name={name!r} is not the name of a data set: write name, name/config or name:1.0.0, such as '
-            f"'cifar10', in small letters.{suggest(name.lower(), registered)}"
+            f'data.name={name!r} is not the name of a data set. Write name, name/config or name:1.0.0, such as '
+            f"'cifar10', in lower case.{suggest(name.lower(), registered)}"
         )
     if directory is not None:
         directory = os.path.expanduser(directory)
@@ -74,13 +73,13 @@ def open_builder(name: str, directory: str | None, registered: Mapping[str, Any]
     builder = _make_builder(name, directory, registered.get(match['name']))
     if is_registered and not _ask(name, builder, builder.is_prepared):
         _prepare(name, builder)
-        # One that was made before another process prepared the data set does not know how.
+        # A builder made before another process prepared the data set does not see it.
         builder = _make_builder(name, directory, registered[match['name']])
     is_prepared = _ask(name, builder, builder.is_prepared)
     has_description = is_prepared and (builder.data_path / 'dataset_info.json').exists()
     if is_prepared and not has_description:
         raise UserError(
-            f'data.name={name!r}: {builder.data_path} has no dataset_info.json, so it is not known what is in it. '
+            f'data.name={name!r}: {builder.data_path} has no dataset_info.json, so its content is unknown. '
             + _prepare_again(is_registered)
         )
     file_format = _ask(name, builder, lambda: builder.info.file_format)
@@ -93,7 +92,7 @@ def open_builder(name: str, directory: str | None, registered: Mapping[str, Any]
         raise UserError(
             f'data.name={name!r} is not prepared as ArrayRecord in {builder.data_path}'
             + (f' (it is there as {file_format.value})' if is_prepared else '')
-            + '. If it lies elsewhere say so (--config.data.dir=DIR). To prepare it, once, in another virtual '
+            + '. If it is elsewhere, set --config.data.dir=DIR. To prepare it, once, in another virtual '
             'environment (it needs TensorFlow):\n'
             f'  pip install tensorflow-cpu tensorflow-datasets array_record\n'
             f"  python -c \"import tensorflow_datasets as tfds; tfds.builder('{name}', data_dir='DIR', "
@@ -109,7 +108,7 @@ def open_builder(name: str, directory: str | None, registered: Mapping[str, Any]
 
 
 def describe_data(name: str, builder: Any) -> tuple[Any, list[str]]:
-    """Returns the features of a data set and the names of its splits, from the files beside its records.
+    """Returns the features and the names of the splits of a data set, from the files beside its records.
 
     Raises:
         UserError: if these files are damaged.
@@ -121,32 +120,32 @@ def describe_data(name: str, builder: Any) -> tuple[Any, list[str]]:
         raise
     except (OSError, ValueError) as error:
         raise UserError(
-            f'data.name={name!r}: {path} cannot be read ({brief(error)}), so it is not known what is in the data set. '
+            f'data.name={name!r}: {path} cannot be read ({brief(error)}), so the content of the data set is unknown. '
             'Copy or prepare it again.'
         ) from error
     return _ask(name, builder, lambda: (builder.info.features, sorted(builder.info.splits)))
 
 
 def describe_origin(builder: Any) -> dict[str, Any]:
-    """Returns what a data set says of its origin in its metadata, such as versions; {} if it says nothing."""
+    """Returns a data set's metadata on its origin, such as versions; {} if it has none."""
     try:
         return {str(key): value for key, value in dict(builder.info.metadata or {}).items()}
-    except Exception:  # kinds of metadata that are no dictionary, or that need another package
+    except Exception:  # metadata that is not a dictionary, or needs another package
         return {}
 
 
 def check_files(instructions: Any) -> None:
-    """Checks that the files of a split are there and have as many records as the data set's description says.
+    """Checks that the files of a split exist and have the number of records in the data set's description.
 
     Args:
         instructions: TensorFlow Datasets' file instructions.
 
     Raises:
-        UserError: naming the first file that is missing, cut or of another length.
+        UserError: naming the first file that is missing, truncated or of another length.
     """
     expected = {str(file.filename): file.examples_in_shard for file in instructions}
     for path in expected:
-        if not is_local(path):  # ArrayRecord waits for a quarter of an hour for a bucket that is not there
+        if not is_local(path):  # ArrayRecord waits a quarter of an hour for a missing bucket
             with explained(f'{path} cannot be read', epath.Path(path)):
                 filesystem_of(path).info(path)
     with ThreadPoolExecutor(THREADS) as threads:
@@ -159,7 +158,7 @@ def check_files(instructions: Any) -> None:
 
 
 def brief(error: BaseException) -> str:
-    """Returns the kind of an error and the beginning of its message, on one line."""
+    """Returns the type of an error and the beginning of its message, on one line."""
     text = ' '.join(str(error).split())
     if len(text) > MESSAGE_LENGTH:
         text = text[:MESSAGE_LENGTH] + ' ...'
@@ -173,9 +172,9 @@ def _count_records(path: str) -> int:
             return reader.num_records()
         finally:
             reader.close()
-    except Exception as error:  # ArrayRecord raises RuntimeError, and others for what is no file
+    except Exception as error:  # ArrayRecord raises RuntimeError, and others for paths that are not files
         raise UserError(
-            f'{path} cannot be read: {brief(error)}. It is missing or damaged; copy or prepare the data set again.'
+            f'{path} cannot be read: {brief(error)}. It is missing or damaged. Copy or prepare the data set again.'
         ) from error
 
 
@@ -195,13 +194,13 @@ def _make_builder(name: str, directory: str | None, registered: Any) -> Any:
         raise UserError(
             f'data.name={name!r}: TensorFlow Datasets has no dataset of that name'
             + (f', and {directory} holds none.' if directory else '.')
-            + ' Correct the name, or say where it lies (--config.data.dir=DIR).'
+            + ' Correct the name, or set its folder (--config.data.dir=DIR).'
         ) from error
     except (AssertionError, ValueError) as error:
         if not isinstance(error, json.JSONDecodeError):
             raise UserError(
                 f'data.name={name!r}: TensorFlow Datasets has no such data set ({brief(error)}). Correct its '
-                'configuration or version, or leave them away.'
+                'configuration or version, or leave them out.'
             ) from error
         raise _damaged(name, directory, error) from error
     except Exception as error:  # a damaged dataset_info.json, a folder that cannot be read
@@ -211,7 +210,7 @@ def _make_builder(name: str, directory: str | None, registered: Any) -> Any:
 def _ask(name: str, builder: Any, question: Any) -> Any:
     try:
         return question()
-    except Exception as error:  # the files that describe it are read late, and may be damaged in any way
+    except Exception as error:  # description files are read lazily and may be damaged in any way
         raise _damaged(name, builder.data_path, error) from error
 
 
@@ -222,25 +221,25 @@ def _damaged(name: str, directory: Any, error: Exception) -> UserError:
         return UserError(f'data.name={name!r} cannot be opened{where}: {why}')
     if isinstance(error, ImportError):
         return UserError(
-            f'data.name={name!r}{where}: one of its features needs a package that is not installed ({brief(error)}), '
-            'which none of images or labels does. Take another data set, or prepare it without that feature.'
+            f'data.name={name!r}{where}: one of its features needs a package that is not installed ({brief(error)}); '
+            'images and labels need none. Use another data set, or prepare it without that feature.'
         )
     return UserError(
-        f'data.name={name!r} cannot be opened{where}: {brief(error)}. Its files are damaged or may not be read; copy '
-        f'or prepare it again, or say where it lies (--config.data.dir=DIR).'
+        f'data.name={name!r} cannot be opened{where}: {brief(error)}. Its files are damaged or may not be read. Copy '
+        f'or prepare it again, or set its folder (--config.data.dir=DIR).'
     )
 
 
 def _prepare_again(is_registered: bool) -> str:
     if is_registered:
-        return 'Delete that folder, and it is prepared anew, or give another (--config.data.dir=DIR).'
+        return 'Delete that folder to prepare it again, or use another (--config.data.dir=DIR).'
     return 'Copy or prepare it again.'
 
 
 def _prepare_in_bucket(name: str, builder: Any) -> None:
-    """Prepares a data set here and sends it to its bucket, what says that it is whole last.
+    """Prepares a data set locally and sends it to its bucket, dataset_info.json last.
 
-    Several processes may do so side by side: what they send is the same.
+    Several processes may do so at once: they send equal files.
     """
     target = builder.data_path
     with tempfile.TemporaryDirectory(prefix='bqat_jax_') as folder:
@@ -255,7 +254,7 @@ def _prepare_in_bucket(name: str, builder: Any) -> None:
 
 
 def _prepare(name: str, builder: Any) -> None:
-    """Prepares a data set where it is not; of several processes one does, and the others wait for it."""
+    """Prepares a data set unless it is prepared; one process does, and the others wait."""
     if not is_local(builder.data_path):
         _prepare_in_bucket(name, builder)
         return
@@ -267,12 +266,12 @@ def _prepare(name: str, builder: Any) -> None:
                 return
             logger.info('Preparing the data set %s in %s.', name, path)
             builder.download_and_prepare(file_format='array_record')
-    except Exception as error:  # the builder is anybody's code
-        # Without locks another process may have been quicker.
+    except Exception as error:  # the builder may be user code
+        # Without locks another process may have finished first.
         if (path / 'dataset_info.json').exists():
             return
         if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
-            remedy = 'Give a folder that can be written (--config.data.dir=DIR).'
+            remedy = 'Use a folder that can be written (--config.data.dir=DIR).'
         else:
             remedy = f'Correct {type(builder).__module__}.{type(builder).__qualname__}, which generates it.'
         raise UserError(f'data.name={name!r} cannot be prepared in {path}: {brief(error)}. {remedy}') from error

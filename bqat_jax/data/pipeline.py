@@ -1,8 +1,8 @@
-"""The order in which examples are read, and how they reach the device.
+"""Reads batches of examples with Grain, in an order that depends on the seed alone.
 
-The order is a pure function of the seed: Grain shuffles every epoch anew, globally, and batch number t is the same
-whether a run came there in one go or was resumed. A split that lives on the device is fed by example numbers alone, in
-the same order; its images are gathered inside the jitted step.
+Grain shuffles every epoch globally, and batch t is a pure function of seed and t, so that a resumed run reads the
+batches of an uninterrupted one. For a split on the device only example numbers are read, in that order; the jitted step
+gathers its images.
 """
 
 import dataclasses
@@ -21,16 +21,16 @@ from bqat_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# In a batch of a reading that skips: the number of an example that could not be read, or that it is intact.
+# With skipping, the entry of a batch for examples that could not be read, by number; `INTACT` for the others.
 DAMAGED, INTACT = 'damaged', -1
-# What ArrayRecord says where the server of a bucket, and not a file, is at fault.
+# ArrayRecord's message if the server of a bucket, not a file, is at fault.
 NOT_READ = 'Could not read from the underlying reader'
-# So many one after another are no accident.
+# Consecutive damaged examples after which reading fails.
 MOST_DAMAGED = 10
-# Batches that reading threads keep ready in each process, when examples are decoded on the way.
+# Batches that each process prefetches if the host decodes examples.
 PREFETCH_BATCHES = 4
 READ_THREADS = 4
-# Examples that are read at once when a whole split is.
+# Examples per read of `read_whole`.
 READ_AT_ONCE = 1000
 
 
@@ -39,8 +39,8 @@ class Share:
     """The part of every batch that this process reads.
 
     Attributes:
-        number: of the part, counted from 0.
-        count: how many equal parts there are.
+        number: number of the part, counted from 0.
+        count: number of equal parts.
     """
 
     number: int = 0
@@ -53,14 +53,14 @@ class Split:
 
     Attributes:
         source: the examples.
-        arrays: the whole split if it lives on the device, {'image': (examples, height, width, channels), 'label': int32
+        arrays: the complete split if it is on the device, {'image': (examples, height, width, channels), 'label': int32
             (examples, ..)} or {'tokens': (examples, length + 1)}; else None.
-        workers: processes that decode; 0 for threads of this one. Not read when the split lives on the device.
-        crop: how squares are cut out of encoded images; None where images come decoded.
-        share: what this process reads of every batch.
-        skips_damaged: whether examples that cannot be read are skipped, instead of raising an error. Not read when the
-            split lives on the device.
-        damaged: what was skipped by this process so far, in words.
+        workers: processes that decode; 0 for threads of this one. Ignored if the split is on the device.
+        crop: the crop of encoded images; None for decoded images.
+        share: the part of every batch that this process reads.
+        skips_damaged: whether unreadable examples are skipped instead of raising an error. Ignored if the split is on
+            the device.
+        damaged: descriptions of the examples that this process has skipped.
     """
 
     source: Subset
@@ -77,26 +77,26 @@ class Split:
     def training_batches(
         self, seed: int, batch_size: int, start: int, stop: int, *, random_crops: bool = True
     ) -> Iterator[dict[str, np.ndarray]]:
-        """Yields the batches number `start` to `stop - 1` of an endless shuffled reading.
+        """Yields the batches `start` to `stop - 1` of an endless, shuffled sequence of epochs.
 
         Args:
-            seed: of the shuffles.
-            batch_size: examples per batch, of all processes together; batches run on over the ends of epochs.
+            seed: seed of the shuffles.
+            batch_size: examples per batch over all processes; batches run across the ends of epochs.
             start: number of the first batch, counted from the beginning of training.
-            stop: number after the last.
-            random_crops: whether squares are cut out at random, and not the centre; only where `crop` is given.
+            stop: number after the last batch.
+            random_crops: whether crops are random instead of centred; only with `crop`.
 
         Yields:
-            {'image', 'label', 'mask'}, {'tokens', 'mask'}, or {'index', 'mask'} when the split lives on the device, of
-            this process's rows; the mask is all true.
+            {'image', 'label', 'mask'}, {'tokens', 'mask'}, or {'index', 'mask'} if the split is on the device, for this
+            process's rows; the mask is all true.
         """
-        # As many epochs as are read: an endless one has a length that overflows at batch size 1.
+        # Only the epochs needed: the length of an endless dataset overflows at batch size 1.
         epochs = max(1, -(-stop * batch_size // len(self)))
         order = grain.MapDataset.range(len(self)).seed(seed).shuffle().repeat(epochs)
         return self._read(order, batch_size, start, stop, for_training=True, random_crops=random_crops)
 
     def evaluation_batches(self, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
-        """Yields every example once, in order, with a 'mask' that is false where the last batch is filled up."""
+        """Yields every example once, in order, with a 'mask' that is false for the padding of the last batch."""
         count = -(-len(self) // batch_size)
         order = grain.MapDataset.range(count * batch_size)
         return self._read(order, batch_size, 0, count, for_training=False, random_crops=False)
@@ -107,7 +107,7 @@ class Split:
         source = None if self.arrays is not None else self.source
         skips = source is not None and self.skips_damaged
         read = _ReadExample(source, len(self), self.crop, skips, for_training)
-        # Grain gives every position of the endless reading a generator of its own, the same after a restart.
+        # Grain gives every position of the sequence its own generator, which a restart reproduces.
         is_random = self.crop is not None and random_crops
         examples = order.random_map(read) if is_random else order.map(read)
         own = examples.batch(batch_size // self.share.count).slice(slice(self.share.number, None, self.share.count))
@@ -117,13 +117,13 @@ class Split:
         options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=PREFETCH_BATCHES)
         dataset = batches.to_iter_dataset(options)
         if self.workers > 0:
-            if not flags.FLAGS.is_parsed():  # Grain reads absl flags; as a library we may run without main.py
+            if not flags.FLAGS.is_parsed():  # Grain reads absl flags, which are not parsed without main.py
                 flags.FLAGS.mark_as_parsed()
             dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=self.workers))
         return self._note_damage(iter(dataset)) if skips else iter(dataset)
 
     def _note_damage(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Passes batches on without what they say of damage; warns of every damaged example once."""
+        """Removes the entry `DAMAGED` of batches; logs every damaged example once."""
         for batch in batches:
             numbers = np.asarray(batch.pop(DAMAGED))
             for number in numbers[numbers != INTACT]:
@@ -136,10 +136,10 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class _ReadExample:
-    """Reads the example at a position; without a source its number alone. Positions past the end are filling.
+    """Reads the example at a position, or only its number without a source. Positions past the end are padding.
 
-    If `skips_damaged`, a training example that cannot be read gives its place to the next that can, and one of an
-    evaluation is masked; the batch tells its number.
+    With `skips_damaged`, an unreadable training example is replaced by the next readable one, and an unreadable test
+    example is masked; the batch has its number.
     """
 
     source: Subset | None
@@ -157,7 +157,7 @@ class _ReadExample:
             try:
                 return {**self._read(number, generator), 'mask': mask}
             except _DamagedExample as error:
-                remedy = 'Prepare the dataset again, or skip what is damaged (--config.data.skip_damaged=true).'
+                remedy = 'Prepare the dataset again, or skip damaged examples (--config.data.skip_damaged=true).'
                 raise unreadable(self.source.where(number), error.cause, remedy) from error.cause
         for other in range(number, number + MOST_DAMAGED):
             try:
@@ -167,7 +167,8 @@ class _ReadExample:
             damaged = np.int32(INTACT if other == number else number)
             return {**example, 'mask': mask & (self.for_training | (other == number)), DAMAGED: damaged}
         raise UserError(
-            f'{MOST_DAMAGED} examples one after another cannot be read, from {self.source.where(number)} on.'
+            f'{MOST_DAMAGED} consecutive examples cannot be read, from {self.source.where(number)} on. Prepare the '
+            'dataset again.'
         )
 
     def _read(self, number: int, generator: np.random.Generator | None) -> dict[str, Any]:
@@ -178,13 +179,13 @@ class _ReadExample:
                 image = example['image']
                 image = self.crop.center(image) if generator is None else self.crop.random(image, generator)
                 example = {**example, 'image': image}
-        except UserError:  # it is not damaged, but not what the data set declares: never skipped
+        except UserError:  # it contradicts the data set's declaration, and is never skipped
             raise
         except WrongExample as error:
             raise self.source.wrong(number, error) from error
         except Exception as error:  # ArrayRecord, Pillow and TensorFlow Datasets raise many kinds for damaged files
-            if 'gs://' in str(error) and NOT_READ in str(error):  # it says nothing of the example, and none is skipped
-                remedy = 'Its bucket refuses or does not answer. Run the same command again to go on.'
+            if 'gs://' in str(error) and NOT_READ in str(error):  # not an error of the example
+                remedy = 'Its bucket denies access or does not respond. Run the same command again to resume.'
                 raise unreadable(self.source.where(number), error, remedy) from error
             raise _DamagedExample(error) from error
         return example if self.crop is None else {**example, 'label': np.int32(example['label'])}
@@ -199,10 +200,10 @@ class _DamagedExample(Exception):
 
 
 def read_whole(source: Subset) -> dict[str, np.ndarray]:
-    """Decodes a whole split into memory: {'image': uint8 or float32, 'label': int32} or {'tokens': uint8}.
+    """Decodes a complete split into memory: {'image': uint8 or float32, 'label': int32} or {'tokens': uint8}.
 
     Raises:
-        UserError: if an example cannot be read, or is not what the data set declares.
+        UserError: if an example cannot be read, or contradicts the data set's declaration.
     """
     (first,) = source.read(slice(0, 1))
     whole = {key: np.empty((len(source), *np.shape(x)), np.asarray(x).dtype) for key, x in first.items()}

@@ -1,4 +1,4 @@
-"""From a batch as it was read to what a network is given: inside the jitted step, on the device."""
+"""Turns batches of stored examples into inputs and targets, on the device, inside the jitted step."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,12 +13,12 @@ from bqat_jax.replacement.block_replacement import Batch
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """What happens to a training image at random; see `bqat_jax.data.augmentation`.
+    """Random changes of training images; see `bqat_jax.data.augmentation`.
 
     Attributes:
         crop_padding: pixels of padding before a random crop; 0 for none.
-        flip: whether images are mirrored at random.
-        color_jitter: strength of random changes of colour; 0 for none.
+        flip: whether images are flipped at random.
+        color_jitter: strength of random colour changes; 0 for none.
     """
 
     crop_padding: int = 0
@@ -28,12 +28,12 @@ class Augmentation:
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """Makes a `Batch` of a batch of images as it was read.
+    """Makes a `Batch` from a batch of stored images.
 
     Attributes:
-        mean: of every channel, in units of the largest pixel.
-        std: of every channel.
-        augmentation: in training.
+        mean: channel means, in units of the largest pixel.
+        std: channel standard deviations, in units of the largest pixel.
+        augmentation: augmentation in training.
     """
 
     mean: tuple[float, ...]
@@ -44,9 +44,9 @@ class Preprocessing:
         """Returns images, float32 (batch, height, width, channels), and labels, int32 (batch, ..).
 
         Args:
-            batch: {'image', 'label'}, or {'index'} when the split lives on the device.
+            batch: {'image', 'label'}, or {'index'} if the split is on the device.
             arrays: that split, {'image', 'label'}, or None.
-            key: random key of the augmentation; None to leave it out.
+            key: random key of the augmentation; None for no augmentation.
         """
         images, labels = (get_array(batch, arrays, name) for name in ('image', 'label'))
         if key is not None:
@@ -59,15 +59,15 @@ class Preprocessing:
 
 @dataclasses.dataclass(frozen=True)
 class TokenPreprocessing:
-    """Makes a `Batch` of a batch of sequences of tokens: each token is to be predicted from those before."""
+    """Makes a `Batch` from sequences of tokens: the targets are the next tokens."""
 
     def __call__(self, batch: Any, arrays: Any, key: jax.Array | None) -> Batch:
         """Returns all tokens but the last, int32 (batch, length), and all but the first.
 
         Args:
-            batch: {'tokens'}, or {'index'} when the split lives on the device.
+            batch: {'tokens'}, or {'index'} if the split is on the device.
             arrays: that split, {'tokens'}, or None.
-            key: nothing is random.
+            key: unused.
         """
         del key
         tokens = get_array(batch, arrays, 'tokens').astype(jnp.int32)
@@ -75,5 +75,5 @@ class TokenPreprocessing:
 
 
 def get_array(batch: Mapping[str, Any], arrays: Mapping[str, Any] | None, name: str) -> jax.Array:
-    """Returns an array of a batch, gathered from `arrays` if the split lives on the device."""
+    """Returns an array of a batch, gathered from `arrays` if the split is on the device."""
     return batch[name] if arrays is None else jnp.take(arrays[name], batch['index'], axis=0)

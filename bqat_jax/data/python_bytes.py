@@ -10,17 +10,17 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 LENGTH = 64
-# Folders that are no part of the library, differ between installations, or hold text made by machines.
+# Folders that are not part of the library, differ between installations, or hold generated text.
 LEFT_OUT = {'site-packages', 'dist-packages', 'test', 'tests', '__pycache__', 'encodings', 'idlelib', 'lib2to3'}
-# Of a hundred files so many go to each of these splits; the others are trained on.
+# Percentages of files in these splits; the others are for training.
 SHARES = {'test': 5, 'validation': 5}
 
 
 class PythonBytes(tfds.core.GeneratorBasedBuilder):
-    """The .py files of the standard library of the Python that prepares it (PSF license), cut into 65 bytes each.
+    """The .py files of the standard library of the Python that prepares it (PSF license), in sequences of 65 bytes.
 
-    A network gets 64 of them and predicts the byte after each. Files are whole in one split, which the hash of their
-    path says. Which Python it was, and what was read, is in the data set's metadata.
+    A network gets 64 of them and predicts the byte after each. A file is in one split, chosen by the hash of its path.
+    The data set's metadata has the version of Python and a checksum of the text.
     """
 
     VERSION = tfds.core.Version('1.0.0')
@@ -66,7 +66,7 @@ def library_folder() -> Path:
 
 
 def read_texts(root: Path) -> dict[str, bytes]:
-    """Returns the text of every .py file below a folder by its path there; those that are not UTF-8 are left out."""
+    """Returns the text of every .py file below a folder by relative path; files that are not UTF-8 are left out."""
     texts = {}
     for file in sorted(root.rglob('*.py')):
         name = file.relative_to(root)
@@ -81,7 +81,7 @@ def read_texts(root: Path) -> dict[str, bytes]:
 
 
 def find_split(name: str) -> str:
-    """Returns the split of a file, which the hash of its path says."""
+    """Returns the split of a file, chosen by the hash of its path."""
     place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], 'big') % 100
     for split, share in SHARES.items():
         if place < share:

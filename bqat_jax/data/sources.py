@@ -1,4 +1,4 @@
-"""Where images come from: TensorFlow Datasets' random-access sources (ArrayRecord), read without TensorFlow."""
+"""Opens data sets as random-access sources of TensorFlow Datasets (ArrayRecord), without TensorFlow."""
 
 import collections
 import dataclasses
@@ -24,21 +24,20 @@ from bqat_jax.registry import Names
 
 logger = logging.getLogger(__name__)
 
-# Which training images are taken and which are held out depends on nothing but their number: every run, whatever its
-# seed, makes its choices on the same ones.
+# Seed of the choice of training and validation images, which is equal in all runs, whatever their seed.
 VALIDATION_SEED = 0
-# So many examples of a split, evenly spread, are looked at when it is opened.
+# Evenly spaced examples of a split that are checked when it is opened.
 SAMPLE = 64
 _SPLIT_KEYS = ('train_split', 'test_split', 'validation_split')
-# Data sets that prepare themselves where they are first asked for, without TensorFlow.
+# Data sets that prepare themselves on first use, without TensorFlow.
 DATASETS = Names('data set')
 
 
 def register_dataset(builder: Any) -> Any:
-    """Makes a builder class of TensorFlow Datasets known, which prepares itself when it is first read; a decorator.
+    """Registers a builder class of TensorFlow Datasets, which is prepared on first use; a decorator.
 
-    `config.data.name` is the class's name in snake case. Its features are 'image' and 'label', its splits 'train' and
-    'test', if `config.data.train_split` and `.test_split` do not say others.
+    `config.data.name` is the class's name in snake case. Its features must be 'image' and 'label', its splits 'train'
+    and 'test' unless `config.data.train_split` and `.test_split` are set.
 
     Raises:
         ValueError: if the name belongs to a class of another module.
@@ -53,14 +52,14 @@ register_dataset(PythonBytes)
 
 @dataclasses.dataclass(frozen=True)
 class Subset:
-    """Some examples of a random-access source, in a given order.
+    """An ordered subset of a random-access source.
 
     Attributes:
-        source: of examples as they are stored.
-        positions: of the examples in it.
-        format: what the examples are; None to hand them on as they are stored.
-        split: name of the source.
-        files: name, number of the first record and number of records of each part of a file in the source, in order.
+        source: the source of stored examples.
+        positions: positions of the examples in the source.
+        format: format of the examples; None to return them as stored.
+        split: name of the split.
+        files: (file name, first record, number of records) of each part of the source, in order.
         data_set: name with configuration and version.
     """
 
@@ -75,30 +74,30 @@ class Subset:
         return len(self.positions)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        """Returns an example, {'image', 'label'} or {'tokens'}, as its format reads it.
+        """Returns an example, {'image', 'label'} or {'tokens'}, converted by its format.
 
         Raises:
-            UserError: if it is not what the data set declares. Damaged files raise errors of many other kinds.
+            UserError: if it contradicts the data set's declaration. Damaged files raise many other errors.
         """
         return self._convert(number, self.source[int(self.positions[number])])
 
     def read(self, numbers: slice) -> list[dict[str, Any]]:
-        """Returns a run of examples; at once where the source can, which ArrayRecord does twice as fast.
+        """Returns consecutive examples, in one read if the source supports it; ArrayRecord is twice as fast then.
 
         Raises:
-            UserError: if one cannot be read, or is not what the data set declares.
+            UserError: if an example cannot be read, or contradicts the data set's declaration.
         """
         chosen = range(len(self))[numbers]
         examples = None
         if hasattr(self.source, '__getitems__'):
             try:
                 examples = self.source.__getitems__(self.positions[numbers].tolist())
-            except Exception:  # one of them is damaged; read one by one, below, it is known which
+            except Exception:  # an example is damaged; single reads find out which
                 logger.debug('Reading one by one.', exc_info=True)
         return [self._read_one(number, examples and examples[place]) for place, number in enumerate(chosen)]
 
     def where(self, number: int) -> str:
-        """Returns in words which record of which file an example is."""
+        """Returns a description of an example's record and file."""
         position = int(self.positions[number])
         for name, first, count in self.files:
             if position < count:
@@ -123,17 +122,17 @@ class Subset:
             raise self.wrong(number, error) from error
 
     def wrong(self, number: int, error: WrongExample) -> UserError:
-        """Returns the error that says that an example is not what the data set declares."""
+        """Returns the error for an example that contradicts the data set's declaration."""
         split = f' of split {self.split!r}' if self.split else ''
-        return UserError(f'Example {int(self.positions[number])}{split} ({self.where(number)}) is refused: {error}.')
+        return UserError(f'Example {int(self.positions[number])}{split} ({self.where(number)}) is rejected: {error}.')
 
 
 def unreadable(where: str, error: Exception, remedy: str = 'Copy or prepare the data set again.') -> UserError:
-    """Returns the error that says that an example cannot be read.
+    """Returns the error for an example that cannot be read.
 
     Args:
-        where: the example, in words.
-        error: what was raised.
+        where: description of the example.
+        error: the cause.
         remedy: a sentence.
     """
     return UserError(f'{where[0].upper()}{where[1:]} cannot be read: {brief(error)}. {remedy}')
@@ -141,20 +140,20 @@ def unreadable(where: str, error: Exception, remedy: str = 'Copy or prepare the 
 
 @dataclasses.dataclass(frozen=True)
 class ImageData:
-    """The three splits of a dataset, each a random-access source of {'image', 'label'}, or of {'tokens'}.
+    """The three splits of a dataset, each a random-access source of {'image', 'label'} or {'tokens'}.
 
     Attributes:
-        train: what the network trains on.
-        validation: held out of the training data; choices are made on it. May be empty.
-        test: evaluated at the end, selects nothing.
-        num_classes: number of classes of an image, of a pixel or of a token.
-        image_shape: (height, width, channels) of what a network gets; of tokens (length,).
-        crop: how squares are cut out of encoded images; None where images come decoded, all of one size.
-        dtype: of images: 'uint8', from 0 to 255, or 'float32', from 0 to 1.
-        value_range: of float32 images: the stored values that became 0 and 1.
-        label_shape: of an image's labels: () for one, (height, width) for one of every pixel.
-        is_tokens: whether examples are sequences of tokens, which are to be predicted from those before.
-        description: what the data set says of where it came from.
+        train: the training split.
+        validation: the validation split, on which checkpoints are selected; may be empty.
+        test: the test split, which selects nothing.
+        num_classes: number of classes of an image, a pixel or a token.
+        image_shape: shape of a network's input: (height, width, channels), or (length,) for tokens.
+        crop: the crop of encoded images; None for decoded images, which have one size.
+        dtype: dtype of images: 'uint8', from 0 to 255, or 'float32', from 0 to 1.
+        value_range: for float32 images, the stored values that map to 0 and 1.
+        label_shape: shape of an image's labels: () for one, (height, width) for one per pixel.
+        is_tokens: whether examples are sequences of tokens, whose targets are the next tokens.
+        description: the data set's metadata on its origin.
     """
 
     train: Subset
@@ -171,12 +170,12 @@ class ImageData:
 
     @property
     def inputs(self) -> jax.ShapeDtypeStruct:
-        """Shape and dtype of what a network gets of one example."""
+        """Shape and dtype of a network's input for one example."""
         return jax.ShapeDtypeStruct(self.image_shape, np.int32 if self.is_tokens else np.float32)
 
     @property
     def example(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of one example as it is read and, if need be, cropped."""
+        """Shapes and dtypes of one example after reading and cropping."""
         if self.is_tokens:
             return {'tokens': jax.ShapeDtypeStruct((self.image_shape[0] + 1,), np.uint8)}
         return {
@@ -187,18 +186,18 @@ class ImageData:
 
 @dataclasses.dataclass(frozen=True)
 class ImageOptions:
-    """What is taken of a dataset, and how.
+    """Options of a dataset.
 
     Attributes:
-        validation_fraction: how much of the training split to hold out, 0 <= fraction < 1.
-        image_size: side of the squares that are cut out of the images; None to take images of one size as they are.
-        train_split: split that is trained on, or a slice of one, such as 'train[:80%]'.
-        test_split: split that is evaluated at the end, or a slice of one.
-        validation_split: split that choices are made on, or a slice of one; None to hold out a fraction.
-        train_examples: how many of the training images to take, before some are held out; None for all.
-        value_range: lowest and highest value of float pixels, which become 0 and 1; None to look at a sample.
-        cache: where data sets of buckets are kept.
-        ignore: a label beside the declared ones that the task does not count; None for no such label.
+        validation_fraction: fraction of the training split to hold out, 0 <= fraction < 1.
+        image_size: crop size in pixels; None for images of one size.
+        train_split: split to train on, or a slice such as 'train[:80%]'.
+        test_split: split to evaluate at the end, or a slice.
+        validation_split: split to select checkpoints on, or a slice; None to hold out a fraction.
+        train_examples: number of training images to use, before some are held out; None for all.
+        value_range: lowest and highest value of float pixels, which map to 0 and 1; None to infer them from a sample.
+        cache: cache of data sets in buckets.
+        ignore: a further label, which the task ignores; None for none.
     """
 
     validation_fraction: float = 0.0
@@ -213,16 +212,15 @@ class ImageOptions:
 
 
 def load_images(name: str, directory: str | None, options: ImageOptions = ImageOptions()) -> ImageData:
-    """Opens a dataset by its TensorFlow Datasets name; what it declares and a sample of each split are checked.
+    """Opens a dataset by its TensorFlow Datasets name; checks its features and a sample of each split.
 
     Args:
-        name: of `DATASETS`, such as 'digits', which prepare themselves, or a TensorFlow Datasets name.
-        directory: where prepared datasets lie, a local folder or one in a bucket; None for TensorFlow Datasets'
-            default.
-        options: what is taken of it.
+        name: a name in `DATASETS`, such as 'digits', or of TensorFlow Datasets.
+        directory: folder of prepared datasets, local or in a bucket; None for TensorFlow Datasets' default.
+        options: options of the dataset.
 
     Raises:
-        UserError: if there is no such dataset, it is not prepared, damaged, or not one of labelled images.
+        UserError: if the dataset does not exist, is not prepared, is damaged, or has features of another kind.
     """
     fraction = options.validation_fraction
     if not 0 <= fraction < 1:
@@ -236,8 +234,8 @@ def load_images(name: str, directory: str | None, options: ImageOptions = ImageO
     keys = [key for key in _SPLIT_KEYS if getattr(options, key) is not None]
     if options.validation_split is not None and fraction > 0:
         raise UserError(
-            f'data.validation_split={options.validation_split!r}, data.validation_fraction={fraction}: choices are '
-            'made on one of them; leave the other away.'
+            f'data.validation_split={options.validation_split!r}, data.validation_fraction={fraction}: only one of '
+            'them can be set. Leave the other out.'
         )
     chosen = {key: _find_split(name, key, getattr(options, key), builder, splits) for key in keys}
     for first, second in itertools.combinations(keys, 2):
@@ -254,13 +252,13 @@ def load_images(name: str, directory: str | None, options: ImageOptions = ImageO
     order = np.random.default_rng(VALIDATION_SEED).permutation(len(train))
     if options.train_examples is not None:
         if not 1 <= options.train_examples <= len(train):
-            raise UserError(f'data.train_examples={options.train_examples}: {name!r} has 1 to {len(train)}.')
+            raise UserError(f'data.train_examples={options.train_examples}: must be 1 to {len(train)} for {name!r}.')
         order = order[: options.train_examples]
     held_out = round(fraction * len(order))
     if held_out == len(order) or (fraction > 0 and held_out == 0):
         raise UserError(
             f'data.validation_fraction={fraction} of {len(order)} training images is {held_out}: at least one must be '
-            'held out and one left. Take another fraction, or more images.'
+            'held out and one left. Use another fraction, or more images.'
         )
     size: Any = options.image_size
     taken = {
@@ -283,13 +281,13 @@ def load_images(name: str, directory: str | None, options: ImageOptions = ImageO
 
 
 def _find_split(name: str, key: str, split: str, builder: Any, splits: list[str]) -> Any:
-    """Which records of which files a split or a slice of one is."""
+    """The file instructions of a split or a slice."""
     known = f'The splits of {name!r}: {", ".join(splits)}; a slice is written {splits[0] if splits else "train"}[:80%].'
     try:
         info = builder.info.splits[split]
         instructions, count = list(info.file_instructions), info.num_examples
-    except Exception as error:  # ValueError for most; whatever is raised, it is the text that is wrong
-        raise UserError(f'data.{key}={split!r} is no split: {brief(error)}. {known}') from error
+    except Exception as error:  # mostly ValueError; any error means an invalid text
+        raise UserError(f'data.{key}={split!r} is not a split: {brief(error)}. {known}') from error
     if count == 0:
         raise UserError(f'data.{key}={split!r} has no examples. {known}')
     shared = _shared(instructions, instructions) - count
@@ -303,12 +301,12 @@ def _check_disjoint(options: ImageOptions, first: str, second: str, chosen: dict
     if shared:
         raise UserError(
             f'data.{first}={getattr(options, first)!r}, data.{second}={getattr(options, second)!r}: {shared} examples '
-            'are in both, and what is trained on cannot be tested on. Take slices that do not overlap.'
+            'are in both. Use slices that do not overlap.'
         )
 
 
 def _shared(these: Any, those: Any) -> int:
-    """The number of records that are in both of two lists of file instructions."""
+    """The number of records that two lists of file instructions share."""
     by_file = collections.defaultdict(list)
     for other in those:
         by_file[str(other.filename)].append(other)
@@ -337,10 +335,10 @@ def _open_split(builder: Any, split: str, instructions: Any, form: ExampleFormat
 
 
 def _read_sample(split: Subset, read: Any) -> list[Any]:
-    """What `read(split, number)` returns of an evenly spread sample; what is damaged is left to be told when needed.
+    """The results of `read(split, number)` on an evenly spaced sample; damaged examples are left out.
 
     Raises:
-        UserError: for the first that is not what the data set declares, or if none can be read.
+        UserError: for the first example that contradicts the data set's declaration, or if none can be read.
     """
     results, damage = [], None
     for number in np.unique(np.linspace(0, len(split) - 1, SAMPLE).astype(int)):
@@ -356,7 +354,7 @@ def _read_sample(split: Subset, read: Any) -> list[Any]:
 
 
 def _find_range(name: str, train: Subset) -> tuple[float, float]:
-    """The first of the common ranges that holds the pixels of a sample of the training split."""
+    """The first of `COMMON_RANGES` that contains the pixels of a sample of the training split."""
 
     def read(split: Subset, number: int) -> tuple[float, float]:
         assert isinstance(split.format, ExampleFormat)
@@ -370,8 +368,8 @@ def _find_range(name: str, train: Subset) -> tuple[float, float]:
     for lowest, highest in COMMON_RANGES:
         if lowest <= low and high <= highest:
             logger.info(
-                'The pixels of %s are taken to go from %g to %g: in %d training images they go from %g to %g. If that '
-                'is wrong, state the range (%s).',
+                'The pixels of %s are assumed to go from %g to %g: in %d training images they go from %g to %g. If '
+                'this is wrong, state the range (%s).',
                 *(name, lowest, highest, len(lows), low, high, STATE_RANGE),
             )
             return lowest, highest

@@ -1,1 +1,1 @@
-"""Devices and processes: the mesh and what lies where on it, replicas, processes, requests to stop."""
+"""Devices and processes: mesh and sharding, replicas, processes, requests to stop."""

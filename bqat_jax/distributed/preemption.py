@@ -1,4 +1,4 @@
-"""A request to stop (SIGTERM, Ctrl-C once, or a deadline) is noted, and acted on at the next step."""
+"""Requests to stop (SIGTERM, one Ctrl-C, or a deadline), which take effect at the next step."""
 
 import dataclasses
 import signal
@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 
 
 class Stopped(Exception):
-    """Training was asked to stop, has saved a checkpoint and can be continued."""
+    """Training has stopped on request and can resume."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,8 +19,8 @@ class Deadline:
     """A time at which to stop.
 
     Attributes:
-        at: seconds, of `time.monotonic()`.
-        name: who set it, for the message, such as 'sweep_minutes=10'.
+        at: the time, in seconds of `time.monotonic()`.
+        name: the setting it comes from, for messages, such as 'sweep_minutes=10'.
     """
 
     at: float
@@ -28,16 +28,16 @@ class Deadline:
 
 
 class StopRequest:
-    """Notes SIGTERM and SIGINT while it is open, as a context manager; a second SIGINT interrupts at once.
+    """A context manager that records SIGTERM and SIGINT; a second SIGINT interrupts at once.
 
-    A deadline that has passed is a request too, in a run of one process.
+    In a run of one process, a deadline that has passed is a request too.
 
-    Of several processes each may be told to stop, by SIGTERM; all stop at the same point. There JAX's own preemption
-    service notes the signal, and SIGINT interrupts.
+    With several processes, SIGTERM to any of them stops all at one point: JAX's preemption service records the signal.
+    SIGINT interrupts.
     """
 
     def __init__(self, on_request: Callable[[], None] = lambda: None, deadline: Deadline | None = None):
-        """Takes what is called as soon as a signal is noted, and a time at which to stop in any case."""
+        """Takes a function to call when a signal arrives, and a deadline."""
         self._on_request, self._deadline = on_request, deadline
         self._signal_name: str | None = None
         self._before: dict[int, Any] = {}
@@ -54,7 +54,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def is_due(self) -> bool:
-        """Returns whether to stop here; of several processes all must ask at the same points."""
+        """Returns whether to stop here; all processes must ask at the same points."""
         if self._signal_name is None and jax.process_count() > 1:
             self._points += 1
             if multihost_utils.reached_preemption_sync_point(self._points):
@@ -65,10 +65,10 @@ class StopRequest:
         return self._signal_name is not None
 
     def check(self, where: str) -> None:
-        """Raises Stopped if it is due, at a point where nothing is to be saved.
+        """Raises Stopped if a stop is due; for points at which there is nothing to save.
 
         Args:
-            where: what was under way, for the message.
+            where: where training stopped, for the message.
         """
         if self.is_due():
             raise Stopped(f'Stopped by {self._signal_name} {where}. Run the same command again to continue.')

@@ -1,6 +1,6 @@
-"""Several processes, one or more for each host, that train one network together.
+"""Several processes, one or more per host, that train one network together.
 
-Each runs the same program on its own share of every batch. The first process alone writes what is not a checkpoint.
+Every process runs one program on its share of every batch. Only the first process writes files other than checkpoints.
 """
 
 import hashlib
@@ -21,29 +21,29 @@ logger = logging.getLogger(__name__)
 
 OFF, AUTO = 'off', 'auto'
 LARGEST_PORT = 65535
-# Differences between processes that a message shows.
+# The most differences between processes that a message lists.
 SHOWN = 10
 
 
 def initialize(distributed: str) -> None:
-    """Joins the other processes and starts the devices; to be called before anything else of JAX.
+    """Joins the other processes and starts the devices; call it before anything else of JAX.
 
     Args:
-        distributed: 'off' for a process that is alone; 'auto' where JAX can find out by itself (Cloud TPU, Slurm, Open
-            MPI, Kubernetes); 'HOST:PORT,n,i' for process i of n, with the address of process 0.
+        distributed: 'off' for a single process; 'auto' if JAX can detect the others (Cloud TPU, Slurm, Open MPI,
+            Kubernetes); 'HOST:PORT,n,i' for process i of n, with the address of process 0.
 
     Raises:
-        UserError: for anything else, or if the others cannot be reached or JAX cannot start its devices.
+        UserError: for another value, or if the others cannot be reached or JAX cannot start its devices.
     """
     if distributed != OFF:
         _join(distributed)
     try:
         jax.devices()
-    except Exception as error:  # of many kinds: RuntimeError, AssertionError
+    except Exception as error:  # JAX raises many kinds, such as RuntimeError and AssertionError
         why = str(error).partition('\n')[0] or 'there is none of that kind.'
         raise UserError(
             f'JAX_PLATFORMS={os.environ.get("JAX_PLATFORMS", "")!r}: JAX cannot start its devices here: {why} '
-            'Unset it to take what there is, or install JAX for the platform.'
+            'Unset it to use the available devices, or install JAX for the platform.'
         ) from error
 
 
@@ -64,46 +64,46 @@ def _join(distributed: str) -> None:
     logger.info('Waiting for the other processes (distributed=%s).', distributed)
     try:
         jax.distributed.initialize(**arguments)
-    except Exception as error:  # whatever went wrong in the network
+    except Exception as error:  # network errors are of many kinds
         raise UserError(f'distributed={distributed!r}: {error}') from error
 
 
 def is_first() -> bool:
-    """Returns whether this process writes for all."""
+    """Returns whether this is the first process, which writes for all."""
     return jax.process_index() == 0
 
 
 def wait_for_all(what: str) -> None:
-    """Waits until every process has come here; `what` is the same text in all of them."""
+    """Waits until every process has reached this point; `what` must be one text in all of them."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
 
 
 def agree(value: bool) -> bool:
-    """Returns what the first process says, in all of them: what is on disk may look different a moment later."""
+    """Returns the first process's value in all processes; a check of the disk may differ between them."""
     if jax.process_count() == 1:
         return value
     return bool(multihost_utils.broadcast_one_to_all(value))
 
 
 def total(value: int) -> int:
-    """Returns the sum of a number over all processes, in all of them."""
+    """Returns the sum of a number over all processes."""
     return value if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.int32(value)).sum())
 
 
 def gather_bools(value: bool) -> list[bool]:
-    """Returns what every process says, in all of them."""
+    """Returns the values of all processes, by process."""
     return [value] if jax.process_count() == 1 else multihost_utils.process_allgather(value).tolist()
 
 
 def check_agreement(facts: Mapping[str, Any]) -> None:
-    """Checks that all processes have the same facts; every process must call it at the same point.
+    """Checks that all processes have equal facts; all must call it at the same point.
 
     Args:
         facts: values by name, as JSON.
 
     Raises:
-        UserError: in all processes, if they differ; it names what, and the values by process.
+        UserError: in all processes, naming facts that differ with their values by process.
     """
     if jax.process_count() == 1:
         return
@@ -123,7 +123,7 @@ def check_agreement(facts: Mapping[str, Any]) -> None:
 
 
 def _gather_bytes(own: bytes) -> list[bytes]:
-    """What every process gives, in all of them."""
+    """Returns the bytes of all processes, by process."""
     lengths = multihost_utils.process_allgather(np.int32(len(own)))
     padded = np.frombuffer(own.ljust(int(lengths.max()), b' '), np.uint8)
     everyone = multihost_utils.process_allgather(padded)
@@ -131,7 +131,7 @@ def _gather_bytes(own: bytes) -> list[bytes]:
 
 
 def differences_between(facts: list[dict[str, Any]]) -> list[str]:
-    """Returns the facts that differ between processes, each as 'name: 1 in processes 0, 2; 5 in process 1'."""
+    """Returns the facts that differ between processes, such as 'name: 1 in processes 0, 2; 5 in process 1'."""
     listed = []
     for name in sorted(set[str]().union(*facts)):
         by_value: dict[str, list[str]] = {}
@@ -147,7 +147,7 @@ def differences_between(facts: list[dict[str, Any]]) -> list[str]:
 
 
 def put_batch(batch: Any, sharding: NamedSharding) -> Any:
-    """Returns a batch on the devices, split over its first axis, from this process's rows of it."""
+    """Puts this process's rows of a batch on the devices, sharded over the first axis."""
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)

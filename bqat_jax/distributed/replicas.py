@@ -1,7 +1,7 @@
-"""Several seeds side by side: one program trains them all, spread over the devices there are.
+"""Replicas: one program trains several seeds in parallel, distributed over the devices.
 
-Every array of the state, and every batch, has a leading axis with one entry for each replica. Replicas share the
-partner, the data on the device, and what a plan draws: so a `lax.cond` on the draw stays one.
+Every array of the state, and every batch, has a leading axis with one entry per replica. Replicas share the partner,
+the data on the device, and the draws of a plan, so that a `lax.cond` on a draw stays a `cond`.
 """
 
 import collections
@@ -17,18 +17,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from bqat_jax.distributed.processes import put_batch
 from bqat_jax.distributed.sharding import BATCH_AXES, Placement, over_batch, replicated
 
-# On their way to the devices, or there, before a step needs them.
+# Batches transferred ahead of the step that needs them.
 PREFETCH_BATCHES = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Replicas:
-    """How many runs there are, and the devices they share.
+    """A number of replicas and the devices that they share.
 
     Attributes:
-        count: 1 for a single run, whose arrays have no axis for it, and whose batch is split over the devices.
-        placement: where the arrays of a single run lie. Several runs are spread over the devices, each whole; `count`
-            is then a multiple of their number.
+        count: number of replicas; with 1, arrays have no axis of replicas, and the batch is sharded over the devices.
+        placement: the sharding of a single replica. Several replicas are distributed over the devices, each on one;
+            `count` must be a multiple of the number of devices.
     """
 
     count: int
@@ -41,21 +41,21 @@ class Replicas:
 
     @property
     def evaluation_sharding(self) -> NamedSharding:
-        """Where a batch lies that every replica sees."""
+        """The sharding of a batch that all replicas evaluate."""
         return over_batch(self.mesh) if self.count == 1 else replicated(self.mesh)
 
     @property
     def take_turns(self) -> bool:
         """Whether the replicas of a device run one after another within a step.
 
-        On CPUs and GPUs they do, as convolutions with a kernel for each replica are slow there: two replicas of a
-        ResNet-20 took 4 times as long as one on a CPU (JAX 0.10.2), 8.0 ms in turns and 9.5 together on an H100, and
-        eight 26.4 either way, together with twelve times the memory (JAX 0.11.2). TPUs were not measured.
+        They do on CPUs and GPUs, where convolutions with one kernel per replica are slow: two replicas of a ResNet-20
+        took 4 times as long as one on a CPU (JAX 0.10.2). On an H100 they took 8.0 ms in turns and 9.5 ms together, and
+        eight took 26.4 ms either way, with twelve times the memory together (JAX 0.11.2). TPUs were not measured.
         """
         return self.mesh.devices.flat[0].platform in ('cpu', 'gpu')
 
     def over(self, function: Callable[..., Any], in_axes: Sequence[int | None]) -> Callable[..., Any]:
-        """Returns the function of one replica as one of all; `in_axes` says which arguments have the leading axis."""
+        """Maps a function of one replica over all; `in_axes` says which arguments have the leading axis."""
         if self.count == 1:
             return function
         if not self.take_turns:
@@ -74,12 +74,12 @@ class Replicas:
     def jit(
         self, function: Callable[..., Any], in_axes: Sequence[int | None], donate_argnums: Sequence[int] = ()
     ) -> Callable[..., Any]:
-        """Returns a function of all replicas jitted.
+        """Jits a function of all replicas.
 
         Args:
-            function: takes and returns arrays of all replicas that one device has, as `over` makes it.
+            function: takes and returns the arrays of a device's replicas, such as a result of `over`.
             in_axes: 0 for arguments with the leading axis, None for those that all replicas share.
-            donate_argnums: arguments that it donates.
+            donate_argnums: arguments to donate.
         """
         if self.count == 1 and self.placement.shards:
 
@@ -88,17 +88,17 @@ class Replicas:
 
             return jax.jit(placed, donate_argnums=donate_argnums)
         if self.count == 1:
-            # Left to itself XLA may hand a state back in another layout; pinned, it is donated in place.
+            # XLA may otherwise return the state with another sharding, which prevents its donation.
             return jax.jit(function, donate_argnums=donate_argnums, out_shardings=replicated(self.mesh))
         specs = tuple(PartitionSpec() if axis is None else PartitionSpec(BATCH_AXES) for axis in in_axes)
-        # Each device has whole replicas, so nothing crosses between them.
+        # A replica is on one device, so devices do not communicate.
         mapped = jax.shard_map(
             function, mesh=self.mesh, in_specs=specs, out_specs=PartitionSpec(BATCH_AXES), check_vma=False
         )
         return jax.jit(mapped, donate_argnums=donate_argnums)
 
     def stack(self, trees: Sequence[Any]) -> Any:
-        """Returns one tree from one for each replica."""
+        """Stacks one tree per replica."""
         if self.count == 1:
             return trees[0]
         return jax.device_put(jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees), over_batch(self.mesh))
@@ -110,17 +110,17 @@ class Replicas:
         return jax.device_put(jax.tree.map(lambda x: x[0], tree), replicated(self.mesh))
 
     def batches(self, readings: Sequence[Iterator[Any]]) -> Iterator[Any]:
-        """Yields batches on the devices, from a reading for each replica; of several processes from one's own rows."""
+        """Yields batches on the devices from one iterator per replica, over this process's rows."""
         waiting: collections.deque[Any] = collections.deque()
         for parts in zip(*readings, strict=True):
             batch = parts[0] if self.count == 1 else jax.tree.map(lambda *leaves: np.stack(leaves), *parts)
-            waiting.append(put_batch(batch, over_batch(self.mesh)))  # which goes on while steps run
+            waiting.append(put_batch(batch, over_batch(self.mesh)))  # the transfer overlaps with steps
             if len(waiting) > PREFETCH_BATCHES:
                 yield waiting.popleft()
         yield from waiting
 
     def stacked_shapes(self, shapes: Any) -> Any:
-        """Returns shapes and dtypes of one replica's arrays as those of all, with their sharding."""
+        """Returns shapes, dtypes and shardings of all replicas' arrays from those of one replica."""
         if self.count == 1:
             shardings = self.placement.shardings(shapes)
             return jax.tree.map(

@@ -1,8 +1,8 @@
-"""The mesh of devices and what lies where on it.
+"""The mesh of devices and the sharding of arrays.
 
-The mesh has two axes. A batch is split over both. Over 'data' every device has all parameters; over 'fsdp' each large
-array is split (fully sharded data parallelism, ZeRO's third stage, arXiv 1910.02054): a device keeps its part of
-parameters, optimizer state and partner, and gathers the whole of an array where a step needs it.
+The mesh has two axes, and a batch is sharded over both. Parameters are replicated over 'data'. Over 'fsdp' each large
+array is sharded (fully sharded data parallelism, ZeRO's third stage, arXiv 1910.02054): a device keeps its shards of
+parameters, optimizer state and partner, and gathers a complete array when a step needs it.
 """
 
 import dataclasses
@@ -19,31 +19,31 @@ from bqat_jax.errors import UserError
 
 DATA_AXIS, FSDP_AXIS = 'data', 'fsdp'
 BATCH_AXES = (DATA_AXIS, FSDP_AXIS)
-# What a rule may say instead of the number of an axis.
+# Values of a rule in place of the number of an axis.
 LARGEST, NONE = 'largest', 'none'
 
 
 def make_mesh(data: int, fsdp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """Returns a mesh with the axes 'data' and 'fsdp' over the first data × fsdp devices, those of a process together.
+    """Returns a mesh with the axes 'data' and 'fsdp' over the first data × fsdp devices, grouped by process.
 
     Args:
-        data: -1 for as many as there are devices.
-        fsdp: parts that large arrays are split into; the devices of one split are neighbours.
-        devices: all there are; JAX's if None.
+        data: size of the axis 'data'; -1 to use all devices.
+        fsdp: size of the axis 'fsdp', the number of shards of large arrays; shards of an array are on neighbours.
+        devices: available devices; JAX's if None.
 
     Raises:
-        UserError: if there are not so many devices, or, with several processes, if some would have nothing to do.
+        UserError: if there are too few devices, or, with several processes, if some would be unused.
     """
     devices = sorted(
         jax.devices() if devices is None else devices, key=lambda device: (device.process_index, device.id)
     )
     if fsdp < 1 or len(devices) < fsdp:
-        raise UserError(f'mesh.fsdp={fsdp}: there are {len(devices)} devices; give 1 to {len(devices)}.')
+        raise UserError(f'mesh.fsdp={fsdp}: there are {len(devices)} devices. Use 1 to {len(devices)}.')
     count = len(devices) // fsdp if data == -1 else data
     if not 1 <= count <= len(devices) // fsdp:
         raise UserError(
-            f'mesh.data={data}, mesh.fsdp={fsdp}: there are {len(devices)} devices; their product may be at most that, '
-            'and mesh.data=-1 takes all.'
+            f'mesh.data={data}, mesh.fsdp={fsdp}: there are {len(devices)} devices, and the product must not exceed '
+            'that. Use mesh.data=-1 for all devices.'
         )
     if jax.process_count() > 1 and count * fsdp < len(devices):
         raise UserError(
@@ -54,27 +54,27 @@ def make_mesh(data: int, fsdp: int = 1, devices: Sequence[Any] | None = None) ->
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device."""
+    """The sharding of an array that is replicated on all devices."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def over_batch(mesh: Mesh) -> NamedSharding:
-    """The first axis split over the devices."""
+    """The sharding of an array's first axis over all devices."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Which axis of an array is split.
+    """The axis along which arrays are sharded.
 
     Attributes:
-        path: a regular expression that must match the whole path of a parameter, such as 'head/dense/kernel'. What
-            belongs to a parameter, such as its momentum, has a longer path with the same end.
-        axis: its number; 'largest' for the largest axis that can be split evenly, the last of several; 'none' to keep
-            the array whole on every device.
+        path: a regular expression that must match the full path of a parameter, such as 'head/dense/kernel'. It also
+            applies to arrays that belong to the parameter, such as its momentum, whose longer paths end with it.
+        axis: its number; 'largest' for the largest axis that can be split evenly, the last one if there are several;
+            'none' to replicate the array.
 
     Raises:
-        ValueError: for anything else.
+        ValueError: for another axis, or an invalid regular expression.
     """
 
     path: str
@@ -84,29 +84,29 @@ class Rule:
         try:
             re.compile(self.path)
         except re.error as error:
-            raise ValueError(f'mesh.rules: {self.path!r} is no regular expression ({error}).') from error
+            raise ValueError(f'mesh.rules: {self.path!r} is not a regular expression ({error}).') from error
         if self.axis not in (LARGEST, NONE) and not isinstance(self.axis, int):
             raise ValueError(
-                f"mesh.rules: axis={self.axis!r} of {self.path!r}: give a number, '{LARGEST}' or '{NONE}'."
+                f"mesh.rules: axis={self.axis!r} of {self.path!r}: must be a number, '{LARGEST}' or '{NONE}'."
             )
 
     def matches(self, path: str) -> bool:
-        """Returns whether it speaks of the array at a path."""
+        """Returns whether it applies to the array at a path."""
         return re.fullmatch(f'(?:.*/)?(?:{self.path})', path) is not None
 
 
-# What holds for every array that no other rule matches.
+# The rule for arrays that no other rule matches.
 LAST_RULE = Rule('.*', LARGEST)
 
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Where arrays lie: split over 'fsdp' by path rules, the first that matches, or whole on every device.
+    """The sharding of arrays over 'fsdp' by path rules; arrays that are not sharded are replicated.
 
     Attributes:
         mesh: the devices.
-        rules: asked in this order, then `LAST_RULE`.
-        min_shard_elements: smaller arrays stay whole.
+        rules: rules, of which the first that matches applies, then `LAST_RULE`.
+        min_shard_elements: smaller arrays are replicated.
     """
 
     mesh: Mesh
@@ -115,7 +115,7 @@ class Placement:
 
     @property
     def parts(self) -> int:
-        """Parts that large arrays are sharded into."""
+        """The number of shards of large arrays."""
         return self.mesh.shape[FSDP_AXIS]
 
     @property
@@ -124,7 +124,7 @@ class Placement:
         return self.parts > 1
 
     def axis(self, path: str, shape: Sequence[int]) -> int | None:
-        """Returns the axis along which the array at a path is split, or None.
+        """Returns the axis along which the array at a path is sharded, or None.
 
         Raises:
             UserError: if a rule names an axis that the array does not have, or that cannot be split evenly.
@@ -146,36 +146,36 @@ class Placement:
         return axis % len(shape)
 
     def rule(self, path: str) -> Rule:
-        """Returns the rule that speaks of the array at a path."""
+        """Returns the rule that applies to the array at a path."""
         return next((rule for rule in self.rules if rule.matches(path)), LAST_RULE)
 
     def sharding(self, path: str, shape: Sequence[int]) -> NamedSharding:
-        """Returns where the array at a path lies."""
+        """Returns the sharding of the array at a path."""
         axis = self.axis(path, shape)
         spec = PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, FSDP_AXIS)
         return NamedSharding(self.mesh, spec)
 
     def shardings(self, tree: Any) -> Any:
-        """Returns a tree of shardings for one of arrays or shapes."""
+        """Returns the shardings of a tree of arrays or shapes."""
         return jax.tree_util.tree_map_with_path(lambda keys, x: self.sharding(_path(keys), x.shape), tree)
 
     def put(self, tree: Any) -> Any:
-        """Returns a tree of arrays, each where it belongs."""
+        """Puts a tree of arrays on the devices with these shardings."""
         return jax.device_put(tree, self.shardings(tree))
 
     def constrain(self, tree: Any) -> Any:
-        """Returns a tree of traced arrays that lie where they belong."""
+        """Constrains a tree of traced arrays to these shardings."""
         return jax.lax.with_sharding_constraint(tree, self.shardings(tree))
 
     def gather(self, tree: Any) -> Any:
-        """Returns a tree of traced float arrays whole on every device; their gradients are split again at once."""
+        """Gathers a tree of traced float arrays on every device; their gradients are reduce-scattered."""
         if not self.shards:
             return tree
         whole = replicated(self.mesh)
         return jax.tree.map(lambda x, split: _gather(whole, split, x), tree, self.shardings(tree))
 
     def describe(self, tree: Any) -> dict[str, dict[str, Any]]:
-        """Returns as JSON, for every array of a tree that is split: its shape, the axis, and the rule that said so."""
+        """Returns shape, axis and rule of every sharded array of a tree, as JSON."""
         description = {}
         for path, x in leaves_with_paths(tree):
             axis = self.axis(path, x.shape)
@@ -188,23 +188,23 @@ def parse_rules(rules: Sequence[Mapping[str, Any]]) -> tuple[Rule, ...]:
     """Returns the rules of a config, each {'path': regular expression, 'axis': number, 'largest' or 'none'}.
 
     Raises:
-        ValueError: for a rule with other keys, or values that mean nothing.
+        ValueError: for a rule with other keys or invalid values.
     """
     for rule in rules:
         if set(rule) != {'path', 'axis'}:
-            raise ValueError(f"mesh.rules: a rule has the keys 'path' and 'axis', and this one {sorted(rule)}.")
+            raise ValueError(f"mesh.rules: a rule has the keys 'path' and 'axis', and this one has {sorted(rule)}.")
     return tuple(Rule(rule['path'], rule['axis']) for rule in rules)
 
 
 def rules_of_names(specs: Mapping[str, Any], shapes: Mapping[str, Any], parts: int) -> tuple[Rule, ...]:
-    """Returns rules for parameters whose axes have names, as `flax.linen.with_partitioning` gives them.
+    """Returns rules for parameters whose axes are named, as by `flax.linen.with_partitioning`.
 
-    The first axis that has a name and can be split into `parts` parts is.
+    A parameter is sharded along the first named axis that can be split into `parts` parts.
 
     Args:
-        specs: path to `PartitionSpec`.
-        shapes: path to array or shape, of the same parameters.
-        parts: of an array.
+        specs: a `PartitionSpec` by path.
+        shapes: arrays or shapes of these parameters, by path.
+        parts: number of shards.
     """
     rules = []
     for path, spec in specs.items():
@@ -225,7 +225,7 @@ def _path(keys: Any) -> str:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _gather(whole: NamedSharding, split: NamedSharding, x: jax.Array) -> jax.Array:
-    """The array on every device; its gradient is summed over the devices and split in one, a reduce-scatter."""
+    """Gathers an array on every device; its gradient is summed over the devices with a reduce-scatter."""
     del split
     return jax.lax.with_sharding_constraint(x, whole)
 

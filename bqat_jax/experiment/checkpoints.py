@@ -1,4 +1,4 @@
-"""Checkpoints: Orbax's, with a checksum of their own, so that a damaged one is noticed and the one before is used."""
+"""Orbax checkpoints with checksums: a damaged checkpoint is detected, and the previous one is used."""
 
 import contextlib
 import gc
@@ -31,20 +31,18 @@ from bqat_jax.storage import (
 logger = logging.getLogger(__name__)
 
 DAMAGED = 'damaged'
-# Another process that trains may prune a checkpoint while it is read; so often another is tried.
+# Attempts to read: a process that trains may prune a checkpoint while another process reads it.
 TRIES = 5
-REMEDY = (
-    'If it is the newest, --mode=train makes its steps again; else move it away from there, and another is selected.'
-)
+REMEDY = 'If it is the newest, --mode=train repeats its steps. Otherwise move it away, and another is selected.'
 
 
 class Restored(NamedTuple):
-    """A checkpoint that was read and found intact.
+    """An intact checkpoint.
 
     Attributes:
-        step: its step.
+        step: its number.
         state: the tree of arrays.
-        facts: the JSON beside them.
+        facts: the JSON saved with the arrays.
     """
 
     step: int
@@ -53,43 +51,43 @@ class Restored(NamedTuple):
 
 
 class _Gone(Exception):
-    """A checkpoint that is no longer there."""
+    """A checkpoint no longer exists."""
 
 
 class _Damaged(Exception):
-    """A checkpoint whose files are cut, missing or changed; the message says how."""
+    """Files of a checkpoint are truncated, missing or changed; the message says which."""
 
 
 class _Different(Exception):
-    """A checkpoint with other arrays than were asked for; the message says which."""
+    """The arrays of a checkpoint do not match the target; the message says which."""
 
 
 class Checkpoints:
-    """The checkpoints of one phase, in a directory; the newest few are kept, and the one with the best score.
+    """The checkpoints of one phase in a directory; the newest few and the one with the best score are kept.
 
-    A save is asynchronous and atomic: a checkpoint that was not finished does not count. Use as a context manager: on
-    the way out pending saves are finished.
+    A save is asynchronous and atomic: unfinished checkpoints are ignored. Use as a context manager: leaving it waits
+    for pending saves.
     """
 
     def __init__(self, directory: Place, *, keep: int = 1, has_scores: bool = False, read_only: bool = False):
         """Opens the directory.
 
         Args:
-            directory: made if it is not there.
-            keep: how many of the newest to keep.
-            has_scores: whether every save gives a score; the checkpoint with the highest is kept.
-            read_only: to look at what another process may be writing.
+            directory: created if it does not exist.
+            keep: number of the newest checkpoints to keep.
+            has_scores: whether every save has a score; the checkpoint with the highest score is kept.
+            read_only: whether only to read; another process may be writing.
 
         Raises:
-            UserError: if the directory is a file, or holds checkpoints that were copied without the files that make
-                them count; or a score is damaged and, the directory being read-only, cannot be moved aside.
+            UserError: if the directory is a file, holds checkpoints that were copied without their commit files, or,
+                with `read_only`, holds one with a damaged score.
         """
         self.directory = directory.absolute() if isinstance(directory, Path) else directory
         if self.directory.exists() and not self.directory.is_dir():
-            raise UserError(f'{self.directory} is a file, and checkpoints go into a folder of that name. Move it away.')
+            raise UserError(f'{self.directory} is a file, and checkpoints need a folder of that name. Move it away.')
         self._read_only = read_only
         _check_copied(self.directory)
-        # Orbax reads every score as it opens a directory, and gives up on one that it cannot read.
+        # Orbax reads every score when it opens a directory, and fails on an unreadable one.
         for path in [path for path in _steps_in(self.directory) if not _has_readable_score(path)]:
             if read_only:
                 raise UserError(f'{path} is damaged: its score is not readable. --mode=train moves it aside.')
@@ -125,8 +123,8 @@ class Checkpoints:
     def _reader(self) -> Iterator[ocp.CheckpointManager]:
         """The manager to read with.
 
-        Of several processes the first one alone finishes a save in a bucket, and the managers of the others go on
-        taking it for unfinished; a new one sees what is there.
+        Only the first process finishes a save in a bucket; the managers of the others keep listing it as unfinished.
+        A new manager sees it.
         """
         if is_local(self.directory) or jax.process_count() == 1:
             yield self._manager
@@ -141,22 +139,22 @@ class Checkpoints:
         try:
             self._manager.close()
         except Exception as error:
-            if exception is None:  # else that one goes on, and it says more
+            if exception is None:  # otherwise the exception already raised says more
                 raise self._save_failed(error) from error
 
     @property
     def latest_step(self) -> int | None:
-        """The newest step there is, intact or not."""
+        """The newest step, intact or not."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, facts: dict[str, Any], score: float | None = None) -> None:
-        """Begins to save; what it saves may be changed or donated as soon as it returns.
+        """Starts to save a checkpoint; `state` may be changed or donated as soon as this returns.
 
         Args:
             step: number of the checkpoint.
             state: tree of arrays.
             facts: JSON.
-            score: higher is better, see `Metric.rank`; needed if the directory was opened with `has_scores`.
+            score: higher is better, see `Metric.rank`; required if the directory was opened with `has_scores`.
 
         Raises:
             UserError: if this or an earlier save could not be written.
@@ -172,28 +170,28 @@ class Checkpoints:
             raise self._save_failed(error) from error
 
     def wait(self) -> None:
-        """Waits until every save is finished, in all of several processes.
+        """Waits until every save is finished in all processes.
 
         Raises:
-            UserError: if one could not be written.
+            UserError: if a checkpoint could not be written.
         """
         try:
             self._manager.wait_until_finished()
         except Exception as error:
             raise self._save_failed(error) from error
-        wait_for_all(f'saved {self.directory}')  # the first one writes what makes a checkpoint in a bucket count
+        wait_for_all(f'saved {self.directory}')  # the first process writes the commit file of a bucket
 
     def restore_latest(self, target: Any) -> Restored | None:
-        """Returns the newest intact checkpoint, or None if the directory has none at all; to go on training from.
+        """Returns the newest intact checkpoint, from which training resumes; None if the directory is empty.
 
-        A damaged one is skipped with a warning and, unless the directory was opened read-only, moved aside into
-        'damaged' beside it, so that its number is free again.
+        A damaged one is skipped with a warning and, unless the directory was opened read-only, moved into the folder
+        'damaged' beside the directory, which frees its number.
 
         Args:
             target: the tree to read, of `jax.ShapeDtypeStruct`s with shardings.
 
         Raises:
-            UserError: if there are checkpoints but none is intact, or one may not be read.
+            UserError: if there are checkpoints but none is intact, or one cannot be accessed.
         """
         problems: dict[int, str] = {}
         different: _Different | None = None
@@ -207,27 +205,27 @@ class Checkpoints:
             for damaged, problem in problems.items():
                 self._set_aside(damaged, problem)
             return restored
-        if different is not None:  # and none has the arrays that were asked for
+        if different is not None:  # no checkpoint matches the target
             raise self._not_fitting(different)
         if problems:
             listed = '\n  '.join(f'step {step}: {problem}' for step, problem in problems.items())
             raise UserError(
                 f'No checkpoint in {self.directory} could be read:\n  {listed}\n'
-                'If they are lost, take another --workdir, or move this directory away to start again.'
+                'If they are lost, use another --workdir, or move this directory away to start again.'
             )
         return None
 
     def restore_selected(self, target: Any, remedy: str = REMEDY) -> Restored | None:
-        """Returns the checkpoint with the highest score, or the newest where there are no scores; None without any.
+        """Returns the selected checkpoint: that with the highest score, or the newest without scores; None if empty.
 
-        It is that one and no other.
+        If it is damaged, no other checkpoint replaces it.
 
         Args:
             target: the tree to read, of `jax.ShapeDtypeStruct`s with shardings.
-            remedy: what can be done if it is damaged, for the message.
+            remedy: remedy in the error message for a damaged checkpoint.
 
         Raises:
-            UserError: if it is damaged, has other arrays or may not be read.
+            UserError: if it is damaged, does not match `target` or cannot be accessed.
         """
         for _ in range(TRIES):
             step = self._manager.best_step() if self._has_scores else self._manager.latest_step()
@@ -241,37 +239,36 @@ class Checkpoints:
                 raise self._not_fitting(problem) from problem
             except _Damaged as problem:
                 raise UserError(
-                    f'The checkpoint of step {step} in {self.directory}, which is selected, is damaged: {problem}. '
-                    f'{remedy}'
+                    f'The selected checkpoint, step {step} in {self.directory}, is damaged: {problem}. {remedy}'
                 ) from problem
         raise UserError(
-            f'Training is under way in {self.directory}: its checkpoints are replaced before they can be read. '
-            'Wait for its end, or keep more of them (checkpoint.keep).'
+            f'Training is running in {self.directory}: its checkpoints are replaced before they can be read. '
+            'Wait until it ends, or keep more checkpoints (checkpoint.keep).'
         )
 
     def check_readable(self, step: int, target: Any) -> None:
         """Checks that a checkpoint can be read back as it was saved.
 
         Raises:
-            UserError: if it cannot, so that no run goes on whose checkpoints are lost.
+            UserError: if it cannot; a run must not continue without usable checkpoints.
         """
         self.wait()
         try:
             self._read(step, target)
         except (_Damaged, _Gone, _Different) as problem:
             raise UserError(
-                f'The checkpoint of step {step} was saved to {self.directory}, and cannot be read back: {problem}. '
-                'Take a --workdir on another file system.'
+                f'The checkpoint of step {step} was saved to {self.directory} and cannot be read back: {problem}. '
+                'Use a --workdir on another file system.'
             ) from problem
 
     def _read(self, step: int, target: Any) -> Restored:
-        """A checkpoint.
+        """Reads a checkpoint.
 
         Raises:
-            _Gone: if another process took it away.
-            _Damaged: if its files are cut, missing or changed.
-            _Different: if it has other arrays.
-            UserError: if it may not be read.
+            _Gone: if another process removed it.
+            _Damaged: if its files are truncated, missing or changed.
+            _Different: if it does not match `target`.
+            UserError: if it cannot be accessed.
         """
         problem: Exception
         self._check_objects(step)
@@ -283,7 +280,7 @@ class Checkpoints:
                 raise
             except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
                 problem = self._diagnose(step, error)
-            gc.collect()  # what is left of the reading complains when it is collected
+            gc.collect()  # within `quiet`: unfinished reads warn when they are collected
         raise problem
 
     def _read_intact(self, manager: ocp.CheckpointManager, step: int, target: Any) -> Restored:
@@ -298,57 +295,57 @@ class Checkpoints:
         items: Any = manager.restore(step, args=content)
         read, sealed = items.state, items.facts
         if zlib.crc32(sealed['text'].encode()) != sealed['crc32']:
-            raise _Damaged('its facts are not what was written: their checksum does not match')
+            raise _Damaged('its facts differ from what was written: their checksum does not match')
         described = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(target)]
         if described != [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(read['state'])]:
-            raise _Damaged('what its files say of shapes and dtypes is missing or changed')
+            raise _Damaged('its metadata of shapes and dtypes is missing or changed')
         if not np.array_equal(digest(read['state']), read['digest']):
-            raise _Damaged('its arrays are not what was written: their checksum does not match')
+            raise _Damaged('its arrays differ from what was written: their checksum does not match')
         return Restored(step, read['state'], json.loads(sealed['text']))
 
     def _check_arrays(self, manager: ocp.CheckpointManager, step: int, target: Any) -> None:
-        """Raises _Different if a checkpoint has other arrays than the target."""
+        """Raises _Different if the arrays of a checkpoint do not match the target."""
         metadata: Any = manager.item_metadata(step)
         if metadata['state'] is None:
-            raise _Damaged('what its files say of its arrays is missing or changed')
+            raise _Damaged('its metadata of arrays is missing or changed')
         stored = arrays_of(metadata['state'].tree['state'])
         wanted = arrays_of(target)
-        differences = [f'{path}: it has none' for path in wanted if path not in stored]
-        differences += [f'{path}: the config has none' for path in stored if path not in wanted]
+        differences = [f'{path}: not in the checkpoint' for path in wanted if path not in stored]
+        differences += [f'{path}: not in the config' for path in stored if path not in wanted]
         differences += [
-            f'{path}: {stored[path]} there, {wanted[path]} by the config'
+            f'{path}: {stored[path]} in the checkpoint, {wanted[path]} in the config'
             for path in wanted
             if stored.get(path, wanted[path]) != wanted[path]
         ]
         if differences:
             listed = '; '.join(differences[:3])
-            raise _Different(f'step {step} has other arrays ({len(differences)} differ: {listed})')
+            raise _Different(f'the arrays of step {step} do not match ({len(differences)} differ: {listed})')
 
     def _check_objects(self, step: int) -> None:
-        """Checks that the objects of a checkpoint in a bucket can be read, whatever is in them.
+        """Checks that the objects of a checkpoint in a bucket can be read, whatever their content.
 
-        TensorStore calls a refusal and a cut file by the same names, and many readings that fail at once end badly.
+        TensorStore reports denied access and a truncated file with one status, and handles many failing reads badly.
 
         Raises:
-            UserError: if one cannot.
+            UserError: if an object cannot be read.
         """
         if not is_local(self.directory):
             try:
                 check_objects(self.directory / str(step))
-            except FileNotFoundError:  # it is gone, or one of them is: the reading tells
+            except FileNotFoundError:  # the read that follows reports what is missing
                 pass
             except Exception as error:
                 raise self._not_readable(step, error) from error
 
     def _diagnose(self, step: int, error: Exception) -> Exception:
-        """What to raise for an error of Orbax or TensorStore."""
+        """The exception to raise for an error of Orbax or TensorStore."""
         directory, text = self.directory / str(step), f'{type(error).__name__}: {error!s}'
         try:
             is_gone = not directory.is_dir()
-        except Exception as other:  # a bucket that does not answer, or refuses
+        except Exception as other:  # the bucket does not respond or denies access
             return self._not_readable(step, other)
         if is_gone:
-            return _Gone('it is gone: another process took it away')
+            return _Gone('it is gone: another process removed it')
         if 'RESOURCE_EXHAUSTED' in text:
             return error
         if not is_damage(error):
@@ -358,17 +355,17 @@ class Checkpoints:
         except UserError as other:
             return other
         first = text.partition('\n')[0][:200]
-        return _Damaged(f'a file of it is missing, cut or changed ({first})')
+        return _Damaged(f'one of its files is missing, truncated or changed ({first})')
 
     def _not_readable(self, step: int, error: Exception) -> UserError:
-        where = 'its disk does not answer' if is_local(self.directory) else 'its bucket does not answer'
+        where = 'its disk does not respond' if is_local(self.directory) else 'its bucket does not respond'
         why = f'{type(error).__name__}: {str(error)[:300]}'
         if not is_local(self.directory) and not isinstance(error, UserError):
             why = explain(error, self.directory)
         kind = UserError if is_local(self.directory) else BucketError
         return kind(
-            f'The checkpoint of step {step} in {self.directory} may not be read, or {where}: {why} Nothing was moved: '
-            'mend that, and run the same command again.'
+            f'The checkpoint of step {step} in {self.directory} may not be read, or {where}: {why} Nothing was moved. '
+            'Fix the cause and run the same command again.'
         )
 
     def _set_aside(self, step: int, problem: str) -> None:
@@ -383,7 +380,7 @@ class Checkpoints:
     def _not_fitting(self, problem: _Different) -> UserError:
         return UserError(
             f'The checkpoints in {self.directory} do not fit this config: {problem}. Another version of bqat_jax, '
-            'another plugin or other settings of JAX made them: go on with these, or take another --workdir.'
+            'another plugin or other settings of JAX made them. Use those, or another --workdir.'
         )
 
     def _save_failed(self, error: Exception) -> UserError:
@@ -392,7 +389,7 @@ class Checkpoints:
             return BucketError(f'A checkpoint could not be written to {self.directory}: {why}')
         return UserError(
             f'A checkpoint could not be written to {self.directory}: {type(error).__name__}: {str(error)[:500]}\n'
-            'Is the disk full, or not writable? Run the same command again to go on from the last finished checkpoint.'
+            'Is the disk full or read-only? Run the same command again to resume from the last finished checkpoint.'
         )
 
 
@@ -401,11 +398,10 @@ def _steps_in(directory: Place) -> list[Place]:
 
 
 def _check_copied(directory: Place) -> None:
-    """Refuses a folder in a bucket whose checkpoints lack the file that makes them count.
+    """Raises UserError if checkpoints in a bucket were copied without their commit files.
 
-    Orbax would take them for saves that were broken off, and remove them. A run makes one save after another: what was
-    broken off is one checkpoint behind the last that counts, or the first of all, of step 0. One before the last that
-    counts was being removed.
+    Orbax would treat them as interrupted saves and remove them. Saves happen one at a time: an interrupted save is the
+    single checkpoint after the last committed one, or step 0. An uncommitted one before it was being removed.
     """
     if is_local(directory):
         return
@@ -415,17 +411,17 @@ def _check_copied(directory: Place) -> None:
     behind = sorted(number for number in numbers - counting if number > max(counting, default=-1))
     if len(behind) > 1 or (behind and not counting and behind != [0]):
         raise UserError(
-            f'{directory} has the checkpoints {", ".join(map(str, behind))} without the file {COMMIT_FILE}. Without it '
-            'a checkpoint in a bucket does not count: they were copied without it. Copy them again with all files; or, '
-            f'if they are whole, put an empty file {COMMIT_FILE} into each and into the folders in it; or take another '
+            f'{directory} has the checkpoints {", ".join(map(str, behind))} without the file {COMMIT_FILE}, which '
+            'marks a checkpoint in a bucket as complete: they were copied without it. Copy them again with all files; '
+            f'or, if they are complete, put an empty file {COMMIT_FILE} into each and into its folders; or use another '
             '--workdir.'
         )
     for number in sorted(numbers - counting):
-        logger.info('The checkpoint of step %d in %s was not finished; it does not count.', number, directory)
+        logger.info('The checkpoint of step %d in %s is unfinished and is ignored.', number, directory)
 
 
 def _options_for(directory: Place) -> dict[str, Any]:
-    """Options of Orbax's for a folder in a bucket."""
+    """Orbax options for a folder in a bucket; none for a local one."""
     if is_local(directory):
         return {}
     from bqat_jax.storage.orbax_stores import check_version, options_for
@@ -436,7 +432,7 @@ def _options_for(directory: Place) -> dict[str, Any]:
 
 def _has_readable_score(checkpoint: Place) -> bool:
     if not is_local(checkpoint) and not (checkpoint / COMMIT_FILE).exists():
-        return True  # it does not count, and is not read
+        return True  # unfinished checkpoints are not read
     path = checkpoint / 'metrics' / 'metrics'
     try:
         return not path.exists() or isinstance(json.loads(path.read_bytes())['score'], float)
@@ -445,7 +441,7 @@ def _has_readable_score(checkpoint: Place) -> bool:
 
 
 def _move_aside(checkpoint: Place) -> Place:
-    """Moves a checkpoint out of the way and returns where; of several processes the first one does it, and all wait."""
+    """Moves a checkpoint into 'damaged' and returns its new path; the first process moves it, and all wait."""
     wait_for_all(f'seen {checkpoint}')
     place = checkpoint.parent.parent / DAMAGED
     number = 0

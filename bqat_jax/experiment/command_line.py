@@ -1,4 +1,4 @@
-"""The command line: which recipe, and which of its keys are set; what is mistyped is told with what is like it."""
+"""The command line: the recipe and the keys set on it; a mistyped key is rejected with a suggestion."""
 
 import dataclasses
 import re
@@ -23,8 +23,8 @@ class CommandLine:
     """A command line whose recipe is loaded.
 
     Attributes:
-        recipe: the file.
-        config: what its `get_config` returned.
+        recipe: its file.
+        config: the config that its `get_config` returned.
         argv: the arguments without the recipe and without those that unset keys.
         unset: names of the keys that are unset.
     """
@@ -40,7 +40,7 @@ def read_command_line(argv: list[str], default: Path) -> CommandLine:
 
     Args:
         argv: the program's name and its arguments, flag files expanded.
-        default: the recipe if they name none.
+        default: the recipe if the arguments name none.
 
     Raises:
         UserError: for a recipe that cannot be loaded or a key that it does not have.
@@ -58,7 +58,7 @@ def read_command_line(argv: list[str], default: Path) -> CommandLine:
         section, key = section_of(config, match['name'])
         if match['value'] is None and match[1] is None and not isinstance(section[key], bool):
             argument = f'{argument}={next(arguments, "")}'  # --config.KEY VALUE
-        unset.pop(match['name'], None)  # the last one counts
+        unset.pop(match['name'], None)  # the last occurrence wins
         if argument.partition('=')[2] == UNSET and _value_may_be_unset(match['name']):
             kept = [other for other in kept if not _sets(other, match['name'])]
             unset[match['name']] = None
@@ -77,7 +77,7 @@ def load_recipe(text: str) -> tuple[Path, Config]:
     file = Path(name)
     if not name or not file.is_file():
         raise UserError(
-            f'--{FLAG}={text!r}: there is no file {name!r}. Give a recipe, such as configs/digits.py:bits=2.'
+            f'--{FLAG}={text!r}: there is no file {name!r}. Use a recipe, such as configs/digits.py:bits=2.'
         )
     module = run_file(file, f'bqat_jax_recipe_{file.stem}', 'recipe')
     if not callable(getattr(module, 'get_config', None)):
@@ -89,7 +89,7 @@ def load_recipe(text: str) -> tuple[Path, Config]:
     except Exception as error:
         raise UserError(f'The recipe {file} failed: {type(error).__name__}: {error}') from error
     if not isinstance(config, ml_collections.ConfigDict):
-        raise UserError(f'The recipe {file}: get_config() returned a {type(config).__name__}, and no ConfigDict.')
+        raise UserError(f'The recipe {file}: get_config() returned a {type(config).__name__}, not a ConfigDict.')
     return file, config
 
 
@@ -101,7 +101,7 @@ def unset(config: Config, names: Iterable[str]) -> None:
 
 
 def _take_recipe(argv: list[str], default: Path) -> tuple[str, list[str]]:
-    """The recipe's name, the last that is given, and the other arguments."""
+    """The last recipe named, and the other arguments."""
     recipe, rest = str(default), []
     arguments = iter(argv)
     for argument in arguments:
@@ -122,7 +122,7 @@ def _check_key(config: Config, name: str) -> None:
     above = ''
     for part in name.split('.'):
         if not isinstance(section, ml_collections.ConfigDict):
-            raise UserError(f'The config has no key {name!r}: {above} holds a value, and no other keys.')
+            raise UserError(f'The config has no key {name!r}: {above} is a value and has no keys.')
         if part not in section:
             where = f' in config.{above}' if above else ''
             raise UserError(
@@ -130,12 +130,12 @@ def _check_key(config: Config, name: str) -> None:
             )
         section, above = section[part], f'{above}.{part}' if above else part
     raise UserError(
-        f'config.{name} is a section of the config; give its keys one by one: {", ".join(sorted(section.keys()))}.'
+        f'config.{name} is a section of the config. Set its keys one by one: {", ".join(sorted(section.keys()))}.'
     )
 
 
 def _hint(part: str, section: Config, known: list[str]) -> str:
-    """What a part of a name that a section does not have may stand for."""
+    """A suggestion for a part of a name that a section does not have."""
     begun = [key for key in section if part and (key.startswith(part) or part.startswith(key))]
     elsewhere = [key for key in known if key.rpartition('.')[2] == part]
     if begun or elsewhere:

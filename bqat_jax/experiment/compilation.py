@@ -1,4 +1,4 @@
-"""Compiled programs kept on disk, so that the next start need not compile them again; compilation beside other work."""
+"""The cache of compiled programs on disk, and compilation in a thread."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -12,10 +12,10 @@ from bqat_jax.storage import check_reachable, place
 
 
 def keep_compiled(folder: str | None) -> None:
-    """Makes JAX keep what it compiles in a folder, and look there first; to be called before anything is compiled.
+    """Sets the folder of JAX's compilation cache; call it before anything is compiled.
 
     Args:
-        folder: where; `~` is the home folder. With None nothing changes, and JAX_COMPILATION_CACHE_DIR still counts.
+        folder: its path; `~` is the home folder. With None nothing changes, and JAX_COMPILATION_CACHE_DIR applies.
 
     Raises:
         UserError: if the folder cannot be made.
@@ -29,25 +29,25 @@ def keep_compiled(folder: str | None) -> None:
     except OSError as error:
         raise UserError(f'compilation_cache={folder!r}: the folder cannot be made ({error}).') from error
     jax.config.update('jax_compilation_cache_dir', str(path))
-    # However quickly compiled and however small: a run compiles dozens of small programs before its first step.
+    # Small programs are cached too: a run compiles dozens of them before its first step.
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
     jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 
 
 @contextlib.contextmanager
 def compiled_beside(function: Any, *arguments: Any) -> Iterator[Callable[[], None]]:
-    """Within it a jitted function is compiled in a thread; it is traced before, in this one.
+    """Traces a jitted function in this thread and compiles it in another.
 
-    The function itself is called as ever: where its arguments have these shapes, dtypes and shardings, JAX has the
-    compiled program at hand, and else it compiles it when it is called.
+    Call the function itself afterwards: JAX uses the compiled program if the arguments have these shapes, dtypes and
+    shardings, and compiles again if not.
 
     Args:
         function: jitted.
         *arguments: arrays, or `jax.ShapeDtypeStruct`s with shardings.
 
     Yields:
-        A function that waits for the compilation, and raises what it raised. Leaving waits too, as a thread within XLA
-        cannot be stopped.
+        A function that waits for the compilation and raises its error, if any. Leaving the context waits too, since
+        XLA's compilation cannot be interrupted.
     """
     lowered = function.lower(*arguments)
     with ThreadPoolExecutor(1, 'compilation') as pool:

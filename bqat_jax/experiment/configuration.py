@@ -1,4 +1,4 @@
-"""Configs: the keys there are, the argument after the colon, durations, and what may change when a run is resumed."""
+"""Configs: their keys, the argument after the colon, durations, and what may change when a run is resumed."""
 
 import copy
 import json
@@ -19,7 +19,7 @@ Config: TypeAlias = Any
 
 
 def base_config() -> Config:
-    """Returns a config with every key there is, as `bqat_jax.experiment.keys` lists them; recipes set what differs."""
+    """Returns a config with every key of `bqat_jax.experiment.keys` at its default."""
     config: Config = ml_collections.ConfigDict()
     for key in KEYS:
         *sections, name = key.name.split('.')
@@ -33,14 +33,14 @@ def base_config() -> Config:
 
 
 def parse_argument(argument: str | None, **defaults: Any) -> Config:
-    """Parses what stands after the colon of `--config=file.py:bits=2,plan=prefix`.
+    """Parses the text after the colon of `--config=file.py:bits=2,plan=prefix`.
 
     Args:
         argument: 'key=value,key=value', or None.
-        **defaults: the keys there are, with their values if not given; the type of a default is the type of its key.
+        **defaults: all keys with their default values; the type of a default is the type of its key.
 
     Raises:
-        UserError: for a key that is not there, naming the nearest, or a value of another type.
+        UserError: for an unknown key, with a suggestion, or a value of another type.
     """
     values: Config = ml_collections.ConfigDict(defaults)
     for item in filter(None, (argument or '').split(',')):
@@ -50,7 +50,7 @@ def parse_argument(argument: str | None, **defaults: Any) -> Config:
                 f'The config has no argument {key!r}; it takes: {", ".join(defaults)}.{suggest(key, defaults)}'
             )
         if not separator:
-            raise UserError(f'The config argument {key!r} has no value; write {key}={defaults[key]}.')
+            raise UserError(f'The config argument {key!r} has no value. Write {key}={defaults[key]}.')
         kind = type(defaults[key])
         try:
             values[key] = {'true': True, 'false': False}[text.lower()] if kind is bool else kind(text)
@@ -63,12 +63,12 @@ def duration(config: Config, name: str, epoch: float) -> int:
     """Returns a duration in steps: `<name>steps` if set, else `<name>epochs` times the steps per epoch.
 
     Args:
-        config: the whole.
-        name: what the names of both keys begin with, such as 'train.' or 'optimizer.warmup_'.
+        config: the complete config.
+        name: prefix of both keys, such as 'train.' or 'optimizer.warmup_'.
         epoch: steps per epoch.
 
     Raises:
-        UserError: for a duration that steps cannot count.
+        UserError: for a duration of more than `MOST_STEPS` steps.
     """
     section, start = section_of(config, name)
     steps, epochs = section[f'{start}steps'], section[f'{start}epochs']
@@ -76,30 +76,30 @@ def duration(config: Config, name: str, epoch: float) -> int:
         return steps
     if not epochs * epoch <= MOST_STEPS:
         raise UserError(
-            f'{name}epochs={epochs:g}: with {epoch:g} steps per epoch these are {epochs * epoch:g} steps; there can be '
+            f'{name}epochs={epochs:g}: with {epoch:g} steps per epoch these are {epochs * epoch:g} steps; the most is '
             f'{MOST_STEPS}.'
         )
     return round(epochs * epoch)
 
 
 def check_values(config: Config) -> None:
-    """Checks that a config has the keys there are, each with a value of its type and range.
+    """Checks that a config has every key and no other, each with a value of its type and range.
 
     Raises:
         UserError: naming the key, its value and what it must be.
     """
     values = dict(leaves(config))
     for name in [name for name in values if name not in BY_NAME and not name.startswith(NETWORK)]:
-        raise UserError(f'The recipe sets {name}, and nothing reads such a key.{suggest(name, BY_NAME)}')
+        raise UserError(f'The recipe sets {name}, which is not a key of the config.{suggest(name, BY_NAME)}')
     needed = [name for name in BY_NAME if not name.startswith(NETWORK) or name == f'{NETWORK}name']
     for name in [name for name in needed if name not in values]:
-        raise UserError(f'The recipe has no {name}: begin with base_config(), and leave its keys in place.')
+        raise UserError(f'The recipe has no {name}. Start from base_config() and keep its keys.')
     for name, value in values.items():
         _check_value(name, value)
     steps = tuple(config.profile_steps)
     if len(steps) != 2 or steps[0] > steps[1]:
         raise UserError(
-            f'profile_steps={steps}: give the first and the last step to record, counted from 1, such as (11, 13).'
+            f'profile_steps={steps}: must be the first and the last step to record, counted from 1, such as (11, 13).'
         )
     last = config.seed + config.train.replicas - 1
     if not is_within(last, SEED):
@@ -148,8 +148,8 @@ def section_of(config: Config, name: str) -> tuple[Config, str]:
 
     Raises:
         KeyError: if there is no such section.
-        AttributeError: as ml_collections raises it instead, for a name like another.
-        TypeError: if a part of the name is no section.
+        AttributeError: if there is none but one with a similar name; ml_collections raises it.
+        TypeError: if a part of the name is not a section.
     """
     *sections, last = name.split('.')
     for section in sections:
@@ -161,7 +161,7 @@ def plugin_files(config: Config) -> tuple[Place, ...]:
     """Returns the paths that `config.plugins` names.
 
     Raises:
-        UserError: for a path that `bqat_jax.storage.place` refuses.
+        UserError: for a path that `bqat_jax.storage.place` rejects.
     """
     return tuple(place(part.strip(), 'plugins') for part in (config.plugins or '').split(',') if part.strip())
 
@@ -170,19 +170,19 @@ def local_files(files: Iterable[Place]) -> list[Path]:
     """Returns local paths of plugins, with copies of those in buckets.
 
     Raises:
-        UserError: for one that is not there.
+        UserError: for a file that does not exist.
     """
     local = []
     for file in files:
         try:
             local.append(local_copy(file))
         except FileNotFoundError as error:
-            raise UserError(f'plugins: there is no file {file}. Give the path of a Python file.') from error
+            raise UserError(f'plugins: there is no file {file}. Use the path of a Python file.') from error
     return local
 
 
 def to_plain(value: Any) -> Any:
-    """Returns a config as nested dicts, lists and numbers, as JSON holds it."""
+    """Returns a config as JSON: nested dicts, lists and numbers."""
     if isinstance(value, ml_collections.ConfigDict):
         return {key: to_plain(value[key]) for key in sorted(value.keys())}
     return json.loads(json.dumps(value))
@@ -195,7 +195,7 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = '
 
 
 def changed_values(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = '') -> list[tuple[str, Any, Any]]:
-    """Returns the dotted keys at which two plain configs differ, each with both values, None where one lacks it."""
+    """Returns the dotted keys at which two plain configs differ, each with both values; None for a missing one."""
     changes = []
     for key in sorted({*old, *new}):
         before, after = old.get(key), new.get(key)
@@ -207,10 +207,9 @@ def changed_values(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str =
 
 
 def check_resumable(old: Mapping[str, Any], new: Mapping[str, Any], workdir: Place) -> None:
-    """Checks that a workdir made with config `old` can go on with config `new`.
+    """Checks that a run of config `old` can resume with config `new`.
 
-    A key that did not exist when the workdir was made has the value that it has by default: what it does now the
-    program did then.
+    A key that did not exist when the workdir was made has its default, which stands for the earlier behaviour.
 
     Raises:
         UserError: if a key differs that the result depends on; all such keys are named.
@@ -220,8 +219,8 @@ def check_resumable(old: Mapping[str, Any], new: Mapping[str, Any], workdir: Pla
         name = change.partition(':')[0]
         if name not in BY_NAME and not name.startswith(NETWORK):
             raise UserError(
-                f'{workdir} was made with the key {name}, which this version of bqat_jax does not have. Go on with the '
-                'version that its environment.json names, or take another --workdir.'
+                f'{workdir} was made with the key {name}, which this version of bqat_jax does not have. Use the '
+                'version that its environment.json names, or another --workdir.'
             )
         if name not in BY_NAME or not BY_NAME[name].may_change:
             unsafe.append(change)
@@ -229,23 +228,23 @@ def check_resumable(old: Mapping[str, Any], new: Mapping[str, Any], workdir: Pla
         listed = '\n  '.join(unsafe)
         raise UserError(
             f'{workdir} was made with a different config (there -> now):\n  {listed}\n'
-            'Take another --workdir, or give the values it was made with. '
+            'Use another --workdir, or the values that it was made with. '
             f'These keys may change: {", ".join(key.name for key in KEYS if key.may_change)}.{_hint(unsafe, workdir)}'
         )
 
 
 def _hint(changes: list[str], workdir: Place) -> str:
-    """What else can be done, where the duration or the bits of training differ."""
+    """A further remedy if the duration or the bits of training differ."""
     if any(change.startswith(('train.steps', 'train.epochs', 'quant.')) for change in changes):
-        return f' To train its network further, take another --workdir with --config.init.workdir={workdir}.'
+        return f' To train its network further, use another --workdir with --config.init.workdir={workdir}.'
     return ''
 
 
 def completed(plain: Mapping[str, Any], workdir: Place) -> dict[str, Any]:
-    """Returns a workdir's plain config with the keys that it lacks, but the network's options, at their defaults.
+    """Returns a workdir's plain config with missing keys at their defaults; the network's options are left alone.
 
     Raises:
-        UserError: if it is not one.
+        UserError: if `plain` is not a config.
     """
     config = json.loads(json.dumps(plain))
     for key in KEYS:
@@ -255,6 +254,6 @@ def completed(plain: Mapping[str, Any], workdir: Place) -> dict[str, Any]:
             for name in sections:
                 section = section.setdefault(name, {})
                 if not isinstance(section, dict):
-                    raise damaged(workdir / 'config.json', f'{name} is no section')
+                    raise damaged(workdir / 'config.json', f'{name} is not a section')
             section.setdefault(last, None if key.may_be_unset else to_plain(key.default))
     return config

@@ -1,4 +1,4 @@
-"""Diagnoses a network in the middle of a run: reads batches, measures, writes files."""
+"""Diagnoses a network during or after training: reads batches, measures, writes files."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,24 +20,23 @@ from bqat_jax.training.optimizer import OptimizerSpec, Rates, make_optimizer
 from bqat_jax.training.state import TrainState
 from bqat_jax.training.step import make_train_step
 
-# Steps of a schedule that is meant to stay where it begins.
+# Steps of a schedule that stays at its first value.
 ENDLESS = 10**9
 
 
 def make_phase_diagnosis(experiment: Experiment, phase: Phase, split: Split) -> Callable[[TrainState], dict[str, Any]]:
-    """Returns what measures a network at one moment of its training, and compiles its programs once.
+    """Returns a function that diagnoses a training state; its programs are compiled once.
 
-    With replicas the first one is diagnosed. Oscillations are watched during steps that are made for the diagnosis
-    alone, at half the peak learning rate: the rate in the middle of a cosine decay. At the end of training, where it is
-    zero, nothing would move.
+    With replicas the first one is diagnosed. Oscillations are tracked in extra steps at half the peak learning rate,
+    the rate in the middle of a cosine decay: at the end of training the rate is zero and no weight would move.
 
     Args:
-        experiment: what is run.
-        phase: of it.
+        experiment: the experiment.
+        phase: its phase.
         split: the training split.
 
     Returns:
-        `diagnose(state)`, which writes and returns the diagnosis; the state, of all replicas, stays as it is.
+        `diagnose(state)`, which writes and returns the diagnosis; it does not change the state, of all replicas.
     """
     settings = experiment.diagnosis
     prepare = jax.jit(phase.spec.prepare, static_argnums=2)
@@ -69,10 +68,10 @@ def _make_oscillation_watch(
         return train_step(state, phase.partner, split.arrays, batch)[0]
 
     measure = make_oscillation_measurement(phase.spec, step)
-    start = settings.batches  # behind those that gradients are measured on
+    start = settings.batches  # after those that gradients are measured on
 
     def watch(state):
-        # A copy: the step donates its state. The optimizer's moving averages begin anew.
+        # A copy, since the step donates its state. The optimizer's moving averages start from zero.
         copy = jax.tree.map(jnp.copy, state)
         copy = copy.replace(opt_state=optimizer.init(copy.params))
         stop = start + settings.oscillation_steps

@@ -1,4 +1,4 @@
-"""What a run depends on beside its config: versions, JAX's settings, plugins; and that all processes have the same."""
+"""Versions, settings of JAX and plugins that a run depends on, and the check that all processes share them."""
 
 import hashlib
 import importlib.metadata
@@ -20,24 +20,24 @@ from bqat_jax.experiment.experiment import Experiment
 from bqat_jax.storage import Place, damaged
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'tensorflow-datasets', 'grain', 'numpy')
-# Settings of JAX by which numbers differ, as `jax.config` names them; upper case, they are environment variables.
+# Settings of JAX that change results; their environment variables have these names in upper case.
 NUMERICS = (
     'jax_enable_x64',
     'jax_default_prng_impl',
     'jax_default_matmul_precision',
     'jax_threefry_partitionable',
 )
-# What may differ between the processes of a run: which one it is, and where things lie on its machine.
+# Keys that may differ between the processes of a run: the process number and paths on its machine.
 OF_ONE_PROCESS = (
     *('distributed', 'compilation_cache', 'plugins'),
     *('data.dir', 'data.workers', 'data.cache_dir', 'data.cache_gb'),
 )
-# Before it, the state of training had other names.
+# Earlier versions named the training state differently.
 FIRST_READABLE = (0, 3)
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of this program and of the packages that its numbers depend on."""
+    """Returns the versions of this program and of the packages that its results depend on."""
     return {
         'bqat_jax': bqat_jax.__version__,
         **{package: importlib.metadata.version(package) for package in PACKAGES},
@@ -69,21 +69,22 @@ def describe_environment(experiment: Experiment) -> dict[str, Any]:
 
 
 def check_environment(recorded: Mapping[str, Any], workdir: Place, data_set: Mapping[str, Any]) -> None:
-    """Checks that a run can be continued by this program, with these settings of JAX, on this data set.
+    """Checks that this program can resume a run with these settings of JAX and this data set.
 
     Args:
-        recorded: what `describe_environment` returned when the workdir was made.
+        recorded: the result of `describe_environment` when the workdir was made.
         workdir: for messages.
-        data_set: what the data set says of its origin.
+        data_set: the description of the data set.
 
     Raises:
-        UserError: if another version wrote checkpoints that this one cannot read, or a setting or the data set differs.
+        UserError: if an earlier version wrote checkpoints that this one cannot read, or a setting or the data set
+            differs.
     """
     made_from = recorded.get('data_set', {})
     if made_from and data_set and made_from != data_set:
         raise UserError(
             f'{workdir} was made with another edition of the data set (there -> here): {made_from} -> '
-            f'{dict(data_set)}. Give the folder of that edition (--config.data.dir=DIR), or take another --workdir.'
+            f'{dict(data_set)}. Use the folder of that edition (--config.data.dir=DIR), or another --workdir.'
         )
     version = str(recorded.get('versions', {}).get('bqat_jax', ''))
     numbers = tuple(int(part) for part in version.split('.')[:2] if part.isdigit())
@@ -91,26 +92,26 @@ def check_environment(recorded: Mapping[str, Any], workdir: Place, data_set: Map
         own = bqat_jax.__version__
         raise UserError(
             f'{workdir} was made by bqat_jax {version}, and version {own} does not read its checkpoints. '
-            'Go on with that version, or take another --workdir.'
+            'Use that version, or another --workdir.'
         )
     then, now = recorded.get('numerics', {}), numerics()
     if not isinstance(then, Mapping):
-        raise damaged(workdir / 'environment.json', "its entry 'numerics' is no object")
+        raise damaged(workdir / 'environment.json', "its entry 'numerics' is not an object")
     changes = [f'{name}: {then[name]} -> {now[name]}' for name in now if name in then and then[name] != now[name]]
     if changes:
         raise UserError(
             f'{workdir} was made under other settings of JAX, and results depend on them (there -> now): '
             f'{"; ".join(changes)}. Set them as they were (as environment variables their names are in upper case), or '
-            'take another --workdir.'
+            'use another --workdir.'
         )
 
 
 def check_processes(config: Config, mode: str) -> None:
-    """Checks that all processes of a run were started with the same command and the same program.
+    """Checks that all processes of a run share one command and one program.
 
     Args:
         config: the resolved config.
-        mode: what is done.
+        mode: the value of --mode.
 
     Raises:
         UserError: naming what differs, and in which process.
@@ -123,10 +124,10 @@ def check_processes(config: Config, mode: str) -> None:
 
 
 def check_memory(experiment: Experiment) -> None:
-    """Checks that a device can hold its part of the parameters alone; training needs several times as much.
+    """Checks that a device can hold its part of the parameters; training needs several times as much memory.
 
     Raises:
-        UserError: if it cannot, or, where devices do not tell, if the machine's memory is less than that.
+        UserError: if it cannot, or, for devices that do not report their memory, if the machine's memory is smaller.
     """
     devices = experiment.placement.mesh.local_devices
     leaves = jax.tree.leaves(experiment.shapes)
@@ -136,12 +137,12 @@ def check_memory(experiment: Experiment) -> None:
     if own > limit:
         raise UserError(
             f'The network has {own / 1e9:.1f} GB of parameters on each device, and there are {limit / 1e9:.1f} GB of '
-            'memory. Take a smaller network (config.network), or share its arrays between more devices (mesh.fsdp).'
+            'memory. Use a smaller network (config.network), or shard its arrays over more devices (mesh.fsdp).'
         )
 
 
 def check_experiments(experiment: Experiment) -> None:
-    """Checks that all processes train the same network on data of the same size.
+    """Checks that all processes have one network and data of one size.
 
     Raises:
         UserError: naming what differs, and in which process.

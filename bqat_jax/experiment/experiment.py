@@ -1,4 +1,4 @@
-"""What a config describes, as objects: decided before any data is read and anything is computed."""
+"""The objects that a config describes, made before any data is read or computed."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -25,18 +25,18 @@ from bqat_jax.transform.rules import LayerSettings
 
 @dataclasses.dataclass(frozen=True)
 class DataSpec:
-    """How images are read and what happens to them.
+    """Reading, normalisation and augmentation of images.
 
     Attributes:
         images: the opened dataset.
-        batch_size: of training.
-        on_device: whether whole splits live on the device.
+        batch_size: training batch size.
+        on_device: whether complete splits are stored on the device.
         workers: processes that decode images.
-        skips_damaged: whether examples that cannot be read are skipped.
-        mean: normalisation of a partner that is trained here, or whose file does not say its own.
-        std: of the same.
-        augmentation: of training images.
-        kept: where decoded splits and converted weights are kept for later starts; None for nowhere.
+        skips_damaged: whether unreadable examples are skipped.
+        mean: channel means for a partner that is trained here, or whose file does not specify its own.
+        std: channel standard deviations for that partner.
+        augmentation: augmentation of training images.
+        kept: cache of decoded splits and converted weights; None for no cache.
     """
 
     images: ImageData
@@ -55,8 +55,8 @@ class PhaseSpec:
     """One phase of training.
 
     Attributes:
-        steps: how many.
-        optimizer: of the phase.
+        steps: number of steps.
+        optimizer: its optimizer.
     """
 
     steps: int
@@ -65,15 +65,15 @@ class PhaseSpec:
 
 @dataclasses.dataclass(frozen=True)
 class PartnerSource:
-    """Where the partner comes from; at most one of the two is given, and with neither it is trained.
+    """The source of the partner: `torch_file`, `workdir`, or training if both are None.
 
     Attributes:
-        network_name: of the network, by which the names of its PyTorch parameters are known.
+        network_name: name of the network, which selects the rules for PyTorch names.
         torch_file: a file of PyTorch weights.
-        workdir: of an earlier run.
-        torch_key: the entry of the file, dotted; None to find it.
-        new_head: whether all but the classifier is taken from the file, and the partner is trained from there.
-        network_options: of the network.
+        workdir: workdir of an earlier run.
+        torch_key: dotted entry of the file; None to find it.
+        new_head: whether to load all but the classifier from the file and train the partner from there.
+        network_options: options of the network.
     """
 
     network_name: str
@@ -86,11 +86,11 @@ class PartnerSource:
 
 @dataclasses.dataclass(frozen=True)
 class InitSource:
-    """What the low-precision network starts from.
+    """The start of the low-precision network.
 
     Attributes:
-        workdir: of another run, whose selected checkpoint it is; None for the partner.
-        keeps_quantizers: whether the quantizers are taken from there too, instead of being calibrated.
+        workdir: workdir of another run, whose selected checkpoint is used; None for the partner.
+        keeps_quantizers: whether that run's quantizers are used instead of calibrated ones.
     """
 
     workdir: Place | None
@@ -99,13 +99,13 @@ class InitSource:
 
 @dataclasses.dataclass(frozen=True)
 class Intervals:
-    """What a training loop does every so many steps, 0 for never.
+    """Steps between the actions of a training loop; 0 for never.
 
     Attributes:
-        log: records metrics.
-        save: saves a checkpoint.
-        measure: measures the strengths of estimators that need one.
-        diagnose: diagnoses the network.
+        log: steps between records of metrics.
+        save: steps between checkpoints.
+        measure: steps between measurements of the strengths of estimators that need one.
+        diagnose: steps between diagnoses.
         traced: the first and the last step to trace, counted from 1.
     """
 
@@ -118,38 +118,38 @@ class Intervals:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """What a config describes.
+    """The experiment that a config describes.
 
     Attributes:
-        config: the config as JSON, by which a workdir is known again.
-        method: what `result.json` says of the config.
-        workdir: where everything goes that the run leaves.
-        hold: that this run alone writes there.
+        config: the config as JSON; a resumed run must match it.
+        method: the entries of `result.json` that come from the config.
+        workdir: folder of all files that the run writes.
+        hold: exclusive write access to the workdir.
         console: where progress is shown.
-        plugins: the user's files that were run.
-        seeds: of the low-precision networks that are trained side by side; a single run has the first.
-        placement: the devices, and where arrays lie on them.
+        plugins: plugin files that were loaded.
+        seeds: one seed for each low-precision network trained in parallel; the partner uses the first.
+        placement: the mesh, and how arrays are sharded over it.
         data: the dataset.
         network: the network, divided into blocks.
         shapes: shapes, dtypes and shardings of its variables.
         layers: its layers.
         quantizers: the settings of every layer's quantizers.
         plan: the replacement plan.
-        objective: what is minimised.
-        regularizers: what is done about oscillating weights.
-        draw_seed: of what the plan draws.
-        microbatches: parts that a batch is run in.
-        batch_norm_groups: parts that batch norm normalises apart.
+        objective: the training objective.
+        regularizers: dampening and freezing of oscillating weights.
+        draw_seed: seed of the plan's random draws.
+        microbatches: parts that a batch is split into.
+        batch_norm_groups: groups that batch norm normalises separately.
         calibration_batches: batches that quantizers are calibrated on.
-        reestimation_batches: batches that batch-norm statistics are estimated on after training; 0 for none.
+        reestimation_batches: batches that batch-norm statistics are re-estimated on after training; 0 for none.
         partner: the training of the partner.
-        partner_source: where the partner comes from otherwise.
-        init: what the low-precision network starts from.
-        training: its training.
-        intervals: what the training loop does how often.
-        kept_checkpoints: how many of the newest are kept.
-        trace: how the strengths of estimators are measured.
-        diagnosis: how much is measured by a diagnosis.
+        partner_source: source of the partner if it is not trained.
+        init: start of the low-precision network.
+        training: the training of the low-precision network.
+        intervals: steps between logs, checkpoints, measurements and diagnoses.
+        kept_checkpoints: number of the newest checkpoints to keep.
+        trace: settings of the measurement of estimators' strengths.
+        diagnosis: the size of a diagnosis.
     """
 
     config: Mapping[str, Any]
@@ -189,17 +189,17 @@ class Experiment:
 
     @property
     def single(self) -> Replicas:
-        """A single run on all devices."""
+        """One network on all devices."""
         return Replicas(1, self.placement)
 
     @property
     def replicas(self) -> Replicas:
-        """The low-precision networks that are trained side by side."""
+        """The low-precision networks that are trained in parallel."""
         return Replicas(len(self.seeds), self.placement)
 
     @property
     def network_description(self) -> dict[str, Any]:
-        """The network as JSON: what two runs must share for one to take the other's partner."""
+        """The network as JSON; two runs must agree on it to share a partner."""
         images = self.data.images
         name = 'length' if images.is_tokens else 'image_shape'
         return {**self.config['network'], name: list(images.image_shape), 'num_classes': images.num_classes}

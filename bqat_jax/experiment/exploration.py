@@ -1,4 +1,4 @@
-"""A config's network as tracing on shapes shows it: once for all experiments of a process that have the same one."""
+"""Traces a config's network on shapes, once for all experiments of a process that share it."""
 
 import dataclasses
 import functools
@@ -17,14 +17,14 @@ from bqat_jax.transform import LAYER_TYPES, Layers
 
 @dataclasses.dataclass(frozen=True)
 class ExploredNetwork:
-    """A network that knows its inputs, and what tracing it on their shapes showed; nothing of it is computed.
+    """A network with its inputs' shapes, and the results of tracing it; no array is computed.
 
     Attributes:
         network: the network.
-        shapes: of its variables, by collection.
-        layers: that can be quantized, and its other weights.
-        unquantized_share: of its multiply-accumulates with weights, those whose weights no quantizer reaches.
-        outputs: their shapes, in evaluation, for one example.
+        shapes: shapes of its variables, by collection.
+        layers: its quantizable layers and its other weights.
+        unquantized_share: share of its multiply-accumulates with weights that no quantizer reaches.
+        outputs: shapes of its outputs in evaluation, for one example.
     """
 
     network: BlockNetwork
@@ -37,9 +37,9 @@ class ExploredNetwork:
 def explore_network(
     name: str, num_classes: int, cut: str, options: Mapping[str, Any], convolution: Callable | None, inputs: Any
 ) -> ExploredNetwork:
-    """Makes a network and traces it on the shapes of its inputs, or returns what that gave before.
+    """Makes a network and traces it on the shapes of its inputs; results are cached.
 
-    The runs of a sweep have one network: what takes seconds to trace is traced once for them.
+    Tracing takes seconds, and the runs of a sweep share one network.
 
     Args:
         name: as of `make_network`.
@@ -52,12 +52,12 @@ def explore_network(
     Raises:
         ValueError: as `make_network` and `with_inputs` do.
     """
-    # What the registries say is part of the question: a plugin may have changed it.
+    # The registries' entries are part of the cache key: a plugin may have changed them.
     registered = (NETWORKS.get(name), *LAYER_TYPES.items())
     arguments = (registered, name, num_classes, cut, convolution, inputs)
     try:
         hash((arguments, *options.values()))
-    except TypeError:  # lists among the options, or a tree of inputs: nothing to remember them by
+    except TypeError:  # options with lists and trees of inputs cannot be cached
         return _explore(*arguments, **options)
     return _explore_once(*arguments, **options)
 
@@ -65,7 +65,7 @@ def explore_network(
 def _explore(
     registered: Any, name: str, num_classes: int, cut: str, convolution: Callable | None, inputs: Any, /, **options: Any
 ) -> ExploredNetwork:
-    """The same; `registered` is what the registries hold, by which it is told from another of the same name."""
+    """`explore_network` without its cache; `registered` holds the registries' entries, as part of the cache key."""
     del registered
     network, shapes = explore(make_network(name, num_classes, cut, options, convolution), inputs)
     layers = find_network_layers(network, shapes)
@@ -77,5 +77,5 @@ def _explore(
     return ExploredNetwork(network, shapes, layers, share, jax.eval_shape(outputs, shapes, network.batch_of(1)))
 
 
-# Typed, as depth=20.0 is refused where depth=20 is not.
+# Typed: depth=20 is valid and depth=20.0 is not.
 _explore_once = functools.lru_cache(maxsize=8, typed=True)(_explore)

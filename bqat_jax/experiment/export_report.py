@@ -1,4 +1,4 @@
-"""Runs what was exported on the test split, in the runtimes that will run it, and says how far it agrees."""
+"""Runs exported files on the test split in their runtimes and measures how far they agree with the trained network."""
 
 import dataclasses
 import importlib.metadata
@@ -37,19 +37,19 @@ FILES = {PACKED: 'model.safetensors', STABLEHLO: 'model.stablehlo', ONNX: 'model
 RUNTIMES = {PACKED: 'jax', STABLEHLO: 'jax', ONNX: 'onnxruntime', QCDQ: 'onnxruntime'}
 # The network that all formats are compared with.
 REFERENCE = 'fake_quantized'
-# The codes of all layers are held for so many examples at once.
+# Batch size of the comparison: memory holds the codes of all layers for this many examples.
 MOST_WATCHED = 32
 TABLE_WIDTH = 120
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportSpec:
-    """What is exported.
+    """The options of an export.
 
     Attributes:
-        formats: of `FILES`, without repetition.
-        batch: examples that a program takes at once; 0 for any number.
-        opset: of ONNX.
+        formats: keys of `FILES`, without repetition.
+        batch: fixed batch size of exported programs; 0 for any.
+        opset: version of the ONNX operators.
     """
 
     formats: tuple[str, ...]
@@ -58,11 +58,11 @@ class ExportSpec:
 
 
 class Model(NamedTuple):
-    """A network in one format, in the runtime that will run it.
+    """A network in one format, opened in its runtime.
 
     Attributes:
         run: from a batch of inputs to outputs.
-        run_with_codes: the same with the codes of layers' inputs.
+        run_with_codes: from a batch of inputs to outputs and the codes of the layers' inputs.
     """
 
     run: Callable[[Any], Any]
@@ -70,7 +70,7 @@ class Model(NamedTuple):
 
 
 class Network(NamedTuple):
-    """What is exported, as it was trained.
+    """A trained network, ready to be exported.
 
     Attributes:
         network: computes in float32.
@@ -88,13 +88,13 @@ NOTHING = Agreement()
 
 @dataclasses.dataclass(frozen=True)
 class Tally:
-    """What a model gave so far.
+    """Accumulated results of a model.
 
     Attributes:
-        counts: the task's, summed.
-        agreement: with the fake-quantized network.
-        examples: that it ran on, those that fill up a batch too.
-        seconds: that it took for them.
+        counts: the task's counts, summed.
+        agreement: agreement with the fake-quantized network.
+        examples: examples run, including padding.
+        seconds: time taken for them.
     """
 
     counts: Any = None
@@ -109,10 +109,10 @@ def make_report(
     """Returns the report of an export, as JSON.
 
     Args:
-        experiment: what was run.
-        finished: what it left.
+        experiment: the experiment.
+        finished: its trained network.
         exported: the network.
-        spec: what was exported; the files are written.
+        spec: options of the export, whose files must be written.
         sizes: bytes of every format's file.
     """
     frozen = exported.frozen
@@ -152,13 +152,13 @@ def make_report(
 
 
 def open_model(exported: Network, name: str, spec: ExportSpec, directory: Place) -> Model:
-    """Returns a written file in its runtime; codes are seen in a second program of the same format.
+    """Opens an exported file in its runtime; codes come from a second program in that format.
 
     Args:
-        exported: what was exported.
-        name: of the format.
-        spec: how.
-        directory: of the files.
+        exported: the network.
+        name: the format.
+        spec: options of the export.
+        directory: folder of the files.
     """
     network, frozen, _ = exported
     with fetched(directory / FILES[name]) as path:
@@ -195,13 +195,13 @@ def _watched_onnx(exported: Network, name: str, spec: ExportSpec) -> Callable[[A
 
 
 def measure(experiment: Experiment, finished: Finished, models: Mapping[str, Model], size: int) -> dict[str, Tally]:
-    """Returns what models give on the test split, each compared with the first.
+    """Runs models on the test split and compares each with the first.
 
     Args:
-        experiment: its test split and its task.
-        finished: what the run left.
-        models: by name, the first is the reference.
-        size: examples that run at once.
+        experiment: gives the test split and the task.
+        finished: the trained network.
+        models: models by name; the first is the reference.
+        size: batch size.
     """
     test = load_split(experiment, experiment.data.images.test)
     count, reference = jax.jit(experiment.task.counts), next(iter(models.values()))
@@ -235,7 +235,7 @@ def _results(task: Task, tally: Tally) -> dict[str, Any]:
 def _batches(
     experiment: Experiment, finished: Finished, test: Split, size: int
 ) -> Iterator[tuple[Any, Any, np.ndarray]]:
-    """(inputs as the exported network takes them, targets, mask) of the test split, on the host."""
+    """Yields (inputs of the exported network, targets, mask) of the test split, on the host."""
     preprocessing = make_preprocessing(experiment, finished.partner.facts)
     for batch in test.evaluation_batches(size):
         prepared = preprocessing(batch, test.arrays, None)
@@ -279,10 +279,10 @@ def print_report(console: rich.console.Console, task: Task, report: Mapping[str,
     console.print(table)
     examples = next(iter(report['formats'].values()))['examples']
     console.print(
-        f'Differences from the fake-quantized network are counted in {examples} test examples, which run in batches of '
-        f'{report["measured_batch"]}. The least that there can be are {report["bytes_ideal"]:,} bytes: packed codes, '
-        'and in float32 what stays in full precision.',
+        f'Differences from the fake-quantized network are counted on {examples} test examples in batches of '
+        f'{report["measured_batch"]}. The smallest possible size is {report["bytes_ideal"]:,} bytes: packed codes, '
+        'and float32 for what stays in full precision.',
         soft_wrap=True,
     )
     if report['files_of_earlier_exports']:
-        console.print(f'Left from an earlier export: {", ".join(report["files_of_earlier_exports"])}.', soft_wrap=True)
+        console.print(f'From an earlier export: {", ".join(report["files_of_earlier_exports"])}.', soft_wrap=True)

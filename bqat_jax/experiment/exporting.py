@@ -1,4 +1,4 @@
-"""Exports what a run trained: files, and a report of how large they are and how far they agree with the network."""
+"""Exports a trained network: files, and a report of their sizes and their agreement with the network."""
 
 import importlib.util
 from typing import Any
@@ -48,11 +48,11 @@ def export_run(config: Config, workdir: Place) -> dict[str, Any]:
     first one is exported.
 
     Args:
-        config: of the run, with what is exported in `config.export`.
-        workdir: of the run.
+        config: the run's config; `config.export` has the options.
+        workdir: the run's workdir.
 
     Raises:
-        UserError: for a run that has not finished, several processes, or what a format cannot say.
+        UserError: for a run that has not finished, several processes, or a network that a format cannot represent.
     """
     spec = read_spec(config)
     if jax.process_count() > 1:
@@ -62,8 +62,8 @@ def export_run(config: Config, workdir: Place) -> dict[str, Any]:
     experiment, finished = open_run(config, workdir, console)
     if not (workdir / 'result.json').is_file():
         raise UserError(
-            f'{workdir} holds a run that has not finished: there is no result.json. Finish it first, by the same '
-            'command with --mode=train.'
+            f'{workdir} holds a run that has not finished: there is no result.json. Finish it with --mode=train and '
+            'the same flags.'
         )
     try:
         exported = freeze_run(experiment, finished)
@@ -81,31 +81,31 @@ def export_run(config: Config, workdir: Place) -> dict[str, Any]:
 
 
 def read_spec(config: Config) -> ExportSpec:
-    """Returns what `config.export` says.
+    """Returns the options in `config.export`.
 
     Raises:
-        UserError: for a format that there is not.
+        UserError: for an unknown format, or none.
     """
     formats = tuple(dict.fromkeys(name.strip() for name in config.export.formats.split(',') if name.strip()))
     unknown = [name for name in formats if name not in FILES]
     if unknown or not formats:
-        what = f'{unknown[0]!r} is no format' if unknown else 'it names no format'
+        what = f'{unknown[0]!r} is not a format' if unknown else 'it names no format'
         hint = suggest(unknown[0], FILES) if unknown else ''
         raise UserError(f'export.formats={config.export.formats!r}: {what}; there are {", ".join(FILES)}.{hint}')
     return ExportSpec(formats, config.export.batch, config.export.opset)
 
 
 def write_files(exported: Network, spec: ExportSpec, directory: Place) -> dict[str, bytes]:
-    """Writes a network in every format; all are made before the first is written. Returns the files' contents.
+    """Writes a network in every format and returns the files' contents; all are made before the first is written.
 
     Raises:
-        ValueError: for what a format cannot say.
+        ValueError: if a format cannot represent the network.
         ImportError: if a package that a format needs is missing.
     """
     if QCDQ in spec.formats:
         check_qcdq(exported.frozen)
     if {ONNX, QCDQ} & set(spec.formats) and importlib.util.find_spec('onnxruntime') is None:
-        raise ImportError('What is exported to ONNX is run by onnxruntime: pip install onnx onnxruntime.')
+        raise ImportError('An export to ONNX is checked with onnxruntime: pip install onnx onnxruntime.')
     contents = {name: _content(exported, name, spec) for name in spec.formats}
     directory.mkdir(exist_ok=True)
     for name, content in contents.items():
@@ -124,7 +124,7 @@ def _content(exported: Network, name: str, spec: ExportSpec) -> bytes:
 
 
 def freeze_run(experiment: Experiment, finished: Finished) -> Network:
-    """Returns what is exported of a run: its selected checkpoint, with the batch statistics that are evaluated.
+    """Freezes the selected checkpoint of a run, with the batch statistics that evaluation uses.
 
     Raises:
         ValueError: for a network that cannot be frozen.
@@ -146,7 +146,7 @@ def freeze_run(experiment: Experiment, finished: Finished) -> Network:
         def prepare(inputs):
             return normalize(inputs, mean, std)
 
-    # On the host: what runs on a mesh is laid out there.
+    # On the host, so that nothing stays sharded over the mesh.
     variables = jax.device_get(variables)
     frozen = freeze(
         network,
@@ -165,7 +165,7 @@ def _as_they_are(inputs: Any) -> Any:
 
 
 def _in_float32(experiment: Experiment) -> tuple[BlockNetwork, dict[str, Any]]:
-    """The network, computing in float32 on one device, and what builds it."""
+    """The network, computing in float32 on one device, and the description that rebuilds it."""
     config, images = experiment.config, experiment.data.images
     options = {key: value for key, value in config['network'].items() if key != 'name'}
     if 'dtype' in options:

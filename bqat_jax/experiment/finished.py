@@ -1,4 +1,4 @@
-"""Opens what a run left: its partner, and the selected checkpoint of its low-precision network."""
+"""Opens a trained run: its partner and the selected checkpoint of its low-precision network."""
 
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ class Finished(NamedTuple):
 
     Attributes:
         partner: its partner.
-        phase: in which it was trained.
+        phase: the phase that trained it.
         restored: the selected checkpoint.
     """
 
@@ -38,11 +38,11 @@ class Finished(NamedTuple):
 
 
 def open_run(config: Config, workdir: Place, console: rich.console.Console) -> tuple[Experiment, Finished]:
-    """Returns what a workdir's run is, and the selected checkpoint of its low-precision network.
+    """Returns the experiment of a workdir and the selected checkpoint of its low-precision network.
 
     Args:
-        config: of the run.
-        workdir: of the run.
+        config: the run's config.
+        workdir: the run's workdir.
         console: where progress is shown.
 
     Raises:
@@ -67,13 +67,13 @@ def open_run(config: Config, workdir: Place, console: rich.console.Console) -> t
 def collections_to_evaluate(experiment: Experiment, finished: Finished, train: Split | None) -> dict[str, Any]:
     """Returns the collections that the selected checkpoint is evaluated with, of all replicas.
 
-    They are the checkpoint's own; batch-norm statistics are estimated anew if `quant.reestimation_batches` says so, the
-    same in every call.
+    They are the checkpoint's. With `quant.reestimation_batches` the batch-norm statistics are re-estimated; every call
+    uses one order of batches.
 
     Args:
-        experiment: what was run.
-        finished: what it left.
-        train: the training split; None if nothing is estimated.
+        experiment: the experiment.
+        finished: its trained network.
+        train: the training split; None if nothing is re-estimated.
     """
     collections, count = finished.restored.state.collections, experiment.reestimation_batches
     if not count:
@@ -92,8 +92,7 @@ def find_start(experiment: Experiment, partner: Partner) -> Start:
     """Returns what the low-precision network starts from: its partner, or the network of the run in `init.workdir`.
 
     Raises:
-        UserError: if that run has another network or another normalization, or its quantizers are to be kept and are
-            not those of this config.
+        UserError: if that run's network or normalization differs, or its quantizers are to be kept and differ.
     """
     source = experiment.init
     if source.workdir is None:

@@ -1,4 +1,4 @@
-"""What happens around training steps: logging, saving, stopping, diagnosing, measuring strengths."""
+"""Hooks of the training loop: logging, saving, stopping, diagnosing, measuring strengths."""
 
 import contextlib
 import dataclasses
@@ -21,56 +21,56 @@ from bqat_jax.training.evaluation import Evaluation
 from bqat_jax.training.state import TrainState
 from bqat_jax.training.strengths import mean_strengths
 
-# The score of a checkpoint that is never selected while there is another.
+# The score of a checkpoint that is selected only if there is no other.
 NO_CANDIDATE = float('-inf')
 
 
 class Clock:
-    """Times a phase; its examples per second leave pauses out."""
+    """Times a phase; its examples per second exclude pauses."""
 
     def __init__(self, seconds: float, examples_per_step: int):
-        """Takes the seconds that earlier processes spent in the phase."""
+        """Starts at the seconds that earlier processes spent in the phase."""
         self._began = time.monotonic() - seconds
         self._examples_per_step = examples_per_step
         self.restart(0)
 
     @property
     def seconds(self) -> float:
-        """Seconds of the phase, those of earlier processes included."""
+        """Seconds of the phase, including those of earlier processes."""
         return time.monotonic() - self._began
 
     def restart(self, step: int) -> None:
-        """Begins to measure the speed anew after a step."""
+        """Restarts the measurement of speed after a step."""
         self._step, self._time = step, time.monotonic()
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Within it no time passes for the speed."""
+        """Excludes the time within the context from the speed."""
         began = time.monotonic()
         yield
         self._time += time.monotonic() - began
 
     def examples_per_second(self, step: int) -> float | None:
-        """Returns the speed since the last call or restart; None where no step lies between."""
+        """Returns the speed since the last call or restart; None if no step was made since."""
         steps, seconds = step - self._step, time.monotonic() - self._time
         self.restart(step)
         return steps * self._examples_per_step / seconds if steps > 0 and seconds > 0 else None
 
 
 class Log:
-    """Records the metrics of every so many steps; called after every step.
+    """Records metrics at an interval of steps.
 
     Metrics are fetched after the following step has been dispatched, so that the devices never wait for the host.
     """
 
     def __init__(self, recorder: Recorder | NoRecorder, clock: Clock, check_finite: Callable[[list[float]], None]):
-        """Takes where metrics go, the clock, and a check of 'first_bad_step' that raises for a loss not finite."""
+        """Takes the recorder, the clock, and a check of 'first_bad_step' that raises for a loss that is not finite."""
         self.recorder, self.clock, self.check_finite = recorder, clock, check_finite
         self._pending: tuple[int, Any] | None = None
         self._is_compiled = False
 
     def hook(self, every: int, last: int) -> After:
-        """Returns the hook, to be called after every step; it logs every so many of them, and the last."""
+        """Returns the hook, to be called after every step; it logs every `every` steps and the last."""
 
         def after(number, state, metrics):
             del state
@@ -85,7 +85,7 @@ class Log:
         return after
 
     def flush(self) -> None:
-        """Records the metrics that wait to be recorded."""
+        """Records the pending metrics."""
         if self._pending is None:
             return
         (number, metrics), self._pending = self._pending, None
@@ -98,7 +98,7 @@ class Log:
 
 
 class Save:
-    """Saves checkpoints, with their score on the validation split if there is one."""
+    """Saves checkpoints, with a score if there is a validation split."""
 
     def __init__(
         self,
@@ -108,16 +108,16 @@ class Save:
         metric: Metric,
         hold: Hold,
     ):
-        """Takes where to save, the log, what evaluates params and batch statistics on the validation split, the metric
-        that is the score, and that this run alone saves there.
+        """Takes the checkpoints, the log, `evaluation(params, collections)` on the validation split or None, the metric
+        that is the score, and the hold on the workdir.
         """
         self.checkpoints = checkpoints
-        self.seconds = 0.0  # of the phase, at the last save
+        self.seconds = 0.0  # seconds of the phase at the last save
         self._log, self._evaluation, self._metric, self._hold = log, evaluation, metric, hold
         self._saved: int | None = None
 
     def hook(self, every: int, last: int) -> After:
-        """Returns the hook, to be called after every step; it saves every so many of them, and the last."""
+        """Returns the hook, to be called after every step; it saves every `every` steps and the last."""
 
         def after(number, state, metrics):
             del metrics
@@ -127,11 +127,11 @@ class Save:
         return after
 
     def stop_hook(self, stop: StopRequest, where: str) -> After:
-        """Returns the hook, to be called after every step, that saves and raises `Stopped` if that was asked for.
+        """Returns the hook, to be called after every step, that saves and raises `Stopped` once a stop is requested.
 
         Args:
-            stop: the request; of several processes all ask after the same steps.
-            where: words with {number}, the step's.
+            stop: the request; all processes must check it after every step.
+            where: text with a field {number} for the step.
         """
 
         def after(number, state, metrics):
@@ -145,16 +145,16 @@ class Save:
         return after
 
     def save(self, number: int, state: TrainState, *, is_candidate: bool = True) -> None:
-        """Saves the state after step `number`, if it is sound.
+        """Saves the state after step `number`, unless it is not finite.
 
         Args:
-            number: of training steps that have been made.
-            state: after them.
-            is_candidate: whether it is scored, so that it may be selected. One that is saved because the run was told
-                to stop is not: what a run ends with must not depend on where it was stopped.
+            number: steps done.
+            state: the state after them.
+            is_candidate: whether the checkpoint is scored and may be selected. One that is saved for a stop is not: the
+                result of a run must not depend on where it was stopped.
 
         Raises:
-            UserError: if the loss was not finite, the checkpoint cannot be written, or another run has taken over.
+            UserError: if the loss was not finite, the checkpoint cannot be written, or another run holds the workdir.
         """
         self._log.flush()
         with self._log.clock.pause():
@@ -172,13 +172,13 @@ class Save:
                 facts[name] = values
                 self._log.recorder.record(number, {name: mean})
             self._hold.check()
-            self._log.recorder.send()  # before: a run that goes on from this checkpoint finds the lines up to it
+            self._log.recorder.send()  # first: a run that resumes here needs the lines up to this step
             self.checkpoints.save(number, state, facts, score)
         self._saved = number
 
 
 def make_finite_check(phase: str, checkpoints: Checkpoints) -> Callable[[list[float]], None]:
-    """Returns a check of the replicas' first bad steps, -1 for none, that raises UserError if there is one."""
+    """Returns a check of the replicas' first bad steps (-1 for none) that raises UserError if there is one."""
 
     def check(first_bad_steps):
         bad = [int(step) for step in first_bad_steps if step >= 0]
@@ -200,12 +200,12 @@ def strengths_hook(
     batches: Callable[[int], Iterator[Any]],
     log: Log,
 ) -> Before:
-    """Returns a hook that measures the strengths of estimators anew; a function of state and batches alone.
+    """Returns a hook that measures the strengths of estimators; they depend on state and batches alone.
 
     Args:
-        measure: `measure(state, batch, number)` gives the strengths of one batch.
-        batches: `batches(done)` reads those of one measurement, after so many steps.
-        log: where their mean is recorded, and the clock.
+        measure: `measure(state, batch, number)` returns the strengths on one batch.
+        batches: `batches(done)` yields the batches of one measurement after `done` steps.
+        log: records their mean, and has the clock.
     """
 
     def before(done, state):

@@ -1,4 +1,4 @@
-"""The partner's variables from a file of PyTorch weights, and what is told if they do not fit."""
+"""Imports the partner's variables from a file of PyTorch weights and reports those that do not fit."""
 
 import hashlib
 import json
@@ -17,26 +17,26 @@ from bqat_jax.networks.torch_names import Translation, find_prefix
 from bqat_jax.networks.torch_weights import NAME_RULES, StateDict, WeightsMismatch, import_state_dict, read_state_dict
 from bqat_jax.storage import KeptArrays, fetched, place, write_text
 
-# In a workdir: all in which the last file did not fit.
+# The file of a workdir that lists all differences of the last import.
 REPORT = 'partner_import.txt'
 
 
 def import_torch(experiment: Experiment) -> tuple[dict[str, Any], str]:
-    """Returns the variables that `partner.torch_file` gives, and what they were taken from.
+    """Returns the variables in `partner.torch_file` and a description of their source.
 
     With `partner.new_head` the classifier's variables are left out.
 
     Raises:
-        UserError: if the file cannot be read, or does not fit the network; all differences are then in `REPORT`.
+        UserError: if the file cannot be read or does not fit the network; `REPORT` then lists all differences.
     """
     source = experiment.partner_source
     file, name = source.torch_file, source.network_name
     assert file is not None
     if name not in NAME_RULES:
         raise UserError(
-            f'partner.torch_file={file!r}: the names that PyTorch gives to the parameters of the network '
-            f'{name!r} are not known, only those of {", ".join(NAME_RULES)}. Train the partner here, or add '
-            'rules to bqat_jax.networks.name_rules.NAME_RULES in a plugin.'
+            f'partner.torch_file={file!r}: there are no rules for the PyTorch names of the network {name!r}, only for '
+            f'{", ".join(NAME_RULES)}. Train the partner here, or add rules to '
+            'bqat_jax.networks.name_rules.NAME_RULES in a plugin.'
         )
     rules, read = NAME_RULES[name], _read(file, source.torch_key, experiment.data.kept)
     without = find_classifier(experiment) if source.new_head else ()
@@ -52,7 +52,7 @@ def import_torch(experiment: Experiment) -> tuple[dict[str, Any], str]:
 
 
 def _read(file: str, key: str | None, kept: KeptArrays | None) -> StateDict:
-    """The weights in a file, which may lie in a bucket."""
+    """Reads the weights in a file, which may be in a bucket."""
     try:
         with fetched(place(file, 'partner.torch_file')) as local:
             try:
@@ -64,18 +64,18 @@ def _read(file: str, key: str | None, kept: KeptArrays | None) -> StateDict:
 
 
 def read_kept(kept: KeptArrays, file: Path, key: str | None) -> StateDict:
-    """Returns what `read_state_dict` does, as an earlier start has kept it if there was one: PyTorch is not loaded.
+    """Reads a file as `read_state_dict` does, through a cache: PyTorch is not loaded for a cached file.
 
     Args:
-        kept: where; the arrays are known by the content of the file, of which they were made.
-        file: of weights, on this machine.
-        key: as of `read_state_dict`.
+        kept: the cache; its key is a hash of the file's content.
+        file: a local file of weights.
+        key: the argument of `read_state_dict`.
 
     Raises:
         UserError: as `read_state_dict`.
     """
     if not file.is_file():
-        return read_state_dict(file, key)  # which says what is wrong
+        return read_state_dict(file, key)  # it raises the error
     with file.open('rb') as stream:
         content = hashlib.file_digest(stream, 'sha256').hexdigest()
     program = hashlib.sha256(Path(torch_files.__file__).read_bytes()).hexdigest()
@@ -93,7 +93,7 @@ def read_kept(kept: KeptArrays, file: Path, key: str | None) -> StateDict:
 
 
 def with_new_classifier(experiment: Experiment, fresh: dict[str, Any]) -> dict[str, Any]:
-    """Returns fresh variables in which all but the classifier's come from `partner.torch_file`.
+    """Returns `fresh` with all variables but the classifier's replaced by those of `partner.torch_file`.
 
     Raises:
         UserError: as `import_torch`.
@@ -106,10 +106,7 @@ def with_new_classifier(experiment: Experiment, fresh: dict[str, Any]) -> dict[s
 
 
 def find_classifier(experiment: Experiment) -> frozenset[str]:
-    """Returns the paths of the variables whose shapes depend on the number of classes.
-
-    These are found by a network for one class more.
-    """
+    """Returns the paths of the variables whose shapes differ in a network with one more class."""
     source, num_classes = experiment.partner_source, experiment.data.images.num_classes
     cut = experiment.config['replacement']['cut']
     other = make_network(source.network_name, num_classes + 1, cut, source.network_options)
@@ -120,7 +117,7 @@ def find_classifier(experiment: Experiment) -> frozenset[str]:
 
 
 def _reported(experiment: Experiment, file: str, error: WeightsMismatch) -> UserError:
-    """Writes the whole list; returns the error with what can be done."""
+    """Writes all differences to a file; returns the error with a remedy."""
     path = experiment.workdir / REPORT
     if is_first():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -129,7 +126,7 @@ def _reported(experiment: Experiment, file: str, error: WeightsMismatch) -> User
     kinds, paths = {one.kind for one in error.differences}, {one.path for one in error.differences}
     if kinds <= {'misshapen', 'missing'} and paths <= find_classifier(experiment):
         remedy = (
-            'Only the head differs, as that of a network for another number of classes does. Give '
-            '--config.partner.new_head=true to take all but the head, and to train the partner from there.'
+            'Only the head differs, as with another number of classes. Use --config.partner.new_head=true to load all '
+            'but the head and train the partner from there.'
         )
-    return UserError(f'partner.torch_file={file!r}: {error}\n{remedy} The whole list is in {path}.')
+    return UserError(f'partner.torch_file={file!r}: {error}\n{remedy} The complete list is in {path}.')

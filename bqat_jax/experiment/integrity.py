@@ -1,4 +1,4 @@
-"""Whether what was read is what was written: checksums, shapes, and silence about readings that failed."""
+"""Checks of checkpoints that were read: checksums, shapes, and which errors mean damage."""
 
 import contextlib
 import functools
@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from bqat_jax.errors import UserError
 from bqat_jax.storage import chain_of, is_refused
 
-# Codes of TensorStore's errors, and those that a file that is missing, cut or changed leads to.
+# TensorStore's status codes; `DAMAGE` has those of a missing, truncated or changed file.
 STATUS = re.compile(
     r'\b(CANCELLED|UNKNOWN|INVALID_ARGUMENT|DEADLINE_EXCEEDED|NOT_FOUND|ALREADY_EXISTS|PERMISSION_DENIED|ABORTED|'
     r'RESOURCE_EXHAUSTED|FAILED_PRECONDITION|OUT_OF_RANGE|UNIMPLEMENTED|INTERNAL|UNAVAILABLE|DATA_LOSS|'
@@ -28,14 +28,14 @@ DAMAGE = {'NOT_FOUND', 'DATA_LOSS', 'INVALID_ARGUMENT', 'OUT_OF_RANGE', 'FAILED_
 def digest(tree: Any) -> jax.Array:
     """Returns a checksum of every array of a tree, uint32 (arrays,), on every device; any changed bit changes it.
 
-    Orbax notices missing and cut files, but not a flipped bit inside an array. The bits of element j, counted from 0,
-    enter a sum modulo 2^32 with the odd factor 2j + 1.
+    Orbax detects missing and truncated files, but not a flipped bit in an array. The checksum is the sum modulo 2^32 of
+    the elements' bits, with the odd factor 2j + 1 for element j, counted from 0.
     """
     return _digest(tree, on_every_device(jax.tree.leaves(tree)[0].sharding))
 
 
 def on_every_device(sharding: Any) -> Any:
-    """Returns the sharding of an array of which every device of another sharding has the whole."""
+    """Returns the replicated sharding on the devices of another sharding."""
     return NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else sharding
 
 
@@ -57,7 +57,7 @@ def _digest(tree: Any, sharding: Any) -> jax.Array:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Within it, libraries do not print of readings that failed: it is hundreds of lines for one file."""
+    """Silences libraries about failed reads within the context: they print hundreds of lines for one file."""
     hook = sys.unraisablehook
 
     def ignore(unraisable):
@@ -78,7 +78,7 @@ def quiet() -> Iterator[None]:
 
 
 def arrays_of(tree: Any) -> dict[str, str]:
-    """Returns the shape and dtype of every array of a tree, or of its metadata, in words, by path."""
+    """Returns the dtype and shape of every array of a tree, or of its metadata, as text by path."""
     arrays = {}
     tree = jax.tree.map(_key_data, tree, is_leaf=lambda node: hasattr(node, 'shape'))
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: hasattr(node, 'shape')):
@@ -88,15 +88,15 @@ def arrays_of(tree: Any) -> dict[str, str]:
 
 
 def _key_data(leaf: Any) -> Any:
-    """Random keys are saved as the numbers that they consist of."""
+    """Random keys are saved as their key data."""
     is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     return jax.eval_shape(jax.random.key_data, leaf) if is_key else leaf
 
 
 def is_damage(error: BaseException) -> bool:
-    """Returns whether an error of reading means that files are missing, cut or changed.
+    """Returns whether an error of reading means that files are missing, truncated or changed.
 
-    Whatever else is raised, as by a disk or a network that does not answer or refuses, says nothing of the files.
+    Other errors, such as those of a disk or a network that does not respond or denies access, do not mean damage.
     """
     parts = list(chain_of(error))
     if any(isinstance(part, UserError) or is_refused(str(part)) for part in parts):

@@ -1,6 +1,6 @@
-"""Every key of a config, with its default, its range and what it does: the one list of them.
+"""All keys of a config with default, range and description.
 
-From it come the base config, the check of every value, and `docs/configuration.md`:
+The base config, the check of values and `docs/configuration.md` are made from this list:
 
     python -m bqat_jax.experiment.keys > docs/configuration.md
 """
@@ -35,9 +35,9 @@ class Key:
         name: with dots, such as 'train.batch_size'.
         default: the value in the base config; its type is the key's.
         text: what the key does, in Markdown.
-        range: of a number, or of each number of a tuple: an interval such as '[0, 1)'; '' where there is none.
-        may_change: whether a run may be continued with another value, because results do not depend on it; for the
-            mesh, only by the order of float32 sums.
+        range: interval of the number, or of each number of a tuple, such as '[0, 1)'; '' for none.
+        may_change: whether a run may resume with another value, because results do not depend on it, or, for the mesh,
+            only through the order of float32 sums.
     """
 
     name: str
@@ -59,20 +59,20 @@ class Key:
 
 def _optimizer(section: str) -> tuple[Key, ...]:
     return (
-        Key(f'{section}.name', 'sgd', '`sgd` or `adamw`; of the network and its quantizers'),
-        Key(f'{section}.learning_rate', 0.1, 'peak learning rate; a cosine leads from it to 0', NUMBER),
+        Key(f'{section}.name', 'sgd', '`sgd` or `adamw`, for the network and its quantizers'),
+        Key(f'{section}.learning_rate', 0.1, 'peak learning rate, with cosine decay to 0', NUMBER),
         Key(f'{section}.momentum', 0.9, 'momentum of SGD; beta1 of AdamW', '[0, 1)'),
         Key(f'{section}.beta2', 0.999, 'beta2 of AdamW', '[0, 1)'),
-        Key(f'{section}.nesterov', True, 'Nesterov momentum, of SGD'),
+        Key(f'{section}.nesterov', True, 'whether SGD uses Nesterov momentum'),
         Key(
             f'{section}.weight_decay',
             1e-4,
-            'weight decay, on kernels alone: SGD adds it to the gradient, AdamW decouples it',
+            'weight decay of kernels only: SGD adds it to the gradient, AdamW decouples it',
             NUMBER,
         ),
-        Key(f'{section}.warmup_steps', Unset(int), 'steps in which the learning rate rises from 0', STEPS),
-        Key(f'{section}.warmup_epochs', 0.0, 'the same in epochs', NUMBER),
-        Key(f'{section}.clip_norm', 0.0, 'largest norm of the whole gradient; 0: any', NUMBER),
+        Key(f'{section}.warmup_steps', Unset(int), 'steps of linear warm-up from 0', STEPS),
+        Key(f'{section}.warmup_epochs', 0.0, 'warm-up in epochs', NUMBER),
+        Key(f'{section}.clip_norm', 0.0, 'gradients are clipped to this global norm; 0: not clipped', NUMBER),
     )
 
 
@@ -81,18 +81,18 @@ KEYS: tuple[Key, ...] = (
     Key(
         'task',
         'classification',
-        'the [task](tasks.md), with options `language_model:ignore=-1`: its loss, and what checkpoints are selected by',
+        'the [task](tasks.md), with options `language_model:ignore=-1`: its loss and the score of checkpoints',
     ),
     Key(
         'plugins',
         Unset(str),
-        'Python files that register estimators, quantizers, networks, .., separated by commas',
+        'Python files that register estimators, quantizers, networks and more, separated by commas',
     ),
-    Key('sweep', Unset(str), 'for `--mode=sweep`: the Python file that says what is compared'),
+    Key('sweep', Unset(str), 'for `--mode=sweep`: the Python file that defines the comparison'),
     Key(
         'sweep_minutes',
         Unset(float),
-        'stop a sweep after so many minutes, with a checkpoint; the same command goes on: '
+        'minutes after which a sweep stops with a checkpoint; the same command resumes it: '
         '[research](research.md#sweeps-that-fit-a-lease)',
         POSITIVE,
         may_change=True,
@@ -100,14 +100,14 @@ KEYS: tuple[Key, ...] = (
     Key(
         'sweep_pack',
         Unset(str),
-        'zip file that a sweep goes on from, if it is there, and that it leaves at every stop: '
+        'zip file that a sweep resumes from, if it exists, and writes at every stop: '
         '[research](research.md#sweeps-that-fit-a-lease)',
         may_change=True,
     ),
     Key(
         'sweep_extend',
         2,
-        'how often a sweep adds a choice beyond the edge of its grid, where the best one lies at it; 0: never',
+        'how often a sweep extends its grid when the best choice is at the edge; 0: never',
         COUNT_OR_NONE,
         may_change=True,
     ),
@@ -120,18 +120,24 @@ KEYS: tuple[Key, ...] = (
     Key(
         'compilation_cache',
         Unset(str),
-        'folder for compiled programs and [what was decoded](data.md#what-is-kept); a second start is quick',
+        'folder for compiled programs and [decoded data](data.md#what-is-kept), which make later starts fast',
         may_change=True,
     ),
     Key('profile', False, 'record a trace of some steps of each phase: [performance](performance.md)', may_change=True),
-    Key('profile_steps', (11, 13), 'the first and the last of these steps, counted from 1', COUNT, may_change=True),
+    Key(
+        'profile_steps',
+        (11, 13),
+        'the first and the last step that `profile` records, counted from 1',
+        COUNT,
+        may_change=True,
+    ),
     Key(
         'distributed',
         'off',
         '`off`; `auto`; or `HOST:PORT,n,i` for process i of n, counted from 0: [pods](pods.md)',
         may_change=True,
     ),
-    Key('data.name', 'digits', '`digits` or the name of a TensorFlow Datasets data set'),
+    Key('data.name', 'digits', '`digits`, or the name of a data set of TensorFlow Datasets'),
     Key(
         'data.dir',
         Unset(str),
@@ -141,64 +147,66 @@ KEYS: tuple[Key, ...] = (
     Key(
         'data.cache_dir',
         Unset(str),
-        'local folder in which data sets of buckets, and [what was decoded](data.md#what-is-kept), are kept: '
-        '[pods](pods.md); unset: `~/.cache/bqat_jax` for s3://, and gs:// is read directly',
+        'local folder that caches data sets of buckets and [decoded data](data.md#what-is-kept): '
+        '[pods](pods.md); unset: `~/.cache/bqat_jax` for s3://; gs:// is read directly',
         may_change=True,
     ),
-    Key('data.cache_gb', 200.0, 'largest size of that folder; what was not used for longest goes', POSITIVE, True),
-    Key('data.train_split', 'train', 'what is trained on: a split, or a slice such as `train[:80%]`'),
-    Key('data.test_split', 'test', 'what is evaluated at the end: a split, or a slice'),
+    Key(
+        'data.cache_gb', 200.0, 'largest size of that folder; the least recently used files are removed', POSITIVE, True
+    ),
+    Key('data.train_split', 'train', 'split to train on, or a slice such as `train[:80%]`'),
+    Key('data.test_split', 'test', 'split to evaluate at the end, or a slice'),
     Key(
         'data.validation_split',
         Unset(str),
-        'what checkpoints are chosen on: a split, or a slice; unset: `data.validation_fraction`',
+        'split to select checkpoints on, or a slice; unset: see `data.validation_fraction`',
     ),
-    Key('data.image_size', Unset(int), 'side of squares that are cut out of images; unset: all are one size', COUNT),
+    Key('data.image_size', Unset(int), 'crop size in pixels; unset if all images have one size', COUNT),
     Key(
-        'data.on_device', True, 'the whole split lives on the device; batches are gathered in the step', may_change=True
+        'data.on_device', True, 'keep complete splits on the device; batches are gathered in the step', may_change=True
     ),
-    Key('data.skip_damaged', False, 'leave out examples that cannot be read, and count them', may_change=True),
-    Key('data.workers', 0, 'processes that decode images where data is not on the device', COUNT_OR_NONE, True),
-    Key('data.train_examples', Unset(int), 'take so many of the training images, the same in every run', COUNT),
-    Key('data.validation_fraction', 0.0, 'part of the training images held out to choose checkpoints on', '[0, 1)'),
+    Key('data.skip_damaged', False, 'skip and count examples that cannot be read', may_change=True),
+    Key('data.workers', 0, 'processes that decode images if data is not on the device', COUNT_OR_NONE, True),
+    Key('data.train_examples', Unset(int), 'size of a fixed subset of the training images; unset: all', COUNT),
+    Key('data.validation_fraction', 0.0, 'fraction of the training images held out to select checkpoints on', '[0, 1)'),
     Key(
         'data.value_range',
         Unset(tuple),
-        'what becomes 0 and 1 of float images, such as `(-1.0, 1.0)`; unset: a sample of the training images says it',
+        'values of float images that map to 0 and 1, such as `(-1.0, 1.0)`; unset: inferred from training images',
         '(-inf, inf)',
     ),
     Key(
         'data.mean',
         (0.5,),
-        'normalization: (pixel - mean) / std, in units of the largest pixel, one number for each channel',
+        'normalization: (pixel - mean) / std, in units of the largest pixel, one number per channel',
         FRACTION,
     ),
     Key('data.std', (0.5,), 'see `data.mean`', '(0, 1]'),
-    Key('data.crop_padding', 0, 'random crops after padding by so many pixels', COUNT_OR_NONE),
-    Key('data.flip', False, 'random mirroring, left to right'),
+    Key('data.crop_padding', 0, 'padding in pixels before random crops; 0: no crops', COUNT_OR_NONE),
+    Key('data.flip', False, 'random horizontal flips'),
     Key('data.color_jitter', 0.0, 'random brightness, contrast and saturation, each by a factor of 1 ± this', NUMBER),
     Key(
         f'{NETWORK}name',
         'cifar_resnet',
-        'the network; another than `cifar_resnet` has other options, so a recipe for it sets `config.network` whole',
+        'the network; options depend on it, so a recipe for another network replaces `config.network`',
     ),
     Key(f'{NETWORK}depth', 20, 'layers: 6n + 2', COUNT),
     Key(f'{NETWORK}width', 16, 'channels of the first stage', COUNT),
     Key(f'{NETWORK}shortcut', 'A', '`A`: zeros for new channels; `B`: 1x1 convolutions where the shape changes'),
     Key(f'{NETWORK}preactivation', False, 'batch norm and ReLU before each convolution'),
-    Key(f'{NETWORK}dtype', 'float32', '`float32` or `bfloat16`, of the computation; parameters are float32'),
-    Key(f'{NETWORK}remat', False, 'blocks recompute their inside in the backward pass: less memory, more time'),
+    Key(f'{NETWORK}dtype', 'float32', 'dtype of the computation: `float32` or `bfloat16`; parameters are float32'),
+    Key(f'{NETWORK}remat', False, 'recompute blocks in the backward pass: less memory, more time'),
     Key(
         'quant.weights.name', 'lsq', '[quantizer](estimators.md) of weights, with options `lsq:narrow=true`; or `none`'
     ),
     Key('quant.weights.bits', 2, 'bits of weights', '[1, 32]'),
     Key('quant.weights.estimator', 'identity', '[estimator](estimators.md), with options `ewgs:delta=0.1`'),
-    Key('quant.weights.granularity', 'auto', "`auto`, as the quantizer's paper has it; or `tensor`, `channel`"),
-    Key('quant.weights.rescale', 'none', 'quantized weights scaled again (SAT): `none`, `constant` or `stddev`'),
+    Key('quant.weights.granularity', 'auto', "`tensor`, `channel`, or `auto` for that of the quantizer's paper"),
+    Key('quant.weights.rescale', 'none', 'rescaling of quantized weights (SAT): `none`, `constant` or `stddev`'),
     Key('quant.activations.name', 'lsq', '[quantizer](estimators.md) of the inputs of layers; or `none`'),
     Key('quant.activations.bits', 2, 'bits of inputs', '[1, 32]'),
     Key('quant.activations.estimator', 'identity', '[estimator](estimators.md) of inputs'),
-    Key('quant.activations.sign', 'auto', '`auto`: as calibration finds; or `signed`, `unsigned`'),
+    Key('quant.activations.sign', 'auto', '`signed`, `unsigned`, or `auto` to determine it by calibration'),
     Key(
         'quant.rules',
         (
@@ -213,124 +221,142 @@ KEYS: tuple[Key, ...] = (
                 'activations': {'name': 'lsq', 'bits': 8, 'estimator': 'identity'},
             },
         ),
-        'settings of single layers: the first rule whose regular expression matches the layer counts',
+        'settings of single layers: the first rule whose regular expression matches the layer applies',
     ),
     Key(
         'quant.allow_unquantized',
         0.1,
-        'largest share of multiply-accumulates with weights that no quantizer reaches, as their layers are not known',
+        'largest allowed share of multiply-accumulates with weights in layers of unknown types, which no quantizer '
+        'reaches',
         FRACTION,
     ),
     Key('quant.calibration_batches', 4, 'batches that quantizers are calibrated on', COUNT),
-    Key('quant.trace.every_steps', Unset(int), 'how often `ewgs_trace` measures its strength, after the start', COUNT),
-    Key('quant.trace.every_epochs', 10.0, 'the same in epochs; at least one step', POSITIVE),
+    Key('quant.trace.every_steps', Unset(int), 'steps between two measurements of the strength of `ewgs_trace`', COUNT),
+    Key('quant.trace.every_epochs', 10.0, 'that interval in epochs; at least one step', POSITIVE),
     Key('quant.trace.batches', 3, 'batches of one measurement', COUNT),
-    Key('quant.trace.iterations', 50, 'random vectors for one batch, at most', '[2, inf)'),
-    Key('quant.trace.tolerance', 1e-3, 'relative change of the mean at which no more are drawn', NUMBER),
-    Key('quant.oscillations.dampening', 0.0, 'weight of the loss that dampens oscillations, at the end', NUMBER),
-    Key('quant.oscillations.dampening_start', 0.25, 'fraction of training at which it begins to rise from 0', FRACTION),
+    Key('quant.trace.iterations', 50, 'largest number of random vectors per batch', '[2, inf)'),
+    Key('quant.trace.tolerance', 1e-3, 'relative change of the mean at which drawing stops', NUMBER),
+    Key('quant.oscillations.dampening', 0.0, 'final weight of the loss that dampens oscillations', NUMBER),
+    Key(
+        'quant.oscillations.dampening_start',
+        0.25,
+        'fraction of training at which that weight starts to rise from 0',
+        FRACTION,
+    ),
     Key('quant.oscillations.dampening_aggregation', 'kernel_mean', '`kernel_mean` or `sum`'),
-    Key('quant.oscillations.freezing', False, 'keep the code of a weight that oscillates too often'),
-    Key('quant.oscillations.freezing_threshold', 0.01, 'frequency above which it does, at the end', FRACTION),
-    Key('quant.oscillations.freezing_first_threshold', 0.1, 'the same at `freezing_start`', FRACTION),
-    Key('quant.oscillations.freezing_start', 0.25, 'fraction of training before which none is frozen', FRACTION),
-    Key('quant.oscillations.freezing_momentum', 0.001, 'of the moving averages', FRACTION),
-    Key('quant.reestimation_batches', 0, 'batches to estimate batch-norm statistics on after training', COUNT_OR_NONE),
+    Key('quant.oscillations.freezing', False, 'freeze the code of a weight that oscillates too often'),
+    Key('quant.oscillations.freezing_threshold', 0.01, 'final frequency above which a weight is frozen', FRACTION),
+    Key('quant.oscillations.freezing_first_threshold', 0.1, 'that frequency at `freezing_start`', FRACTION),
+    Key('quant.oscillations.freezing_start', 0.25, 'fraction of training at which freezing starts', FRACTION),
+    Key('quant.oscillations.freezing_momentum', 0.001, 'momentum of the moving averages', FRACTION),
+    Key(
+        'quant.reestimation_batches', 0, 'batches to re-estimate batch-norm statistics on after training', COUNT_OR_NONE
+    ),
     Key(
         'replacement.plan',
         'prefix',
         'the [plan](method.md): `none`, `single`, `prefix`, `suffix`, `prefix_sampled`, `single_sampled`, `bernoulli`',
     ),
-    Key('replacement.cut', 'stage', 'blocks: `stage`, `block`, or the parts behind which to cut, separated by commas'),
-    Key('replacement.include_last', False, "prefixes: also the model of LP blocks alone, with the partner's head"),
-    Key('replacement.paths', 1, 'MP models per step, of plans that draw them', COUNT),
-    Key('replacement.seed', 0, "seed of these draws, apart from the run's", SEED),
-    Key('replacement.probability', 'linear:start=0.5,end=1', 'schedule: of a block of `bernoulli` to be LP'),
-    Key('replacement.weights', 'halving', 'of MP models: `halving`, `uniform`, `mean`, or one each: `0.25,0.5`'),
-    Key('replacement.weights_schedule', 'constant', 'schedule: a factor of these weights'),
+    Key('replacement.cut', 'stage', 'blocks: `stage`, `block`, or the parts after which to split, separated by commas'),
+    Key('replacement.include_last', False, "for prefixes: also use the model of all LP blocks with the partner's head"),
+    Key('replacement.paths', 1, 'MP models per step, for plans that draw them', COUNT),
+    Key('replacement.seed', 0, "seed of these draws, independent of the run's", SEED),
+    Key(
+        'replacement.probability',
+        'linear:start=0.5,end=1',
+        'schedule of the probability that a block of `bernoulli` is LP',
+    ),
+    Key('replacement.weights', 'halving', 'weights of MP models: `halving`, `uniform`, `mean`, or a list: `0.25,0.5`'),
+    Key('replacement.weights_schedule', 'constant', 'schedule of a factor of these weights'),
     Key(
         'replacement.cross_entropy',
         1.0,
-        "weight of the task's loss, as the labels' cross entropy, on the LP network",
+        "weight of the task's loss, such as cross entropy, on the LP network",
         NUMBER,
     ),
     Key('replacement.distillation', 1.0, 'weight of distillation from the FP partner to the LP network', NUMBER),
-    Key('replacement.distillation_schedule', 'constant', 'schedule: a factor of it'),
+    Key('replacement.distillation_schedule', 'constant', 'schedule of a factor of that weight'),
     Key('replacement.path_cross_entropy', 1.0, "weight of the task's loss on MP paths", NUMBER),
     Key('replacement.path_distillation', 1.0, 'weight of distillation from the FP partner to MP paths', NUMBER),
     Key('replacement.path_teaching', 0.0, 'weight of distillation from MP paths to the LP network', NUMBER),
-    Key('replacement.feature_matching', 0.0, 'weight of the distance of features at the ends of blocks', NUMBER),
-    Key('replacement.temperature', 1.0, 'of distillation', POSITIVE),
-    Key('train.steps', Unset(int), 'steps of training; they count where epochs are given too', STEPS),
-    Key('train.epochs', 10.0, 'the same in epochs of the training split', NUMBER),
-    Key('train.batch_size', 128, 'images per step, of all devices together', COUNT),
-    Key('train.microbatches', 1, 'parts that a batch is run in, one after another: less memory', COUNT),
-    Key('train.batch_norm_groups', 1, 'parts of these that batch norm normalizes apart', COUNT),
+    Key('replacement.feature_matching', 0.0, 'weight of the distance between features at the ends of blocks', NUMBER),
+    Key('replacement.temperature', 1.0, 'temperature of distillation', POSITIVE),
+    Key('train.steps', Unset(int), 'training steps; take precedence over epochs', STEPS),
+    Key('train.epochs', 10.0, 'training epochs', NUMBER),
+    Key('train.batch_size', 128, 'images per step over all devices', COUNT),
+    Key('train.microbatches', 1, 'parts that a batch is split into and run in sequence: less memory', COUNT),
+    Key('train.batch_norm_groups', 1, 'groups of a microbatch that batch norm normalizes separately', COUNT),
     Key('train.log_every_steps', 50, 'steps between two lines of metrics', COUNT, may_change=True),
-    Key('train.replicas', 1, 'LP networks trained side by side, with the seeds `seed`, `seed + 1`, ...', COUNT),
+    Key('train.replicas', 1, 'LP networks trained in parallel, with the seeds `seed`, `seed + 1`, ...', COUNT),
     *_optimizer('optimizer'),
     Key('optimizer.quantizers.learning_rate', 0.01, "peak learning rate of the quantizers' parameters", NUMBER),
     Key('optimizer.quantizers.weight_decay', 0.0, 'their weight decay', NUMBER),
-    Key('partner.steps', Unset(int), 'steps in which the FP partner is trained', STEPS),
-    Key('partner.epochs', 10.0, 'the same in epochs', NUMBER),
-    Key('partner.torch_file', Unset(str), 'PyTorch or safetensors file to take the partner from'),
+    Key('partner.steps', Unset(int), 'training steps of the FP partner; take precedence over epochs', STEPS),
+    Key('partner.epochs', 10.0, 'training epochs of the FP partner', NUMBER),
+    Key('partner.torch_file', Unset(str), 'PyTorch or safetensors file to load the partner from'),
     Key(
         'partner.torch_key',
         Unset(str),
-        'entry of that file that holds the weights, such as `state.ema`; unset: found',
+        'entry of that file with the weights, such as `state.ema`; unset: found automatically',
     ),
-    Key('partner.new_head', False, 'take all but the classifier from that file, and train the partner from there'),
-    Key('partner.workdir', Unset(str), 'workdir of another run to take the partner from'),
+    Key('partner.new_head', False, 'load all but the classifier from that file and train the partner from there'),
+    Key('partner.workdir', Unset(str), 'workdir of another run to load the partner from'),
     *_optimizer('partner.optimizer'),
     Key(
         'init.workdir',
         Unset(str),
-        'workdir of another run whose selected network the LP network starts from, with other bits if wanted; unset: '
-        'from the partner',
+        'workdir of another run whose selected checkpoint the LP network starts from; bits may differ; unset: the '
+        'partner',
     ),
-    Key('init.quantizers', 'calibrate', '`calibrate`: anew, on that network; `keep`: as they were there'),
-    Key('diagnosis.every_steps', Unset(int), 'steps between two diagnoses while training; unset: none', COUNT, True),
-    Key('diagnosis.batches', 4, 'training batches that are measured', '[2, inf)', True),
-    Key('diagnosis.samples', 8, 'draws of perturbed weights for the smoothed gradient', COUNT, True),
-    Key('diagnosis.oscillation_steps', 50, 'steps, made for this alone, in which weights are watched', STEPS, True),
+    Key('init.quantizers', 'calibrate', '`calibrate` them on that network, or `keep` those of that run'),
+    Key('diagnosis.every_steps', Unset(int), 'steps between two diagnoses during training; unset: none', COUNT, True),
+    Key('diagnosis.batches', 4, 'training batches per diagnosis', '[2, inf)', True),
+    Key('diagnosis.samples', 8, 'samples of perturbed weights for the smoothed gradient', COUNT, True),
+    Key('diagnosis.oscillation_steps', 50, 'extra steps in which oscillations are tracked', STEPS, True),
     Key(
         'export.formats',
         'packed,stablehlo',
-        'for `--mode=export`: some of `packed`, `stablehlo`, `onnx`, `qcdq`, separated by commas: [deploy](deploy.md)',
+        'for `--mode=export`: `packed`, `stablehlo`, `onnx`, `qcdq`, separated by commas: [deploy](deploy.md)',
         may_change=True,
     ),
-    Key('export.batch', 0, 'examples that an exported program takes at once; 0: any number', COUNT_OR_NONE, True),
+    Key('export.batch', 0, 'batch size of an exported program; 0: any', COUNT_OR_NONE, True),
     Key('export.opset', 21, 'version of the ONNX operators', '[21, 25]', True),
     Key(
         'storage.patience',
         600.0,
-        'seconds for which requests to a bucket that fail are repeated, before the run stops: [pods](pods.md)',
+        'seconds for which failing requests to a bucket are retried before the run stops: [pods](pods.md)',
         NUMBER,
         may_change=True,
     ),
     Key(
         'storage.lease_seconds',
         60.0,
-        'seconds after which a workdir in a bucket, whose run does not renew its lease, is taken over',
+        'seconds after which another run may use a workdir in a bucket if its lease is not renewed',
         '[1, inf)',
         may_change=True,
     ),
-    Key('mesh.data', -1, 'devices that share a batch, times `mesh.fsdp`; -1: all', '[-1, inf)', True),
-    Key('mesh.fsdp', 1, 'parts that large arrays are split into: parameters, optimizer state, partner', COUNT, True),
+    Key(
+        'mesh.data',
+        -1,
+        '`mesh.data` times `mesh.fsdp` devices share a batch; -1: all devices',
+        '[-1, inf)',
+        True,
+    ),
+    Key('mesh.fsdp', 1, 'shards of large arrays: parameters, optimizer state, partner', COUNT, True),
     Key(
         'mesh.rules',
         (),
-        "axes that arrays are split along, the first match counts: `({'path': 'head/dense/kernel', 'axis': 1},)`; or "
-        '`largest`, `none` as axis',
+        "axes to shard arrays along; the first match applies: `({'path': 'head/dense/kernel', 'axis': 1},)`; an axis "
+        'may be `largest` or `none`',
         may_change=True,
     ),
-    Key('mesh.min_shard_elements', 4096, 'smaller arrays stay whole on every device', COUNT_OR_NONE, True),
+    Key('mesh.min_shard_elements', 4096, 'smaller arrays are replicated', COUNT_OR_NONE, True),
     Key('checkpoint.every_steps', Unset(int), 'steps between two checkpoints', COUNT, True),
-    Key('checkpoint.every_epochs', 1.0, 'the same in epochs; at least one step', POSITIVE, True),
-    Key('checkpoint.keep', 2, 'newest checkpoints that are kept; the best is kept beside them', COUNT, True),
+    Key('checkpoint.every_epochs', 1.0, 'that interval in epochs; at least one step', POSITIVE, True),
+    Key('checkpoint.keep', 2, 'number of newest checkpoints kept in addition to the best', COUNT, True),
 )
 BY_NAME: Mapping[str, Key] = {key.name: key for key in KEYS}
-# Ranges of what networks other than the base config's have; `config.network` holds options of one network.
+# Ranges of options that the base config's network does not have.
 NETWORK_RANGES = {
     'width_multiplier': POSITIVE,
     'patch_size': COUNT,
@@ -340,13 +366,13 @@ NETWORK_RANGES = {
 
 
 def range_of(name: str) -> str:
-    """Returns the range of a key's numbers: '' where there is none; every number must be finite all the same."""
+    """Returns the range of a key's numbers, or '' for none; every number must be finite in any case."""
     key = BY_NAME.get(name)
     return NETWORK_RANGES.get(name.removeprefix(NETWORK), '') if key is None else key.range
 
 
 def is_within(value: float, interval: str) -> bool:
-    """Returns whether a number is finite in float32 and lies in an interval such as '[0, 1)'; in any for ''."""
+    """Returns whether a number is finite in float32 and lies in an interval such as '[0, 1)'; '' is unbounded."""
     if not abs(value) <= LARGEST_FLOAT32:
         return False
     if not interval:
@@ -358,7 +384,7 @@ def is_within(value: float, interval: str) -> bool:
 
 
 def in_words(interval: str) -> str:
-    """Returns what a number of an interval must be: '[0, 1)' gives 'at least 0 and less than 1'; '' gives 'finite'."""
+    """Describes an interval: '[0, 1)' gives 'at least 0 and less than 1', and '' gives 'finite'."""
     least, most = (end.strip() for end in (interval or '(-inf, inf)')[1:-1].split(','))
     parts = []
     if least != '-inf':
@@ -378,10 +404,10 @@ def markdown() -> str:
 def _markdown_lines() -> Iterator[str]:
     yield '# Configuration'
     yield ''
-    yield 'Every key of the config. Give it on the command line as `--config.KEY=VALUE`; `None` unsets a key whose'
-    yield 'default is unset. Numbers must be finite. A duration is given in steps or in epochs of the training split;'
-    yield 'where both are given the steps count. Keys marked ↻ may change when a run is continued in its workdir:'
-    yield 'results do not depend on them. This page is made by `python -m bqat_jax.experiment.keys`.'
+    yield 'All keys of the config. Set one on the command line with `--config.KEY=VALUE`; `None` unsets a key whose'
+    yield 'default is unset. Numbers must be finite. Durations are in steps or in epochs of the training split; steps'
+    yield 'take precedence. Keys marked ↻ may change when a run resumes in its workdir: results do not depend on'
+    yield 'them. This page is made by `python -m bqat_jax.experiment.keys`.'
     section = None
     for key in KEYS:
         first, _, rest = key.name.partition('.')

@@ -8,7 +8,7 @@ import jax
 
 from bqat_jax.training.state import TrainState
 
-# `before(done, state) -> state`, with the steps done so far; `after(number, state, metrics)`, with the step's number.
+# `before(done, state) -> state` gets the number of steps done; `after(number, state, metrics)` that of the step.
 Before = Callable[[int, TrainState], TrainState]
 After = Callable[[int, TrainState, dict[str, jax.Array]], None]
 Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
@@ -16,12 +16,11 @@ Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
 
 @dataclasses.dataclass(frozen=True)
 class Hooks:
-    """What happens around the steps, in this order; a hook is due every so many steps.
+    """Functions called around the steps, in order; each is called every `every` steps.
 
     Attributes:
         before: (every, function): the function gets the state and returns it, changed or not.
-        after: (every, function): the function looks at the state and at the step's metrics, which may not be computed
-            yet.
+        after: (every, function): the function gets the state and the step's metrics, which may not be computed yet.
     """
 
     before: Sequence[tuple[int, Before]] = ()
@@ -31,14 +30,14 @@ class Hooks:
 def run_steps(step: Step, state: TrainState, batches: Iterable[Any], start: int, hooks: Hooks) -> TrainState:
     """Makes a step with every batch and returns the state after the last.
 
-    It never waits for a step: a hook that needs its result does.
+    The loop does not wait for a step's result; a hook that needs the result does.
 
     Args:
         step: `step(state, batch) -> state, metrics`; it may donate `state`.
-        state: after `start` steps.
+        state: the state after `start` steps.
         batches: one for each step.
-        start: steps done before.
-        hooks: what happens around the steps.
+        start: number of steps already done.
+        hooks: functions called around the steps.
     """
     for number, batch in enumerate(batches, start + 1):
         for every, before in hooks.before:

@@ -38,12 +38,12 @@ CHECKPOINTS = 'checkpoints'
 
 
 class Start(NamedTuple):
-    """What the low-precision network starts from.
+    """The start of the low-precision network.
 
     Attributes:
         variables: {'params': ..., 'batch_stats': ...}.
         quantizers: the quantizers' parameters; None to calibrate them.
-        described: these quantizers as quantizers.json has them; None with the former.
+        described: these quantizers as in quantizers.json; None if `quantizers` is None.
     """
 
     variables: Any
@@ -57,23 +57,23 @@ def train_low_precision(
     """Trains the low-precision network.
 
     Args:
-        experiment: what is run.
-        partner: full precision, frozen.
-        data: what is trained on.
-        find_start: gives what the network starts from; not called once there is a checkpoint.
-        stop: asked after calibration and after every step.
+        experiment: the experiment.
+        partner: the frozen full-precision partner.
+        data: the training data.
+        find_start: returns what the network starts from; not called once there is a checkpoint.
+        stop: checked after calibration and after every step.
 
-    The quantizers are written down before training starts; a resumed run builds them from that file.
+    The quantizers are written to a file before training starts; a resumed run builds them from that file.
 
     Returns:
         The phase, and the selected checkpoint.
 
     Raises:
-        UserError: if quantizers do not suit their layers, or as `run_phase`.
-        Stopped: as `run_phase`.
+        UserError: if quantizers do not fit their layers, or for the reasons of `run_phase`.
+        Stopped: after a request to stop.
     """
     path, find_start = experiment.workdir / QUANTIZERS_FILE, functools.cache(find_start)
-    # Calibration batches that were read to find signs, by replica.
+    # Calibration batches that were already read to find signs, by replica.
     batches: dict[int, list[jax.Array]] = {}
     if agree(path.exists()):
         quantization = read_quantization(experiment)
@@ -103,7 +103,7 @@ def train_low_precision(
 
 
 def low_precision_phase(experiment: Experiment, partner: Partner, quantization: Quantization) -> Phase:
-    """Returns the phase in which a quantized network is trained."""
+    """Returns the phase that trains a quantized network."""
     spec = TrainSpec(
         replacement=BlockReplacement(experiment.network, quantization, experiment.plan, experiment.objective),
         # The low-precision network starts from the partner's weights, so it sees images as the partner does.
@@ -131,10 +131,10 @@ def low_precision_phase(experiment: Experiment, partner: Partner, quantization: 
 
 
 def read_quantization(experiment: Experiment) -> Quantization:
-    """Returns the quantizers that the workdir's quantizers.json describes.
+    """Returns the quantizers in the workdir's quantizers.json.
 
     Raises:
-        UserError: if there is no such file yet.
+        UserError: if the file does not exist yet.
     """
     path = experiment.workdir / QUANTIZERS_FILE
     if not path.exists():
@@ -143,7 +143,7 @@ def read_quantization(experiment: Experiment) -> Quantization:
 
 
 def _build_quantization(experiment: Experiment, described: dict[str, Any], file: Place) -> Quantization:
-    """The config's quantizers, with the signs of inputs that calibration found and a file describes."""
+    """The config's quantizers, with the signs of inputs from a quantizers.json."""
     signed = {}
     for path, layer in experiment.quantizers.items():
         if layer.activations is not None:
@@ -158,7 +158,7 @@ def _build_quantization(experiment: Experiment, described: dict[str, Any], file:
 
 
 def _same_quantization(experiment: Experiment, described: dict[str, Any]) -> Quantization:
-    """The config's quantizers, if they are those of another run."""
+    """The config's quantizers; raises UserError unless those of another run equal them."""
     assert experiment.init.workdir is not None
     source = experiment.init.workdir / QUANTIZERS_FILE
     quantization = _build_quantization(experiment, described, source)
@@ -166,7 +166,7 @@ def _same_quantization(experiment: Experiment, described: dict[str, Any]) -> Qua
     if changes:
         raise UserError(
             f"init.quantizers='keep': the quantizers of {experiment.init.workdir} are not those of this config (there "
-            f"-> here): {'; '.join(changes[:3])}. Give init.quantizers='calibrate'."
+            f"-> here): {'; '.join(changes[:3])}. Use init.quantizers='calibrate'."
         )
     return quantization
 
@@ -192,13 +192,13 @@ def _calibrate(
 
 
 def _full_precision(experiment: Experiment, start: Start) -> Any:
-    """Runs the network that is started from on a batch of images, in full precision, with other parameters."""
+    """The full-precision network of `start`, as a function of parameters and a batch of images."""
     key = random_key(experiment.seeds[0], Stream.CALIBRATION)
     return experiment.network.as_function(start.variables, train=True, key=key)
 
 
 def _calibration_batches(experiment: Experiment, partner: Partner, split: Split, replica: int) -> list[jax.Array]:
-    """Normalised training images, not augmented."""
+    """Normalised training images without augmentation."""
     preprocessing = make_preprocessing(experiment, partner.facts)
 
     @jax.jit

@@ -1,7 +1,4 @@
-"""What a run leaves to read: metrics.jsonl, TensorBoard events, and progress on the terminal.
-
-The metrics themselves are computed in the training step: `bqat_jax.training.metrics`.
-"""
+"""Writes metrics to metrics.jsonl, TensorBoard and the terminal; `bqat_jax.training.metrics` computes them."""
 
 import dataclasses
 import json
@@ -19,20 +16,20 @@ from bqat_jax.storage import Hold, Place, Spool, write_text
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = 'metrics.jsonl'
-STRENGTH = 'mean_delta'  # the mean strength of estimators that measure one, before the step that follows
-VALIDATION = 'validation_'  # before the name of a metric on the validation split
+STRENGTH = 'mean_delta'  # the mean measured strength of estimators: at step n, that of the steps from n + 1
+VALIDATION = 'validation_'  # prefix of metrics on the validation split
 SEND_EVERY = 60.0  # seconds
-# The metrics shown on the terminal, and how; the files have all.
+# Formats of the metrics shown on the terminal; the files have all metrics.
 SHOWN = {'loss': 'loss {:.3g}', 'examples_per_second': '{:.0f} examples/s'}
 
 
 @dataclasses.dataclass(frozen=True)
 class Recording:
-    """Where metrics go.
+    """The destinations of metrics.
 
     Attributes:
-        workdir: of the run; in a bucket the files are sent every minute and before each checkpoint.
-        hold: that this run alone writes there.
+        workdir: the run's workdir; files are sent to a bucket every minute and before each checkpoint.
+        hold: exclusive write access to the workdir.
         console: where progress is shown.
     """
 
@@ -44,12 +41,12 @@ class Recording:
 class Recorder:
     """Records the metrics of one phase, steps `start` to `total`; use as a context manager.
 
-    What an earlier process of the same run recorded of this phase from `start` on, after its last checkpoint, is
-    removed: those steps are done again.
+    Lines of this phase that an earlier process recorded after `start`, its last checkpoint, are removed: those steps
+    are repeated.
     """
 
     def __init__(self, place: Recording, phase: str, start: int | None, total: int):
-        """Opens the files; `start` is None where no step was ever saved, not even the first."""
+        """Opens the files; `start` is None if the phase has no checkpoint, not even of step 0."""
         self._place, self._phase, self._start, self._total = place, phase, start or 0, total
         self._console = place.console
         self._spool = Spool(place.workdir)
@@ -88,14 +85,14 @@ class Recorder:
         try:
             self._send_if_held()
         except Exception as error:
-            if exception[1] is None:  # else that one goes on, and it says more
+            if exception[1] is None:  # otherwise the exception already raised says more
                 raise
             logger.warning('The last metrics could not be sent (%s).', type(error).__name__)
         finally:
             self._spool.close()
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
-        """Writes the metrics of a step, counted from 1, and shows the progress."""
+        """Writes the metrics of a step, counted from 1, and shows progress."""
         self._file.write(json.dumps({'phase': self._phase, 'step': step, **metrics}) + '\n')
         self._file.flush()
         events = self._open_events()
@@ -105,7 +102,7 @@ class Recorder:
         if time.monotonic() - self._sent > SEND_EVERY:
             self._send_if_held()
         if self._progress:
-            self._latest |= metrics  # the bar stands still: it shows the last of each
+            self._latest |= metrics  # the bar shows the latest value of every metric
             shown = _show(self._latest)
             self._progress.update(self._task, completed=step, shown=shown)
         else:
@@ -116,7 +113,7 @@ class Recorder:
             self._console.print(line, markup=False, highlight=False)
 
     def send(self) -> None:
-        """Sends to a bucket what was recorded; to be called before a checkpoint is saved, by who holds it."""
+        """Sends the records to the workdir's bucket; call it before a checkpoint is saved, with the hold."""
         self._spool.send()
         self._sent = time.monotonic()
 
@@ -134,7 +131,7 @@ class Recorder:
 
 
 class NoRecorder:
-    """Records nothing: for the processes beside the first."""
+    """Records nothing; used by all processes but the first."""
 
     def __enter__(self) -> 'NoRecorder':
         return self
@@ -150,7 +147,7 @@ class NoRecorder:
 
 
 def open_recorder(place: Recording, phase: str, start: int | None, total: int) -> Recorder | NoRecorder:
-    """Returns the recorder of a phase; of several processes the first one records."""
+    """Returns the recorder of a phase; only the first process records."""
     return Recorder(place, phase, start, total) if is_first() else NoRecorder()
 
 
@@ -174,8 +171,8 @@ def _belongs_before(line: str, phase: str, start: int) -> bool:
         entry: dict[str, Any] = json.loads(line)
         if not isinstance(entry['step'], int):
             return False
-    except (ValueError, TypeError, KeyError):  # half a line, from a process that was killed, or none of ours
+    except (ValueError, TypeError, KeyError):  # an incomplete line of a killed process, or a foreign line
         return False
-    if entry.get('phase') == phase and entry['step'] == start and STRENGTH in entry:  # it is measured again
+    if entry.get('phase') == phase and entry['step'] == start and STRENGTH in entry:  # the strength is measured again
         return False
     return line.endswith('\n') and (entry.get('phase') != phase or entry['step'] <= start)

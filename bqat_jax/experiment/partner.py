@@ -1,4 +1,4 @@
-"""The full-precision partner: where it comes from, and how it is kept in the workdir."""
+"""The full-precision partner: finds, imports or trains it, and stores it in the workdir."""
 
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
@@ -26,8 +26,8 @@ from bqat_jax.storage import COMMIT_FILE, Place, check_listed, read_json, write_
 from bqat_jax.training.spec import TrainSpec
 from bqat_jax.transform import FULL_PRECISION
 
-# In a workdir: partner/final is the finished partner, partner/checkpoints its training, partner/partner.json says what
-# it is, and is written last.
+# In a workdir: partner/final is the finished partner, partner/checkpoints its training; partner/partner.json describes
+# it and is written last.
 DIRECTORY, FACTS = 'partner', 'partner.json'
 TRAINING = f'{DIRECTORY}/checkpoints'
 
@@ -37,7 +37,7 @@ class Partner(NamedTuple):
 
     Attributes:
         variables: {'params': ..., 'batch_stats': ...}.
-        facts: 'network' (its description), 'mean' and 'std' (the normalisation that belongs to its weights), 'source'.
+        facts: 'network' (its description), 'mean' and 'std' (the normalisation of its inputs), 'source'.
     """
 
     variables: Any
@@ -45,13 +45,13 @@ class Partner(NamedTuple):
 
 
 def find_partner(experiment: Experiment) -> Partner | None:
-    """Returns the workdir's own partner, or else that of `partner.workdir` or `partner.torch_file`; None without any.
+    """Returns the workdir's partner, or that of `partner.workdir` or `partner.torch_file`; None if it must be trained.
 
-    From then on it is the workdir's own. With `partner.new_head` there is none either before it is trained; whether the
-    file fits is seen here, before any data is read.
+    An imported partner is stored in the workdir. With `partner.new_head` it must be trained first; the file is still
+    checked here, before any data is read.
 
     Raises:
-        UserError: if the source that is given has no partner that fits.
+        UserError: if the source has no partner that fits.
     """
     partner = load_partner(experiment, experiment.workdir)
     if partner is not None:
@@ -65,13 +65,13 @@ def find_partner(experiment: Experiment) -> Partner | None:
 
 
 def pretrain_partner(experiment: Experiment, data: Data, stop: StopRequest) -> Partner:
-    """Trains the partner in full precision, on labels alone; from then on it is the workdir's own.
+    """Trains the partner in full precision on labels alone, and stores it in the workdir.
 
-    With `partner.new_head` it starts from the weights of `partner.torch_file`, else from random ones.
+    It starts from random weights, or, with `partner.new_head`, from those of `partner.torch_file`.
 
     Raises:
-        UserError: as `run_phase`, or if the file cannot be read or does not fit.
-        Stopped: as `run_phase`.
+        UserError: for the reasons of `run_phase`, or if the file cannot be read or does not fit.
+        Stopped: after a request to stop.
     """
     facts = _new_facts(experiment)
     phase = Phase(
@@ -86,7 +86,7 @@ def pretrain_partner(experiment: Experiment, data: Data, stop: StopRequest) -> P
     )
 
     def init(_):
-        # Each device makes its part: nowhere is the whole of a large tree.
+        # Each device initialises its own shards: a large tree may not fit on one device.
         shardings = experiment.placement.shardings(experiment.shapes)
         make = jax.jit(lambda key: experiment.network.init(key), out_shardings=shardings)
         variables = make(random_key(experiment.seeds[0], Stream.PARTNER_INIT))
@@ -103,11 +103,11 @@ def pretrain_partner(experiment: Experiment, data: Data, stop: StopRequest) -> P
 
 
 def partner_spec(experiment: Experiment, facts: dict[str, Any]) -> TrainSpec:
-    """Returns the training of the partner: full precision, labels alone.
+    """Returns the training of the partner: in full precision, on labels alone.
 
     Args:
-        experiment: what is run.
-        facts: of the partner; its normalisation is read.
+        experiment: the experiment.
+        facts: the partner's facts; its normalisation is used.
     """
     return TrainSpec(
         replacement=BlockReplacement(
@@ -124,17 +124,17 @@ def partner_spec(experiment: Experiment, facts: dict[str, Any]) -> TrainSpec:
 
 
 def make_preprocessing(experiment: Experiment, facts: dict[str, Any]) -> Preprocessing | TokenPreprocessing:
-    """Returns the preprocessing of examples for a partner, and for the network that starts from its weights."""
+    """Returns the preprocessing for a partner and for the low-precision network that starts from it."""
     if experiment.data.images.is_tokens:
         return TokenPreprocessing()
     return Preprocessing(tuple(facts['mean']), tuple(facts['std']), experiment.data.augmentation)
 
 
 def load_partner(experiment: Experiment, workdir: Place) -> Partner | None:
-    """Returns the finished partner that a workdir keeps, or None if it has none.
+    """Returns the finished partner of a workdir, or None if it has none.
 
     Raises:
-        UserError: if it is another network than the config's, or damaged.
+        UserError: if it is not the config's network, or is damaged.
     """
     path = workdir / DIRECTORY / FACTS
     if not agree(path.is_file()):
@@ -146,13 +146,13 @@ def load_partner(experiment: Experiment, workdir: Place) -> Partner | None:
         raise UserError(f'The partner in {workdir} is not the network of this config (there -> here): {listed}.')
     with Checkpoints(workdir / DIRECTORY / 'final', read_only=True) as checkpoints:
         restored = checkpoints.restore_selected(
-            experiment.shapes, f'Move {workdir / DIRECTORY} away, and the partner is trained or imported again.'
+            experiment.shapes, f'Move {workdir / DIRECTORY} away to train or import the partner again.'
         )
-    if restored is None:  # it was finished before partner.json was written
+    if restored is None:  # a run writes the checkpoint before partner.json
         raise UserError(
-            f'{path} describes a partner, and {path.parent / "final"} holds no checkpoint that counts: it was copied '
-            f'in part, or to a bucket without its files {COMMIT_FILE}. Copy it again with all files, or move '
-            f'{path.parent} away, and the partner is trained or imported again.'
+            f'{path} describes a partner, but {path.parent / "final"} holds no finished checkpoint: it was copied in '
+            f'part, or to a bucket without its files {COMMIT_FILE}. Copy it again with all files, or move '
+            f'{path.parent} away to train or import the partner again.'
         )
     return Partner(restored.state, facts)
 
@@ -162,17 +162,17 @@ def _take_from_workdir(experiment: Experiment, workdir: Place) -> Partner:
     partner = load_partner(experiment, workdir)
     if partner is None:
         raise UserError(
-            f'{workdir}, which the partner is taken from, holds no finished partner (no {DIRECTORY}/{FACTS} in it). '
-            'Finish that run, or give partner.workdir or partner.torch_file.'
+            f'{workdir}, the source of the partner, holds no finished partner (no {DIRECTORY}/{FACTS} in it). '
+            'Finish that run, or set partner.workdir or partner.torch_file.'
         )
     return partner._replace(facts={**partner.facts, 'source': f'workdir {workdir}'})
 
 
 def _import_from_torch(experiment: Experiment) -> Partner | None:
-    """The partner from the file; None if it still has to be trained."""
+    """The partner from the file; None if it must be trained first."""
     new_head = experiment.partner_source.new_head
     if new_head and agree((experiment.workdir / TRAINING).is_dir()):
-        return None  # its training goes on, without the file
+        return None  # its training resumes without the file
     variables, source = import_torch(experiment)
     if new_head:
         return None
@@ -180,17 +180,17 @@ def _import_from_torch(experiment: Experiment) -> Partner | None:
 
 
 def _new_facts(experiment: Experiment) -> dict[str, Any]:
-    """Of a partner with the config's normalisation: a PyTorch file does not say its own."""
+    """Facts of a partner with the config's normalisation: a PyTorch file does not specify one."""
     mean, std = list(experiment.data.mean), list(experiment.data.std)
     return {'network': experiment.network_description, 'mean': mean, 'std': std}
 
 
 def _keep(experiment: Experiment, partner: Partner) -> Partner:
-    """Makes a partner the workdir's own."""
+    """Stores a partner in the workdir."""
     directory = experiment.workdir / DIRECTORY
     experiment.hold.check()
     with Checkpoints(directory / 'final') as checkpoints:
-        if checkpoints.latest_step is None:  # else a kill came between these two files
+        if checkpoints.latest_step is None:  # else the process was killed between these two files
             checkpoints.save(0, partner.variables, {})
             checkpoints.wait()
     experiment.hold.check()

@@ -1,4 +1,4 @@
-"""What a phase of training is, and the shapes of what it trains."""
+"""A phase of training and the shapes of its state."""
 
 import dataclasses
 from typing import Any
@@ -20,13 +20,13 @@ class Phase:
 
     Attributes:
         name: 'pretrain' or 'train'.
-        stream: of its random numbers.
-        spec: what is trained.
-        optimizer: of the phase.
+        stream: the stream of its random numbers.
+        spec: the training.
+        optimizer: its optimizer.
         partner: the frozen partner's variables, or None.
         shapes: shapes and dtypes of the variables of one network and its quantizers.
-        directory: of its checkpoints.
-        replicas: how many networks are trained side by side.
+        directory: folder of its checkpoints.
+        replicas: the networks that are trained in parallel.
     """
 
     name: str

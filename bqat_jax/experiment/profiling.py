@@ -1,4 +1,4 @@
-"""Traces of single training steps, made by `jax.profiler`."""
+"""Traces of training steps by `jax.profiler`."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ FOLDER = 'profile'
 
 
 class Trace:
-    """Records what host and devices do during some steps; a context manager around them, and two hooks."""
+    """Traces host and devices during a range of steps; a context manager with two hooks."""
 
     def __init__(self, directory: Place, first: int, last: int):
         """Takes the folder for the trace, and the first and the last step, counted from 1; 0 for no trace."""
@@ -34,7 +34,7 @@ class Trace:
         return state
 
     def stop(self, number: int, state: TrainState, metrics: dict[str, jax.Array]) -> None:
-        """Stops the trace after its last step, when the devices are done with it."""
+        """Stops the trace once the devices have finished its last step."""
         del state
         if self._is_on and number == self._last:
             jax.block_until_ready(metrics)

@@ -1,4 +1,4 @@
-"""Splits of a dataset on their way to the devices."""
+"""Reads splits of a dataset and places their batches on the devices."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -20,11 +20,11 @@ from bqat_jax.training.step import make_evaluation_step
 
 
 class Data(NamedTuple):
-    """What a network is trained on.
+    """The data of training.
 
     Attributes:
         train: the training split.
-        validation: held out of it, for choices; None if nothing is.
+        validation: the validation split, on which checkpoints are selected; None if there is none.
     """
 
     train: Split
@@ -32,14 +32,14 @@ class Data(NamedTuple):
 
 
 def load_data(experiment: Experiment) -> Data:
-    """Returns the training split and what is held out of it; reads them onto the device if they are to live there."""
+    """Returns the training and validation splits; reads them onto the device if the experiment keeps them there."""
     images = experiment.data.images
     train = load_split(experiment, images.train)
     return Data(train, load_split(experiment, images.validation) if len(images.validation) else None)
 
 
 def load_split(experiment: Experiment, subset: Subset) -> Split:
-    """Returns a split; reads it onto the device if it is to live there."""
+    """Returns a split; reads it onto the device if the experiment keeps it there."""
     data, arrays = experiment.data, None
     if data.on_device:
         experiment.console.print(f'Reading {len(subset)} examples onto the device.')
@@ -51,15 +51,15 @@ def load_split(experiment: Experiment, subset: Subset) -> Split:
 def training_batches(
     experiment: Experiment, split: Split, stream: Stream, replicas: Replicas, start: int, stop: int
 ) -> Iterator[Any]:
-    """Yields the training batches number `start` to `stop - 1` of a stream, on the devices, augmented in the step.
+    """Yields the training batches `start` to `stop - 1` of a stream, on the devices; the step augments them.
 
     Args:
-        experiment: its seeds, one for each replica, and its batch size.
-        split: what is read.
-        stream: whose order of examples it is.
-        replicas: how many read side by side.
+        experiment: gives one seed per replica, and the batch size.
+        split: the split to read.
+        stream: the stream, which determines the order of examples.
+        replicas: the replicas that read in parallel.
         start: number of the first batch, counted from the beginning of training.
-        stop: number after the last.
+        stop: number after the last batch.
     """
     batch_size = experiment.data.batch_size
     readings = [
@@ -70,7 +70,7 @@ def training_batches(
 
 
 def batch_shapes(experiment: Experiment, split: Split, replicas: Replicas) -> Any:
-    """Returns shapes, dtypes and shardings of what `training_batches` yields in a run of one process; reads nothing."""
+    """Returns shapes, dtypes and shardings of the batches of `training_batches` in one process, without reading."""
     images = experiment.data.images
     example = images.example if split.arrays is None else {'index': jax.ShapeDtypeStruct((), np.int32)}
     axes = (experiment.data.batch_size,) if replicas.count == 1 else (replicas.count, experiment.data.batch_size)
@@ -84,7 +84,7 @@ def batch_shapes(experiment: Experiment, split: Split, replicas: Replicas) -> An
 def plain_batches(
     experiment: Experiment, split: Split, seed: int, stream: Stream, count: int
 ) -> Iterator[dict[str, jax.Array]]:
-    """Yields `count` batches of a stream on the devices, without random crops, for measurements."""
+    """Yields `count` batches of a stream on the devices without random crops, for measurements."""
     batches = split.training_batches(data_seed(seed, stream), experiment.data.batch_size, 0, count, random_crops=False)
     return (put_batch(batch, over_batch(experiment.placement.mesh)) for batch in batches)
 
@@ -99,14 +99,14 @@ def make_evaluation(
     """Returns `evaluation(params, collections)`, which evaluates every replica on a split.
 
     Args:
-        experiment: its devices and its batch size.
-        spec: of the networks.
-        replicas: how many there are.
-        split: not empty.
-        before_each: called before every batch; what it raises ends the evaluation.
+        experiment: gives the devices and the batch size.
+        spec: the training of the networks.
+        replicas: the networks.
+        split: the split; must not be empty.
+        before_each: called before every batch; an exception ends the evaluation.
     """
     step, devices = make_evaluation_step(spec, replicas), experiment.placement.mesh.devices.size
-    batch_size = -(-experiment.data.batch_size // devices) * devices  # of training, up to a multiple of the devices
+    batch_size = -(-experiment.data.batch_size // devices) * devices  # a multiple of the devices
 
     def batches():
         for batch in split.evaluation_batches(batch_size):

@@ -1,4 +1,4 @@
-"""The report of a run: reads what the run left, measures its network, writes `report.html`."""
+"""The report of a run: reads the run's files, measures its network, writes `report.html`."""
 
 import functools
 import json
@@ -35,12 +35,12 @@ from bqat_jax.training.regularizers import VISIBLE_FREQUENCY
 logger = logging.getLogger(__name__)
 
 REPORT_FILE = 'report.html'
-# Of the test split so many examples are answered at most, and so many numbers of its inputs make a batch whose layers
-# are looked at.
+# Most test examples that the network is run on; most input elements, and least and most examples, of the batch for
+# which layers are measured.
 MOST_EXAMPLES = 10_000
 MOST_INPUTS = 2**22
 LOOKED_AT = (16, 256)
-# The seed of the order in which a test split is read that is not read whole.
+# The seed of the order of examples if only a part of the test split is read.
 ORDER = 0
 
 
@@ -63,7 +63,7 @@ def report_run(config: Config, workdir: Place) -> dict[str, Any]:
     def opened():
         try:
             return open_run(config, workdir, experiment.console)[1]
-        except UserError as error:  # the run is not as far yet
+        except UserError as error:  # the run has not come that far
             raise Unavailable(str(error)) from error
 
     return {'report': str(write_report(experiment, opened))}
@@ -72,17 +72,17 @@ def report_run(config: Config, workdir: Place) -> dict[str, Any]:
 def report_finished(
     experiment: Experiment, finished: Finished, collections: Any, test: Split, is_due: Callable[[], bool]
 ) -> None:
-    """Writes the report of a run that has just finished; if that fails, a warning says so, and the run is complete.
+    """Writes the report of a run that has just finished; a failure is logged as a warning and the run stays complete.
 
-    Of several processes the first one writes what the files say, and nothing is measured: all would have to take part,
-    and what fails in one of them alone would leave the others waiting.
+    With several processes the first one reports the files and measures nothing: a measurement needs all processes, and
+    a failure in one would leave the others waiting.
 
     Args:
-        experiment: what was run.
-        finished: what it left.
-        collections: that the network was evaluated with.
+        experiment: the experiment.
+        finished: its trained network.
+        collections: the collections that the network was evaluated with.
         test: the test split.
-        is_due: whether the run was told to stop; what is not measured by then is left out.
+        is_due: whether a stop was requested; the remaining measurements are then left out.
     """
     if not is_first():
         return
@@ -91,16 +91,16 @@ def report_finished(
 
     def opened():
         if jax.process_count() == 1 and is_due():
-            raise Unavailable('The run was told to stop before this was measured: --mode=report measures it.')
+            raise Unavailable('The run was stopped before this was measured. Use --mode=report.')
         return finished
 
     try:
         path = write_report(experiment, opened, lambda: collections, lambda: test)
         experiment.console.print(f'Report: {path}, in {time.monotonic() - began:.1f} s.', soft_wrap=True)
-    except Exception as error:  # the result is there, and nothing of it may be lost
+    except Exception as error:  # the result is written; a report must not fail the run
         logger.warning(
-            'The report of %s could not be written (%s: %s). The run is complete all the same; --mode=report, with the '
-            "run's own flags, writes it.",
+            'The report of %s could not be written (%s: %s). The run is complete; --mode=report with its flags '
+            'writes the report.',
             experiment.workdir,
             type(error).__name__,
             str(error).partition('\n')[0],
@@ -116,10 +116,10 @@ def write_report(
     """Writes the report of a run and returns its path.
 
     Args:
-        experiment: what was run.
-        opened: gives what it left; may raise `Unavailable`.
-        collections: gives those that the network is evaluated with; None to find them.
-        test: gives the test split; None to read it.
+        experiment: the experiment.
+        opened: returns its trained network, or raises `Unavailable`.
+        collections: returns the collections that the network is evaluated with; None to determine them.
+        test: returns the test split; None to read it.
     """
     source = Network(experiment, opened, collections, test)
     record = read_record(experiment, source)
@@ -132,7 +132,7 @@ def write_report(
 
 
 class Network:
-    """The network of a run, opened when something of it is measured first."""
+    """The network of a run, opened at the first measurement."""
 
     def __init__(
         self,
@@ -141,21 +141,21 @@ class Network:
         collections: Callable[[], Any] | None,
         test: Callable[[], Split] | None,
     ):
-        """Takes what `write_report` takes."""
+        """Takes the arguments of `write_report`."""
         self._experiment, self._opened = experiment, opened
         self._collections = collections or self._find_collections
         self._test = functools.cache(test or (lambda: load_split(experiment, experiment.data.images.test)))
 
     def finished(self) -> Finished:
-        """Returns what the run left.
+        """Returns the trained network.
 
         Raises:
-            Unavailable: if that is not there yet, or this is one of several processes.
+            Unavailable: if it does not exist yet, or there are several processes.
         """
         if jax.process_count() > 1:
             raise Unavailable(
-                f'The run had {jax.process_count()} processes, and one alone cannot measure it: --mode=report, in one '
-                'process, does.'
+                f'The run had {jax.process_count()} processes, and one alone cannot measure it. Use --mode=report in '
+                'one process.'
             )
         return self._opened()
 
@@ -167,14 +167,14 @@ class Network:
         return first(finished.restored.state).variables._replace(collections=first(self._collections()))
 
     def looks(self) -> Any:
-        """Returns what is seen at the quantizers; see `look_at_quantizers`."""
+        """Returns the measurements of quantizers; see `look_at_quantizers`."""
         replacement = self.finished().phase.spec.replacement
         if not replacement.quantization.layers:
             return {}
         return look_at_quantizers(replacement, self.variables, self._batch)
 
     def alignment(self) -> Alignment:
-        """Returns how features compare with the partner's; see `compare_features`."""
+        """Returns the similarity of features to the partner's; see `compare_features`."""
         phase = self.finished().phase
         cka = compare_features(phase.spec.replacement, self.variables, phase.partner, self._batch)
         if cka is None:
@@ -182,7 +182,7 @@ class Network:
         return Alignment(cka, jax.tree.leaves(self._batch)[0].shape[0])
 
     def answers(self) -> Answers:
-        """Returns what the network answers on the test split, or on `MOST_EXAMPLES` of it."""
+        """Returns the network's answers on the test split, or on `MOST_EXAMPLES` of it."""
         images = self._experiment.data.images
         answer = make_answer_step(self._experiment.task, images.num_classes)
         spec, test, variables = self.finished().phase.spec, self._test(), self.variables
@@ -195,14 +195,14 @@ class Network:
         answers = Answers(np.zeros((images.num_classes,) * 2, np.int64))
         has_images = not images.is_tokens and not images.label_shape
         for batch in self._batches(test, self._round(self._experiment.data.batch_size), MOST_EXAMPLES):
-            self.finished()  # asks whether to go on
+            self.finished()  # raises if a stop is requested
             counts = jax.device_get(step(variables, test.arrays, self._put(batch)))
             answers.add(counts, functools.partial(_image_of, batch, test.arrays) if has_images else None)
         return answers
 
     @functools.cached_property
     def _batch(self) -> Any:
-        """Inputs of some test examples, as the network takes them."""
+        """Preprocessed inputs of some test examples."""
         test, (least, most) = self._test(), LOOKED_AT
         numbers = max(1, int(np.prod(self._experiment.data.images.image_shape)))
         size = min(len(test), max(least, min(most, MOST_INPUTS // numbers)))
@@ -212,7 +212,7 @@ class Network:
         return jax.jit(self.finished().phase.spec.prepare, static_argnums=2)(batch, test.arrays, None).inputs
 
     def _batches(self, test: Split, size: int, most: int) -> Any:
-        """Every example once; or, of a split with more than so many, batches in an order drawn once for all."""
+        """Batches with every example once, or, for a split of more than `most`, a fixed random part."""
         if len(test) <= max(size, most):
             return test.evaluation_batches(size)
         return test.training_batches(ORDER, size, 0, max(1, most // size), random_crops=False)
@@ -231,17 +231,17 @@ class Network:
 
 
 def _image_of(batch: Mapping[str, Any], arrays: Any, place: int) -> np.ndarray:
-    """An image of a batch as it was read."""
+    """An image of a batch before preprocessing."""
     one = {name: np.asarray(x)[place : place + 1] for name, x in batch.items()}
     return np.asarray(get_array(one, arrays, 'image'))[0]
 
 
 def read_record(experiment: Experiment, network: Network) -> Record:
-    """Returns what the workdir's files say; one that is missing or damaged is noted.
+    """Reads the workdir's files; a missing or damaged one is noted.
 
     Args:
-        experiment: what was run.
-        network: of the run, whose trackers know of oscillating weights.
+        experiment: the experiment.
+        network: the run's network, whose trackers have oscillating weights.
     """
     workdir, notes = experiment.workdir, []
 
@@ -273,7 +273,7 @@ def read_record(experiment: Experiment, network: Network) -> Record:
 
 
 def read_metrics(path: Place) -> list[dict[str, Any]]:
-    """Returns the lines of a metrics.jsonl; those that are no metrics, such as half a line, are left out."""
+    """Returns the lines of a metrics.jsonl, without those that are not metrics, such as an incomplete line."""
     if not path.exists():
         return []
     lines = []
@@ -288,7 +288,7 @@ def read_metrics(path: Place) -> list[dict[str, Any]]:
 
 
 def _oscillating(workdir: Place, network: Network) -> dict[str, float]:
-    """The fraction of oscillating weights by layer: of the newest diagnosis, or of what training tracked."""
+    """The fraction of oscillating weights by layer, from the newest diagnosis or from the trackers of training."""
     folder = workdir / DIAGNOSES
     there = {path.stem.removeprefix('step_'): path for path in folder.glob('step_*.json')} if folder.is_dir() else {}
     files = {int(step): path for step, path in there.items() if step.isdecimal()}
@@ -310,12 +310,12 @@ def _oscillating(workdir: Place, network: Network) -> dict[str, float]:
 
 
 def class_names(experiment: Experiment) -> list[str]:
-    """Returns the names of the classes that the data set declares, or else their numbers."""
+    """Returns the class names that the data set declares, or the numbers of the classes."""
     images = experiment.data.images
     names: Any = None
     try:
         names = list(images.test.source.dataset_info.features['label'].names)
-    except Exception:  # a source of another kind, or features of others
+    except Exception:  # a source without such features
         logger.debug('The data set names no classes.', exc_info=True)
     if not names or len(names) != images.num_classes:
         names = range(images.num_classes)

@@ -1,4 +1,4 @@
-"""A whole run: partner, calibration, block-replaced training, evaluation. What `main.py` calls."""
+"""The modes of `main.py`; a run is partner, calibration, block-replaced training and evaluation."""
 
 import dataclasses
 import math
@@ -30,7 +30,7 @@ from bqat_jax.storage import Place, check_reachable, shorten_patience, write_onc
 from bqat_jax.training.evaluation import Evaluation
 from bqat_jax.training.spec import NETWORK, QUANTIZERS
 
-# Before the name of a metric: that of the full-precision partner.
+# Prefix of the metrics of the full-precision partner.
 PARTNER = 'fp_'
 
 
@@ -43,15 +43,15 @@ def train(
     console: rich.console.Console | None = None,
     deadline: Deadline | None = None,
 ) -> dict[str, Any]:
-    """Runs a config from wherever its workdir has got to, to the end; writes and returns `result.json`.
+    """Starts or resumes the run of a workdir; writes and returns `result.json`.
 
     Args:
         config: the resolved config.
-        workdir: everything the run leaves goes there; called again with the same, it continues.
-        name: of the config, for the record.
-        overrides: what the command line changed, for the record.
+        workdir: folder of all files of the run; a second call with it resumes the run.
+        name: name of the config, for the record.
+        overrides: keys that the command line changed, for the record.
         console: where progress is shown; the terminal if None.
-        deadline: when to stop in any case.
+        deadline: when to stop.
 
     Raises:
         UserError: for a config or a workdir that cannot work, with the remedy.
@@ -76,10 +76,10 @@ def train(
 
 
 def summarize_network(config: Config, workdir: Place) -> dict[str, Any]:
-    """Prints what a config's network is; writes `summary.json` and returns its totals.
+    """Prints a summary of a config's network; writes `summary.json` and returns its totals.
 
     Raises:
-        UserError: for a config that cannot work, or a workdir that was made with another.
+        UserError: for a config that cannot work, or a workdir of another config.
     """
     check_reachable(workdir, '--workdir')
     workdir.mkdir(parents=True, exist_ok=True)
@@ -93,34 +93,33 @@ def import_partner(
 ) -> dict[str, Any]:
     """Imports the partner that the config names into a workdir and evaluates it; writes and returns `import.json`.
 
-    Training in the same workdir starts from it.
+    Training in that workdir uses it.
 
     Args:
         config: the resolved config.
-        workdir: where the partner is kept.
-        name: of the config, for the record.
-        overrides: what the command line changed, for the record.
+        workdir: where the partner is stored.
+        name: name of the config, for the record.
+        overrides: keys that the command line changed, for the record.
 
     Raises:
-        UserError: if the config names no partner, or one with a new head, or what it names does not fit.
+        UserError: if the config names no partner, one with a new head, or one that does not fit.
     """
     experiment = make_experiment(config, workdir, _console())
     source = experiment.partner_source
     if source.torch_file is None and source.workdir is None:
         raise UserError(
-            'There is nothing to import: give --config.partner.torch_file=FILE or --config.partner.workdir=DIR.'
+            'There is nothing to import. Use --config.partner.torch_file=FILE or --config.partner.workdir=DIR.'
         )
     if source.new_head:
         raise UserError(
-            'partner.new_head=True: a new head knows no classes before it is trained, so there is no partner to '
-            'evaluate. Train it, with --mode=train.'
+            'partner.new_head=True: a new head must be trained before the partner can be evaluated. Use --mode=train.'
         )
     with opened(workdir, config.storage.lease_seconds) as hold, StopRequest(shorten_patience) as stop:
         experiment = dataclasses.replace(experiment, hold=hold)
         check_config(experiment)
         write_record(experiment, name, overrides)
         partner = find_partner(experiment)
-        assert partner is not None  # a source is given
+        assert partner is not None  # a source is set
         experiment.console.print('Evaluating on the test split.')
         test = load_split(experiment, experiment.data.images.test)
         evaluation = _evaluate_partner(experiment, partner, test, stop)
@@ -136,14 +135,14 @@ def import_partner(
 def prepare_partner(
     config: Config, workdir: Place, *, name: str, console: rich.console.Console, deadline: Deadline | None = None
 ) -> None:
-    """Trains or imports the partner alone and keeps it in a workdir, for `partner.workdir` of other runs.
+    """Trains or imports only the partner and stores it in a workdir, for `partner.workdir` of other runs.
 
     Args:
         config: the resolved config.
-        workdir: where the partner is kept; called again with the same, it continues.
-        name: of the config, for the record.
+        workdir: where the partner is stored; a second call with it resumes the run.
+        name: name of the config, for the record.
         console: where progress is shown.
-        deadline: when to stop in any case.
+        deadline: when to stop.
 
     Raises:
         UserError: for a config or a workdir that cannot work, with the remedy.
@@ -191,16 +190,16 @@ def diagnose_run(config: Config, workdir: Place) -> dict[str, Any]:
 
 
 def _console() -> rich.console.Console:
-    """The terminal, to which the first process speaks for all."""
+    """The terminal; only the first process prints."""
     return rich.console.Console(quiet=not is_first(), markup=False)
 
 
 class Tested(NamedTuple):
-    """What a network is evaluated with.
+    """The data and collections of an evaluation.
 
     Attributes:
         split: the test split.
-        collections: of all replicas; see `collections_to_evaluate`.
+        collections: the collections of all replicas; see `collections_to_evaluate`.
     """
 
     split: Split
@@ -208,7 +207,7 @@ class Tested(NamedTuple):
 
 
 def _collect(experiment: Experiment, finished: Finished, train: Split | None) -> Tested:
-    """Returns what the network is evaluated with; `train` as in `collections_to_evaluate`."""
+    """Returns the data and collections of the evaluation; for `train` see `collections_to_evaluate`."""
     experiment.console.print('Evaluating on the test split.')
     test = load_split(experiment, experiment.data.images.test)
     return Tested(test, collections_to_evaluate(experiment, finished, train))
@@ -256,12 +255,12 @@ def _finish(
 
 
 def _reported(experiment: Experiment) -> tuple[str, ...]:
-    """The names of the metrics that a result has."""
+    """The names of the metrics in a result."""
     return (experiment.task.score.name, *experiment.task.reported)
 
 
 def _of_seeds(seeds: range, name: str, values: list[float]) -> dict[str, Any]:
-    """A value; with replicas the mean, the standard deviation and all of them."""
+    """A metric: its value, or with replicas its mean, standard deviation and all values."""
     if len(values) == 1:
         return {name: values[0]}
     by_seed = {str(seed): value for seed, value in zip(seeds, values, strict=True)}
@@ -285,4 +284,4 @@ def _evaluate_partner(experiment: Experiment, partner: Partner, test: Split, sto
 
 
 def _check(stop: StopRequest) -> None:
-    stop.check('while evaluating on the test split; what was trained is saved')
+    stop.check('while evaluating on the test split; the trained network is saved')

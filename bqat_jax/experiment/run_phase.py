@@ -1,4 +1,4 @@
-"""Runs a phase: from its newest checkpoint, or from the beginning, to its end."""
+"""Runs a phase from its newest checkpoint, or from the beginning, to its end."""
 
 import contextlib
 import math
@@ -34,19 +34,19 @@ def run_phase(
     """Trains from the newest checkpoint of the phase, or from the beginning, to its end.
 
     Args:
-        experiment: what is run.
-        phase: of it.
-        data: what is trained on.
-        init: gives the variables that a replica begins with.
-        stop: asked after every step.
+        experiment: the experiment.
+        phase: its phase.
+        data: the training data.
+        init: returns the initial variables of a replica.
+        stop: checked after every step.
 
     Returns:
-        The selected checkpoint: the best on the validation split, or the last if there is none. Its facts hold
-        'seconds', the time that training took up to the end of the phase.
+        The selected checkpoint: the best on the validation split, or the last without one. Its facts hold 'seconds',
+        the time that the phase took.
 
     Raises:
         UserError: if the loss is not finite, or a checkpoint cannot be written.
-        Stopped: after a request to stop, when a checkpoint is saved.
+        Stopped: after a request to stop, once a checkpoint is saved.
     """
     target = phase.state_shapes
     _report_sharding(experiment, phase, target)
@@ -54,24 +54,24 @@ def run_phase(
         restored = checkpoints.restore_latest(target)
         start, seconds = (0, 0.0) if restored is None else (restored.facts['next_batch'], restored.facts['seconds'])
         if restored is not None:
-            experiment.console.print(f'Phase {phase.name} goes on after step {start} of {phase.spec.steps}.')
+            experiment.console.print(f'Phase {phase.name} resumes after step {start} of {phase.spec.steps}.')
         if restored is None or start < phase.spec.steps:
-            with compiled_step(experiment, phase, data) as step:  # while the state is made and first saved
+            with compiled_step(experiment, phase, data) as step:  # compiles while the state is made and saved
                 state = initial_state(experiment, phase, init) if restored is None else restored.state
                 seconds = _train(experiment, phase, data, (step, state, start, seconds), checkpoints, stop)
         selected = checkpoints.restore_selected(target)
-        assert selected is not None  # the end of the phase was saved
+        assert selected is not None  # the last step was saved
         return selected._replace(facts={**selected.facts, 'seconds': seconds})
 
 
 def open_checkpoints(experiment: Experiment, directory: Place, *, read_only: bool = False) -> Checkpoints:
-    """Opens the checkpoints of a phase as the experiment keeps them."""
+    """Opens the checkpoints of a phase with the experiment's options."""
     has_scores = len(experiment.data.images.validation) > 0
     return Checkpoints(directory, keep=experiment.kept_checkpoints, has_scores=has_scores, read_only=read_only)
 
 
 def initial_state(experiment: Experiment, phase: Phase, init: Callable[[int], Variables]) -> TrainState:
-    """Returns the state of all replicas before the first step; `init` as in `run_phase`."""
+    """Returns the state of all replicas before the first step; for `init` see `run_phase`."""
     optimizer, _ = make_optimizer(phase.optimizer, phase.spec.steps)
 
     def make(variables, key):
@@ -91,7 +91,7 @@ def _train(
     checkpoints: Checkpoints,
     stop: StopRequest,
 ) -> float:
-    """Makes the steps left, from (step, state, steps done, seconds spent); returns the seconds of the phase."""
+    """Makes the remaining steps from (step, state, steps done, seconds spent); returns the seconds of the phase."""
     (step, state, start, seconds), steps = position, phase.spec.steps
     clock = Clock(seconds, experiment.data.batch_size * phase.replicas.count)
     intervals, evaluation = experiment.intervals, None
@@ -125,10 +125,10 @@ def _train(
 
 @contextlib.contextmanager
 def compiled_step(experiment: Experiment, phase: Phase, data: Data) -> Iterator[Step]:
-    """The phase's step, which is compiled in a thread; its first call waits for that.
+    """Yields the phase's step, which is compiled in a thread; its first call waits for the compilation.
 
-    On a GPU it is compiled when it is called: XLA times kernels to choose among them, and must have the GPU to itself.
-    So it is by several processes, which compile in one order.
+    On a GPU the step is compiled when it is called, since XLA's autotuning needs an idle GPU; with several processes
+    too, since they must compile in one order.
     """
     optimizer, learning_rate = make_optimizer(phase.optimizer, phase.spec.steps)
     train_step = make_train_step(phase.spec, optimizer, learning_rate, phase.replicas)
@@ -151,7 +151,7 @@ def compiled_step(experiment: Experiment, phase: Phase, data: Data) -> Iterator[
 
 
 def _measure_strengths(experiment: Experiment, phase: Phase, data: Data, log: Log) -> list[tuple[int, Before]]:
-    """The hook that measures the strengths of estimators, if one needs it."""
+    """The hook that measures the strengths of estimators, if an estimator needs them."""
     quantizers = phase.spec.replacement.quantization.quantizers()
     if not any(quantizer.estimator.needs_strength for _, _, quantizer in quantizers):
         return []
@@ -168,7 +168,7 @@ def _measure_strengths(experiment: Experiment, phase: Phase, data: Data, log: Lo
 
 
 def _diagnose(experiment: Experiment, phase: Phase, data: Data, log: Log) -> list[tuple[int, After]]:
-    """The hook that diagnoses a quantized network, if that is asked for."""
+    """The hook that diagnoses a quantized network, if the config asks for it."""
     if not phase.spec.replacement.quantization.layers or not experiment.intervals.diagnose:
         return []
 
@@ -177,7 +177,7 @@ def _diagnose(experiment: Experiment, phase: Phase, data: Data, log: Log) -> lis
 
 
 def _report_sharding(experiment: Experiment, phase: Phase, target: TrainState) -> None:
-    """Says which arrays are sharded, and by which rule, in `sharding_<phase>.json`."""
+    """Writes which arrays are sharded, and by which rule, to `sharding_<phase>.json`."""
     placement = phase.replicas.placement
     if not placement.shards:
         return
@@ -188,9 +188,9 @@ def _report_sharding(experiment: Experiment, phase: Phase, target: TrainState) -
     own = sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in leaves)
     experiment.console.print(
         f'Phase {phase.name}: {len(sharded)} of {len(leaves)} arrays are sharded '
-        f'(mesh.fsdp={placement.parts}); of {whole / 2**20:.1f} MiB each device keeps {own / 2**20:.1f}.'
+        f'(mesh.fsdp={placement.parts}); each device stores {own / 2**20:.1f} of {whole / 2**20:.1f} MiB.'
     )
     paths = [path for path, _ in leaves_with_paths(target)]
     for rule in placement.rules:
         if not any(rule.matches(path) for path in paths):
-            experiment.console.print(f'No array of this phase is matched by the rule {rule.path!r} of mesh.rules.')
+            experiment.console.print(f'The rule {rule.path!r} of mesh.rules matches no array of this phase.')

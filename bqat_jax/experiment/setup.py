@@ -1,7 +1,4 @@
-"""From a config to an `Experiment`; a config that cannot work is rejected before anything is computed.
-
-This is the one place that turns a config into objects.
-"""
+"""Turns a config into an `Experiment`; a config that cannot work is rejected before anything is computed."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,7 +43,7 @@ from bqat_jax.transform import Layers, check_unquantized, fit_settings
 from bqat_jax.transform.rules import NO_QUANTIZER, LayerSettings, assign_quantizers
 
 FULL_PRECISION_BITS = 32
-# What becomes of the quantizers where a network starts from another run's.
+# Values of init.quantizers.
 KEEP, CALIBRATE = 'keep', 'calibrate'
 
 
@@ -59,15 +56,15 @@ def make_experiment(
     images: ImageData | None = None,
     devices: Sequence[Any] | None = None,
 ) -> Experiment:
-    """Returns what a config describes.
+    """Returns the experiment that a config describes.
 
     Args:
-        config: what the command line left of a recipe.
-        workdir: where everything goes that the run leaves.
+        config: the resolved config.
+        workdir: folder of all files that the run writes.
         console: where progress is shown.
-        hold: that this run alone writes there; of no lease if None.
-        images: the dataset; that which the config names if None.
-        devices: those of the mesh; JAX's if None.
+        hold: exclusive write access to the workdir; one without a lease if None.
+        images: the dataset; that of the config if None.
+        devices: devices of the mesh; JAX's if None.
 
     Raises:
         UserError: naming the key, its value and what it may be.
@@ -76,7 +73,7 @@ def make_experiment(
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
     _check_batch(config, mesh.devices.size)
     plugins = plugin_files(config)
-    load_plugins(local_files(plugins))  # one may bring the dataset
+    load_plugins(local_files(plugins))  # a plugin may register the dataset
     images = images or _open_images(config, _ignored_label(config))
     data = _make_data_spec(config, images)
     epoch = len(images.train) / config.train.batch_size  # steps
@@ -142,7 +139,7 @@ def make_experiment(
                 config.diagnosis.batches, config.diagnosis.samples, config.diagnosis.oscillation_steps
             ),
         )
-    except ValueError as error:  # what the library's parts say of a value holds for the key that gave it
+    except ValueError as error:  # the library's messages name values of the config
         raise UserError(str(error)) from error
     except Exception as error:
         where = place_in_plugins(error)
@@ -154,7 +151,7 @@ def make_experiment(
 
 
 def _rules_of_names(network: BlockNetwork, parts: int) -> tuple[Rule, ...]:
-    """Sharding rules for parameters whose axes the module names; none where nothing is sharded."""
+    """Sharding rules for parameters whose axes the module names; none without sharding."""
     if parts == 1:
         return ()
     boxed: Any = jax.eval_shape(network.init_boxed, jax.random.key(0))
@@ -164,13 +161,13 @@ def _rules_of_names(network: BlockNetwork, parts: int) -> tuple[Rule, ...]:
 
 
 def _check_batch(config: Config, devices: int) -> None:
-    """Checks that batches and replicas can be shared by so many devices."""
+    """Checks that batches and replicas can be split over the devices."""
     train = config.train
     if train.batch_size % (devices * train.microbatches):
         parts = f' in train.microbatches={train.microbatches} parts' if train.microbatches > 1 else ''
         raise UserError(
-            f'train.batch_size={train.batch_size} cannot be split over {devices} devices{parts}; '
-            'take a multiple, or fewer devices (mesh.data).'
+            f'train.batch_size={train.batch_size} cannot be split over {devices} devices{parts}. '
+            'Use a multiple, or fewer devices (mesh.data).'
         )
     if train.batch_size // train.microbatches % train.batch_norm_groups:
         raise UserError(
@@ -181,18 +178,18 @@ def _check_batch(config: Config, devices: int) -> None:
         return
     if train.replicas % devices:
         raise UserError(
-            f'train.replicas={train.replicas} cannot be spread over {devices} devices; take a '
+            f'train.replicas={train.replicas} cannot be split over {devices} devices. Use a '
             'multiple, or fewer devices (mesh.data).'
         )
     if config.mesh.fsdp > 1 or jax.process_count() > 1:
         raise UserError(
-            f'train.replicas={train.replicas} needs each seed whole on one device of one process; '
-            'mesh.fsdp must be 1 and distributed off. Train the seeds one after another instead.'
+            f'train.replicas={train.replicas} needs each seed on one device of one process: '
+            'mesh.fsdp must be 1 and distributed off. Or train the seeds one after another.'
         )
 
 
 def _ignored_label(config: Config) -> int | None:
-    """The label that the task does not count."""
+    """The label that the task ignores."""
     try:
         return getattr(get_task(config.task), 'ignore', None)
     except ValueError as error:
@@ -203,13 +200,13 @@ def _open_images(config: Config, ignore: int | None) -> ImageData:
     data = config.data
     if data.on_device and data.skip_damaged:
         raise UserError(
-            'data.skip_damaged=True, data.on_device=True: the whole of a dataset is read onto the device; give '
+            'data.skip_damaged=True, data.on_device=True: complete splits are read onto the device. Use '
             '--config.data.on_device=false.'
         )
     if data.on_device and data.image_size is not None:
         raise UserError(
-            f'data.image_size={data.image_size}, data.on_device=True: squares are cut out on the way to the '
-            'device; give --config.data.on_device=false.'
+            f'data.image_size={data.image_size}, data.on_device=True: images are cropped on the host. Use '
+            '--config.data.on_device=false.'
         )
     options = ImageOptions(
         validation_fraction=data.validation_fraction,
@@ -226,7 +223,7 @@ def _open_images(config: Config, ignore: int | None) -> ImageData:
 
 
 def _make_cache(data: Config) -> Cache:
-    """Where data sets of buckets are kept; what can be read directly is, if no folder is given."""
+    """The cache of data sets in buckets; without data.cache_dir only those that cannot be read directly are cached."""
     if data.cache_dir is None:
         return Cache(most_bytes=data.cache_gb * 1e9, is_wished=False)
     directory = place(data.cache_dir, 'data.cache_dir')
@@ -236,7 +233,7 @@ def _make_cache(data: Config) -> Cache:
 
 
 def _make_kept(config: Config) -> KeptArrays | None:
-    """Where arrays are kept: in `data.cache_dir`, else beside compiled programs, and nowhere if neither is given."""
+    """The cache of arrays: in `data.cache_dir`, else beside compiled programs; None if neither is set."""
     if config.data.cache_dir is not None:
         return _make_cache(config.data).arrays
     folder = None if config.compilation_cache is None else place(config.compilation_cache, 'compilation_cache')
@@ -248,8 +245,7 @@ def _make_data_spec(config: Config, images: ImageData) -> DataSpec:
     _check_augmentation(config, images)
     if not images.is_tokens and (len(data.mean) != channels or len(data.std) != channels):
         raise UserError(
-            f'data.mean={data.mean}, data.std={data.std}: the images have {channels} channels; give one '
-            'number for each.'
+            f'data.mean={data.mean}, data.std={data.std}: the images have {channels} channels. Use one number for each.'
         )
     return DataSpec(
         images=images,
@@ -265,7 +261,7 @@ def _make_data_spec(config: Config, images: ImageData) -> DataSpec:
 
 
 def _check_augmentation(config: Config, images: ImageData) -> None:
-    """Checks that what happens to images at random can happen to these examples."""
+    """Checks that the augmentation suits the examples."""
     keys = ['crop_padding', 'flip', 'color_jitter'] if images.is_tokens else ['crop_padding', 'flip']
     given = [f'data.{key}={config.data[key]}' for key in keys if config.data[key]]
     if given and (images.is_tokens or images.label_shape):
@@ -303,7 +299,7 @@ def _make_objective(config: Config, task: Task) -> Objective:
 
 
 def _check_task(task: Task, outputs: Any, images: ImageData) -> None:
-    """Checks that the network's outputs and the labels fit the task, by their shapes alone."""
+    """Checks that the shapes of the network's outputs and of the labels fit the task."""
     shape = images.image_shape if images.is_tokens else images.label_shape
     labels = jax.ShapeDtypeStruct((1, *shape), 'int32')
     task.check(outputs, labels, images.num_classes)
@@ -328,15 +324,15 @@ def _make_optimizer(config: Config, name: str, epoch: float) -> OptimizerSpec:
 def _make_partner_source(config: Config) -> PartnerSource:
     partner = config.partner
     if partner.workdir and partner.torch_file:
-        raise UserError('partner.workdir and partner.torch_file are both given: a run has one partner; give one.')
+        raise UserError('partner.workdir and partner.torch_file are both set. A run has one partner: set one of them.')
     file = None if partner.torch_file is None else str(place(partner.torch_file, 'partner.torch_file'))
     workdir = None if partner.workdir is None else place(partner.workdir, 'partner.workdir')
     if file is None and workdir is None and config.init.workdir is not None:
-        workdir = place(config.init.workdir, 'init.workdir')  # the network goes on with the partner that it had
+        workdir = place(config.init.workdir, 'init.workdir')  # the network keeps the partner that it had
     if (partner.torch_key or partner.new_head) and file is None:
         raise UserError(
-            f'partner.torch_key={partner.torch_key!r}, partner.new_head={partner.new_head}: they say what of a PyTorch '
-            'file is taken, and there is none; give partner.torch_file, or leave them out.'
+            f'partner.torch_key={partner.torch_key!r}, partner.new_head={partner.new_head}: they need a PyTorch file. '
+            'Set partner.torch_file, or leave them out.'
         )
     options = {key: value for key, value in config.network.items() if key != 'name'}
     return PartnerSource(config.network.name, file, workdir, partner.torch_key or None, partner.new_head, options)
@@ -347,7 +343,7 @@ def _make_init_source(config: Config) -> InitSource:
     if init.quantizers not in (KEEP, CALIBRATE):
         raise UserError(f'init.quantizers={init.quantizers!r}: it must be {CALIBRATE!r} or {KEEP!r}.')
     if init.workdir is None and init.quantizers == KEEP:
-        raise UserError(f'init.quantizers={KEEP!r}: give the run that they are taken from (--config.init.workdir=DIR).')
+        raise UserError(f'init.quantizers={KEEP!r}: set the run that has them (--config.init.workdir=DIR).')
     return InitSource(None if init.workdir is None else place(init.workdir, 'init.workdir'), init.quantizers == KEEP)
 
 
@@ -362,7 +358,7 @@ def _make_intervals(config: Config, epoch: float) -> Intervals:
 
 
 def _describe_method(config: Config) -> dict[str, Any]:
-    """What `result.json` says of the config."""
+    """The entries of `result.json` that come from the config."""
 
     def bits(role):
         return FULL_PRECISION_BITS if config.quant[role].name == NO_QUANTIZER else config.quant[role].bits

@@ -1,4 +1,4 @@
-"""Random numbers: what they are drawn for, and how seeds and keys follow from that."""
+"""Random streams: their uses, and the seeds and keys derived from them."""
 
 import enum
 
@@ -7,7 +7,7 @@ import numpy as np
 
 
 class Stream(enum.IntEnum):
-    """What random numbers are drawn for; no two uses share a stream. Results depend on the numbers."""
+    """The uses of random numbers, each with its own stream. Results depend on the values."""
 
     PARTNER_INIT = 0
     PARTNER_TRAINING = 1
@@ -23,5 +23,5 @@ def random_key(seed: int, stream: Stream) -> jax.Array:
 
 
 def data_seed(seed: int, stream: Stream) -> int:
-    """Returns the seed of the order in which a stream reads examples."""
+    """Returns the seed for a stream's order of examples."""
     return int(np.random.SeedSequence([seed, int(stream)]).generate_state(1)[0])

@@ -1,4 +1,4 @@
-"""A run's workdir: held by one run at a time, known again by its config, and what is recorded in it at the start."""
+"""A run's workdir: exclusive access, the check that its config matches, and the record written at the start."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -15,18 +15,18 @@ from bqat_jax.experiment.experiment import Experiment
 from bqat_jax.storage import Hold, Place, check_reachable, held, is_local, read_json, write_bytes, write_once
 
 CONFIG, ENVIRONMENT = 'config.json', 'environment.json'
-# What a run has left once something was computed.
+# Files and folders that exist once a run has computed something.
 WORK = (partner.DIRECTORY, low_precision.QUANTIZERS_FILE, low_precision.CHECKPOINTS)
 ROLL_CALL = '.processes'
 
 
 @contextlib.contextmanager
 def opened(workdir: Place, lease_seconds: float) -> Iterator[Hold]:
-    """Makes a workdir and holds it; of several processes the first one holds it for all.
+    """Creates a workdir and holds it; the first process holds it for all.
 
     Args:
-        workdir: local, or in a bucket, which must be there.
-        lease_seconds: after which a workdir in a bucket, whose run does not renew its lease, is taken over.
+        workdir: a local path, or one in an existing bucket.
+        lease_seconds: seconds after which another run may use a workdir in a bucket if its lease is not renewed.
 
     Raises:
         UserError: if another run holds it, a process does not see it, or its bucket cannot be used.
@@ -42,14 +42,14 @@ def opened(workdir: Place, lease_seconds: float) -> Iterator[Hold]:
 
 
 def check_config(experiment: Experiment) -> None:
-    """Checks that the workdir, if it is of a run already, is of one with this config and like circumstances.
+    """Checks that a run in the workdir, if any, has this config and a compatible environment.
 
     Raises:
-        UserError: if a key or a setting of JAX differs that the result depends on, or another version made it.
+        UserError: if a key or a setting of JAX that the result depends on differs, or an incompatible version made it.
     """
     workdir = experiment.workdir
     if not agree(any((workdir / name).exists() for name in WORK)):
-        return  # what was begun there failed before it left anything that a config is of
+        return  # an earlier run failed before it computed anything
     if agree((workdir / ENVIRONMENT).exists()):
         recorded = read_json(workdir / ENVIRONMENT, versions=dict)
         check_environment(recorded, workdir, experiment.data.images.description)
@@ -58,18 +58,18 @@ def check_config(experiment: Experiment) -> None:
 
 
 def check_is_run(workdir: Place) -> None:
-    """Raises UserError if no run was ever begun in a workdir."""
+    """Raises UserError if a workdir holds no run."""
     if not (workdir / CONFIG).is_file():
         raise UserError(f'{workdir} holds no run (no {CONFIG} in it): train first (--mode=train).')
 
 
 def write_record(experiment: Experiment, name: str, overrides: Mapping[str, Any] | None) -> None:
-    """Writes what is run, and with what: `config.json` and `environment.json`.
+    """Writes `config.json` and `environment.json`.
 
     Args:
-        experiment: what is run.
-        name: of the config.
-        overrides: what the command line changed.
+        experiment: the experiment.
+        name: name of the config.
+        overrides: keys that the command line changed.
     """
     write_once(experiment.workdir / CONFIG, experiment.config)
     environment = {'config': name, 'overrides': to_plain(overrides or {}), **describe_environment(experiment)}
@@ -77,7 +77,7 @@ def write_record(experiment: Experiment, name: str, overrides: Mapping[str, Any]
 
 
 def _check_is_shared(workdir: Place) -> None:
-    """Raises UserError if a process does not see what the first one writes into the workdir."""
+    """Raises UserError if a process does not see a file that the first one writes into the workdir."""
     if jax.process_count() == 1:
         return
     path = workdir / ROLL_CALL
@@ -91,5 +91,5 @@ def _check_is_shared(workdir: Place) -> None:
     if not all(seen):
         raise UserError(
             f'--workdir={workdir}: {seen.count(False)} of {len(seen)} processes do not see what the first '
-            'one writes there. It must be a folder on a file system that all of them share.'
+            'one writes there. Use a folder on a file system that all of them share.'
         )

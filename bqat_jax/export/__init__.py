@@ -1,4 +1,4 @@
-"""What was trained, outside of the program: packed weights and inference that gives the same answers.
+"""Exports trained networks: packed weights, and inference on codes that agrees with the trained network.
 
 frozen = freeze(replacement.network, replacement.quantization, variables)      # plain arrays
 write_checkpoint('model.safetensors', frozen)                                  # packed codes

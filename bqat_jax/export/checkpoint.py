@@ -1,6 +1,6 @@
-"""A frozen network as one file: packed codes and float32 arrays in the safetensors format, docs/deploy.md has it whole.
+"""A frozen network as one safetensors file with packed codes and float32 arrays; docs/deploy.md describes the format.
 
-All that is no array is JSON under one key of the file's metadata, so that the same network gives the same bytes.
+Everything else is JSON under one key of the metadata, so that equal networks give equal bytes.
 """
 
 import hashlib
@@ -25,11 +25,11 @@ from bqat_jax.export.frozen import (
     Weights,
 )
 
-# Raised where an older reader would misread a file: (major, minor). A reader refuses another major version.
+# (major, minor); the major version is raised if an older reader would misread a file. Readers reject another one.
 FORMAT_VERSION = (1, 0)
 KEY = 'bqat_jax'
 SUFFIX = '.safetensors'
-# Names of arrays: a path, and what of it.
+# Prefixes of the names of arrays.
 LAYERS, NORMS, FLOATS, COLLECTIONS = 'layers', 'norms', 'floats', 'collections'
 
 
@@ -65,19 +65,19 @@ def to_bytes(frozen: Frozen) -> bytes:
 
 
 def write_checkpoint(path: str | os.PathLike, frozen: Frozen) -> None:
-    """Writes a frozen network to a file, atomically: a reader finds the old content or the new, never half of it.
+    """Writes a frozen network to a file atomically.
 
     Args:
-        path: of the file, which ends with `.safetensors`.
-        frozen: what is written.
+        path: the file, with the suffix `.safetensors`.
+        frozen: the network.
 
     Raises:
-        ValueError: for another ending.
+        ValueError: for another suffix.
         ImportError: without the package safetensors.
     """
     path = Path(path)
     if path.suffix != SUFFIX:
-        raise ValueError(f'{path}: a packed file ends with {SUFFIX}, by which it is known again.')
+        raise ValueError(f'{path}: the name of a packed file ends with {SUFFIX}, which `load` needs.')
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
         with temporary.open('wb') as file:
@@ -90,10 +90,10 @@ def write_checkpoint(path: str | os.PathLike, frozen: Frozen) -> None:
 
 
 def read_checkpoint(path: str | os.PathLike) -> Frozen:
-    """Returns the frozen network that a file holds.
+    """Reads a frozen network from a file.
 
     Raises:
-        ValueError: for a file that is none, that is damaged, or of a newer major version.
+        ValueError: for a file of another kind, a damaged file, or another major version of the format.
         ImportError: without the package safetensors.
     """
     library = _safetensors()
@@ -102,22 +102,22 @@ def read_checkpoint(path: str | os.PathLike) -> Frozen:
             text = (file.metadata() or {}).get(KEY)
             arrays = {name: file.get_tensor(name) for name in file.keys()} if text else {}  # noqa: SIM118
     except library.SafetensorError as error:
-        raise ValueError(f'{path} is no safetensors file, or is damaged: {error}.') from error
+        raise ValueError(f'{path} is not a safetensors file, or is damaged: {error}.') from error
     if text is None:
-        raise ValueError(f'{path} holds no exported network: its metadata have no key {KEY!r}.')
+        raise ValueError(f'{path} holds no exported network: its metadata has no key {KEY!r}.')
     try:
         facts = json.loads(text)
         version = str(facts.get('format_version', ''))
     except (ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f'{path} is damaged: its metadata are no JSON object ({type(error).__name__}).') from error
+        raise ValueError(f'{path} is damaged: its metadata is not a JSON object ({type(error).__name__}).') from error
     if version.partition('.')[0] != str(FORMAT_VERSION[0]):
         raise ValueError(
-            f'{path} has the format version {version!r}, and this reader knows {FORMAT_VERSION[0]}.x: read it with the '
+            f'{path} has the format version {version!r}, and this reader knows {FORMAT_VERSION[0]}.x. Read it with the '
             'version of bqat_jax that wrote it, or a newer one.'
         )
     try:
         if facts.pop('sha256') != digest_of(facts, arrays):
-            raise ValueError('its content is not what was written')
+            raise ValueError('its checksum does not match its content')
         frozen = _read(facts, arrays)
         for name, layer in frozen.layers.items():
             _check_layer(name, layer)
@@ -127,7 +127,7 @@ def read_checkpoint(path: str | os.PathLike) -> Frozen:
 
 
 def digest_of(facts: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
-    """Returns the SHA-256 of the facts as JSON, and of each array's name, dtype, shape and bytes in order of names."""
+    """Returns the SHA-256 of the facts as JSON and of every array's name, dtype, shape and bytes, sorted by name."""
     digest = hashlib.sha256(_as_json(facts).encode())
     for name in sorted(arrays):
         x = np.asarray(arrays[name], order='C')
@@ -141,10 +141,10 @@ def _as_json(facts: Mapping[str, Any]) -> str:
 
 
 def _check_layer(path: str, layer: FrozenLayer) -> None:
-    """Checks that what a file says of a layer can be.
+    """Checks that the entries of a layer are consistent.
 
     Raises:
-        ValueError: if it cannot.
+        ValueError: if they are not.
     """
     if layer.mode not in (INTEGER, LOOKUP):
         raise ValueError(f'the mode of {path} is {layer.mode!r}')
@@ -161,7 +161,7 @@ def _check_layer(path: str, layer: FrozenLayer) -> None:
             if not isinstance(part.upper, int) or not decoding.lower < part.upper < count or not known:
                 raise ValueError(f'the largest code of the input of {path} is {part.upper!r}')
             if part.thresholds is None and part.inverse_step is None:
-                raise ValueError(f'{path} does not say how codes of its input are found')
+                raise ValueError(f'{path} has neither thresholds nor a step for its input')
     if layer.mode == INTEGER and (len(parts) < 2 or layer.rescale is None or layer.largest_kernel_sum < 1):
         raise ValueError(f'{path} is an integer layer without codes, a scale or a bound of its sums')
 
@@ -185,14 +185,14 @@ def _below(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarra
 
 
 def _layer_arrays(layer: FrozenLayer) -> dict[str, np.ndarray]:
-    found: dict[str, Any] = {'rescale': layer.rescale}
+    arrays: dict[str, Any] = {'rescale': layer.rescale}
     if layer.weights is not None:
-        found['weights/codes'] = layer.weights.packed
-        found |= {f'weights/{name}': x for name, x in _decoding_arrays(layer.weights.decoding).items()}
+        arrays['weights/codes'] = layer.weights.packed
+        arrays |= {f'weights/{name}': x for name, x in _decoding_arrays(layer.weights.decoding).items()}
     if layer.inputs is not None:
-        found |= {'inputs/thresholds': layer.inputs.thresholds, 'inputs/inverse_step': layer.inputs.inverse_step}
-        found |= {f'inputs/{name}': x for name, x in _decoding_arrays(layer.inputs.decoding).items()}
-    return {name: x for name, x in found.items() if x is not None}
+        arrays |= {'inputs/thresholds': layer.inputs.thresholds, 'inputs/inverse_step': layer.inputs.inverse_step}
+        arrays |= {f'inputs/{name}': x for name, x in _decoding_arrays(layer.inputs.decoding).items()}
+    return {name: x for name, x in arrays.items() if x is not None}
 
 
 def _decoding_arrays(decoding: Decoding) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Codes of 1 to 8 bits, packed into bytes without gaps.
 
-Code number k, counted from the smallest code, has the bits k·b to k·b + b - 1 of the packed bytes; bit number n is bit
-n mod 8 of byte n // 8, the lowest first. The last byte is filled up with zeros.
+Element k of the array takes the bits k·b to k·b + b - 1 of the packed bytes, and holds its code minus the smallest
+code. Bit n is bit n mod 8 of byte n // 8, counted from the lowest. The last byte is padded with zeros.
 """
 
 import jax
@@ -12,7 +12,7 @@ from bqat_jax.quantizers.grids import check_bits
 
 
 def packed_size(count: int, bits: int) -> int:
-    """Returns how many bytes `count` codes of `bits` bits take."""
+    """Returns the bytes that `count` codes of `bits` bits take."""
     return -(-count * bits // 8)
 
 
@@ -20,7 +20,7 @@ def pack(codes: np.ndarray, bits: int, lower: int) -> np.ndarray:
     """Returns codes packed into bytes, uint8 (packed_size,).
 
     Args:
-        codes: whole numbers from `lower` to lower + 2^bits - 1, of any shape; they are packed row by row.
+        codes: integers from `lower` to lower + 2^bits - 1, of any shape, packed in row-major order.
         bits: 1 to 8.
         lower: the smallest code.
 
@@ -39,16 +39,16 @@ def pack(codes: np.ndarray, bits: int, lower: int) -> np.ndarray:
 
 
 def unpack(packed: np.ndarray, bits: int, lower: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Returns the codes that `pack` packed, int8 or, where `lower` is 0 or more, uint8.
+    """Unpacks the result of `pack`, as int8, or uint8 if `lower` is not negative.
 
     Args:
         packed: uint8 bytes.
-        bits: as for `pack`.
-        lower: as for `pack`.
-        shape: of the codes.
+        bits: 1 to 8.
+        lower: the smallest code.
+        shape: shape of the codes.
 
     Raises:
-        ValueError: if the bytes are not as many as the codes take.
+        ValueError: if the number of bytes does not match.
     """
     _check_size(packed.size, bits, shape)
     count = int(np.prod(shape, dtype=np.int64))
@@ -58,7 +58,7 @@ def unpack(packed: np.ndarray, bits: int, lower: int, shape: tuple[int, ...]) ->
 
 
 def unpack_in_program(packed: jax.Array, bits: int, lower: int, shape: tuple[int, ...]) -> jax.Array:
-    """Returns what `unpack` does, as operations of a compiled program, int32; arguments as `unpack`."""
+    """Unpacks the result of `pack` within a traced program, as int32; takes the arguments of `unpack`."""
     _check_size(packed.size, bits, shape)
     count = int(np.prod(shape, dtype=np.int64))
     places = jnp.arange(8, dtype=jnp.uint8)

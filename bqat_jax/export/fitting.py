@@ -1,4 +1,4 @@
-"""Checks that a network is one, and that a frozen network is its."""
+"""Checks that an argument is a network, and that it matches a frozen network."""
 
 from typing import Any
 
@@ -14,22 +14,22 @@ def check_network(network: Any) -> None:
     """Checks that a network is a `BlockNetwork` that knows its inputs.
 
     Raises:
-        TypeError: for another thing, such as a module.
-        ValueError: for one without inputs.
+        TypeError: for another object, such as a module.
+        ValueError: for a network without inputs.
     """
     if not isinstance(network, BlockNetwork):
         raise TypeError(
-            f'network is a {type(network).__name__}, and export takes a BlockNetwork: replacement.network of '
-            'replace_blocks, or what bq.split_after(module, ends, inputs) returns.'
+            f'network is a {type(network).__name__}, and export takes a BlockNetwork. Use replacement.network of '
+            'replace_blocks, or the result of bq.split_after(module, ends, inputs).'
         )
     network.batch_of(1)
 
 
 def check_fits(frozen: Frozen, network: BlockNetwork) -> None:
-    """Checks that a network has the parameters of a frozen one, no more, no less, and of the same shapes.
+    """Checks that the parameters of a network and a frozen one have equal paths and shapes.
 
     Raises:
-        ValueError: naming those that differ.
+        ValueError: naming parameters that differ.
     """
     flat: Any = traverse_util.flatten_dict(network.shapes()[PARAMS], sep='/')
     wanted = {path: tuple(x.shape) for path, x in flat.items()}
@@ -37,7 +37,7 @@ def check_fits(frozen: Frozen, network: BlockNetwork) -> None:
     for layer in frozen.layers.values():
         if layer.weights is not None:
             given[layer.weight] = layer.weights.codes.shape
-    for path, (scale, bias) in frozen.norms.items():  # also where the layer has no such parameter
+    for path, (scale, bias) in frozen.norms.items():  # a frozen norm has both, even if the layer has not
         given |= {
             f'{path}/{name}': x.shape for name, x in (('scale', scale), ('bias', bias)) if f'{path}/{name}' in wanted
         }
@@ -46,13 +46,13 @@ def check_fits(frozen: Frozen, network: BlockNetwork) -> None:
         f'{path} {given[path]} -> {wanted[path]}' for path in given if given[path] != wanted.get(path, given[path])
     ]
     for names, what in (
-        (missing, 'the network has parameters that the exported one has not'),
-        (unknown, 'the exported one has parameters that the network has not'),
+        (missing, 'the network has parameters that the exported one lacks'),
+        (unknown, 'the exported one has parameters that the network lacks'),
         (differ, 'shapes differ (exported -> network)'),
     ):
         if names:
             more = f' and {len(names) - MOST_NAMED} more' if len(names) > MOST_NAMED else ''
             raise ValueError(
-                f'The exported network is not this one: {what}: {", ".join(names[:MOST_NAMED])}{more}. Take the '
+                f'The exported network is not this one: {what}: {", ".join(names[:MOST_NAMED])}{more}. Use the '
                 'network that was exported, or the file that belongs to this one.'
             )

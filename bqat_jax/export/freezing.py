@@ -1,4 +1,4 @@
-"""Freezes a trained network: quantizers become codes, thresholds and scales; batch norms become a product and a sum."""
+"""Freezes a trained network: quantizers become codes, thresholds and scales; batch norms become affine."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -41,7 +41,7 @@ LINEAR = (nn.Conv, nn.ConvTranspose, nn.ConvLocal, nn.Dense, nn.DenseGeneral, nn
 
 @dataclasses.dataclass(frozen=True)
 class _Norm:
-    """A batch norm, as it is called: its settings."""
+    """The settings of a batch norm."""
 
     epsilon: float
     use_scale: bool
@@ -60,18 +60,19 @@ def freeze(
     """Returns a trained network as plain arrays.
 
     Args:
-        network: what was trained, such as `BlockReplacement.network`.
+        network: the trained network, such as `BlockReplacement.network`.
         quantization: its quantizers, `BlockReplacement.quantization`.
         variables: the trained arrays, of one network: `Variables(params, quantizers, collections)`.
-        normalization: if given, exported programs take images as they are stored and normalize them.
-        inputs: shape and dtype of one such image, `jax.ShapeDtypeStruct((height, width, channels), jnp.uint8)`, or a
-            shape alone for float32 from 0 to 1. Without a normalization the network's own inputs.
-        description: {'name', 'options', 'num_classes', 'cut'} of a registered network, by which `load` builds it again;
+        normalization: if set, exported programs take stored images and normalize them.
+        inputs: shape and dtype of a stored image, `jax.ShapeDtypeStruct((height, width, channels), jnp.uint8)`, or a
+            shape for float32 from 0 to 1. The network's inputs if None.
+        description: {'name', 'options', 'num_classes', 'cut'} of a registered network, from which `load` rebuilds it;
             None for a module of your own.
 
     Raises:
-        TypeError: for what is no `BlockNetwork`.
-        ValueError: for a layer whose sums do not fit 32 bits, arrays that are not finite, or inputs that are no images.
+        TypeError: if `network` is not a `BlockNetwork`.
+        ValueError: for a layer whose sums do not fit 32 bits, arrays that are not finite, or, with a normalization,
+            inputs that are not images.
     """
     check_network(network)
     variables = jax.device_get(variables)
@@ -97,12 +98,12 @@ def freeze(
     frozen = assemble(integer, norms)
     _check_normalization(frozen)
     _check_finite(frozen)
-    # What a module does with a layer's parameters is not known before it is tried.
+    # A module may use a layer's parameters in any way, so every layer is tried.
     wrong_layers, wrong_norms = find_wrong(frozen, network, variables)
     kept = {path: norm for path, norm in norms.items() if path not in wrong_norms}
     frozen = assemble(integer - wrong_layers, kept)
     problem = _why_it_does_not_run(frozen, network)
-    if problem and kept:  # the network may read the statistics by itself
+    if problem and kept:  # the network may read the statistics outside of batch norms
         frozen = assemble(integer - wrong_layers, {})
         problem = _why_it_does_not_run(frozen, network)
     if problem:
@@ -111,7 +112,7 @@ def freeze(
 
 
 def _why_it_does_not_run(frozen: Frozen, network: BlockNetwork) -> str:
-    """What a frozen network raises, on shapes alone; '' for nothing."""
+    """The error of a frozen network run on shapes; '' for none."""
     inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), frozen.inputs)
     try:
         jax.eval_shape(Program(frozen, network).run, arrays_of(frozen), inputs)
@@ -121,7 +122,7 @@ def _why_it_does_not_run(frozen: Frozen, network: BlockNetwork) -> str:
 
 
 def _of_rest(variables: Variables, layers: Mapping[str, FrozenLayer], norms: Mapping[str, _Norm]) -> dict[str, Any]:
-    """What is no quantized kernel: batch norms, other parameters, other collections."""
+    """Everything but quantized kernels: batch norms, other parameters, other collections."""
     flat: Any = traverse_util.flatten_dict(variables.params, sep='/')
     stats: Any = traverse_util.flatten_dict(variables.collections.get(BATCH_STATS, {}), sep='/')
     taken = {layer.weight for layer in layers.values() if layer.weights is not None}
@@ -140,7 +141,7 @@ def _of_rest(variables: Variables, layers: Mapping[str, FrozenLayer], norms: Map
 
 
 def _look_at_layers(network: BlockNetwork, variables: Variables) -> tuple[set[str], dict[str, _Norm]]:
-    """Paths of layers that may multiply codes, and batch norms that may be a product and a sum, by a run on shapes."""
+    """Finds, by a run on shapes, the layers that may multiply codes and the batch norms that may be affine."""
     linear: dict[str, bool] = {}
     norms: dict[str, _Norm | None] = {}
     params: Any = traverse_util.flatten_dict(variables.params, sep='/')
@@ -190,17 +191,17 @@ def _freeze_norm(
 def freeze_layer(
     path: str, own: LayerQuantizers, weight: str, params: Mapping[str, Any], parameters: Any
 ) -> FrozenLayer:
-    """Returns a quantized layer, frozen; with what sums of codes are scaled by, if its codes can be multiplied.
+    """Returns a frozen quantized layer, with the scale of sums of codes if its codes can be multiplied.
 
     Args:
-        path: of the layer, for messages.
+        path: path of the layer, for messages.
         own: its quantizers.
         weight: path of its kernel.
-        params: path to parameter of the network.
-        parameters: of its quantizers, by role.
+        params: parameters of the network by path.
+        parameters: parameters of its quantizers by role.
 
     Raises:
-        ValueError: if sums of its codes do not fit 32 bits, or as `freeze_weights`.
+        ValueError: if sums of its codes do not fit 32 bits, or its codes do not decode to the fake-quantized kernel.
     """
     weights = inputs = None
     try:
@@ -219,7 +220,7 @@ def freeze_layer(
 
 
 def _as_integer(path: str, layer: FrozenLayer, own: LayerQuantizers, weights: Weights, inputs: Inputs) -> FrozenLayer:
-    """The layer as one that multiplies codes: what its sums are scaled by, and how large they get."""
+    """The layer as an integer layer, with the scale and a bound of its sums."""
     depth = len(own.layer.stack)
     kernel = np.abs(carried(weights.codes, weights.decoding))
     layout = own.layer.layout
@@ -230,11 +231,11 @@ def _as_integer(path: str, layer: FrozenLayer, own: LayerQuantizers, weights: We
     largest = int(np.abs(ends).max()) * kernel_sum
     if largest >= EXACT_IN_INT32 or kernel_sum >= EXACT_IN_FLOAT32:
         raise ValueError(
-            f'The layer {path}: sums of its codes may reach {largest}, which 32 bits do not hold. Give it fewer bits, '
+            f'The layer {path}: sums of its codes may reach {largest}, which 32 bits do not hold. Use fewer bits, '
             'or leave it in full precision.'
         )
     scale = weights.decoding.scale * carried_step(weights.decoding)
-    if scale.ndim:  # of the kernel's axes those of the output channels are left, in the kernel's order
+    if scale.ndim:  # keeps the axes of output channels, in the kernel's order
         scale = scale.reshape([size for axis, size in enumerate(scale.shape) if axis not in summed])
         if all(size == 1 for size in scale.shape[depth:]):
             scale = scale.reshape(scale.shape[:depth])
@@ -249,7 +250,7 @@ def _as_integer(path: str, layer: FrozenLayer, own: LayerQuantizers, weights: We
 
 
 def _check_normalization(frozen: Frozen) -> None:
-    """Checks that what is normalized are images of as many channels."""
+    """Checks that the inputs are images with the normalization's number of channels."""
     normalization, inputs = frozen.normalization, frozen.inputs
     if normalization is None:
         return
@@ -257,7 +258,7 @@ def _check_normalization(frozen: Frozen) -> None:
     is_image = isinstance(inputs, jax.ShapeDtypeStruct) and inputs.dtype in (jnp.uint8, jnp.float32)
     if not is_image or channels != (inputs.shape[-1],) * 2:
         raise ValueError(
-            f'normalization={normalization}: it is for images, uint8 or float32 (.., {channels[0]}), and the inputs '
+            f'normalization={normalization}: it needs images, uint8 or float32 (.., {channels[0]}), and the inputs '
             f'are {inputs}.'
         )
 
@@ -265,4 +266,4 @@ def _check_normalization(frozen: Frozen) -> None:
 def _check_finite(frozen: Frozen) -> None:
     for path, x in frozen.floats.items():
         if np.issubdtype(x.dtype, np.floating) and not np.isfinite(x).all():
-            raise ValueError(f'The parameter {path} holds NaN or infinity: there is nothing to export.')
+            raise ValueError(f'The parameter {path} holds NaN or infinity and cannot be exported.')

@@ -1,11 +1,11 @@
-"""A trained network as plain NumPy arrays, every constant computed once: what is exported.
+"""A trained network as plain NumPy arrays with every constant precomputed, which all formats export.
 
-A quantized tensor is codes, and how they stand for values. There are two ways:
+A quantized tensor consists of codes and their decoding, in one of two forms:
 
-    uniform:  value = (code + shift) · scale · ...      one rounding to float32 for each operation, from left to right
+    uniform:  value = (code + shift) · scale · ...      rounded to float32 after each operation, from left to right
     levels:   value = levels[code - lower]
 
-and an input's code is found in one of two ways:
+An input is encoded in one of two ways:
 
     thresholds:    code = lower + the number of thresholds that are <= x
     inverse step:  code = clip(round(x · inverse_step), lower, upper), ties to even
@@ -20,12 +20,12 @@ import numpy as np
 
 from bqat_jax.export.codes import pack, packed_size
 
-# How a layer computes.
+# Modes of a layer.
 INTEGER, LOOKUP = 'integer', 'lookup'
 HALF = 0.5
-# Between the names in a path of another collection, whose names may hold a slash.
+# Separates the names in a path of another collection; these names may contain a slash.
 BETWEEN = '|'
-# Whole numbers up to here are exact in float32, and sums of them in any order.
+# Integers up to this magnitude, and their sums in any order, are exact in float32.
 EXACT_IN_FLOAT32 = 2**24
 EXACT_IN_INT32 = 2**31
 LARGEST_PIXEL = 255
@@ -33,14 +33,14 @@ LARGEST_PIXEL = 255
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """How codes stand for values; arrays have the stack's axes first and broadcast against the codes.
+    """The values of codes; arrays have the stack's axes first and broadcast against the codes.
 
     Attributes:
         bits: 1 to 8.
         lower: the smallest code.
-        shift: float32, of uniform codes.
-        scales: float32, of uniform codes, multiplied in turn.
-        levels: float32 (.., number of levels), of others; None for uniform codes.
+        shift: float32; added to uniform codes.
+        scales: float32; factors of uniform codes, multiplied in turn.
+        levels: float32 (.., number of levels); None for uniform codes.
     """
 
     bits: int
@@ -51,26 +51,26 @@ class Decoding:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether codes are equidistant."""
+        """Whether the values are equidistant."""
         return self.levels is None
 
     @property
     def has_half_shift(self) -> bool:
-        """Whether zero lies between two codes, so that 2 · code + 1 is a whole number of half steps."""
+        """Whether zero lies halfway between two codes, so that a value is 2 · code + 1 half steps."""
         return self.is_uniform and self.shift.size > 0 and bool(np.all(self.shift == HALF))
 
     @property
     def carries_whole_numbers(self) -> bool:
-        """Whether (code + shift) is a whole number of steps or of half steps."""
+        """Whether (code + shift) is an integer number of steps or half steps."""
         return self.is_uniform and (self.has_half_shift or not np.any(self.shift))
 
     @property
     def scale(self) -> np.ndarray:
-        """The product of the scales, of a whole step, float64."""
+        """The product of the scales, that is the size of a step, float64."""
         return np.asarray(math.prod((x.astype(np.float64) for x in self.scales), start=np.float64(1)))
 
     def values(self, codes: np.ndarray) -> np.ndarray:
-        """Returns what codes stand for, float32."""
+        """Returns the values of codes, float32."""
         if self.levels is not None:
             places = codes.astype(np.int64) - self.lower
             levels = np.broadcast_to(self.levels, (*codes.shape, self.levels.shape[-1]))
@@ -82,13 +82,13 @@ class Decoding:
 
 
 def carried(codes: Any, decoding: Decoding) -> Any:
-    """Returns codes as whole numbers that are multiplied: 2 · code + 1 where zero lies between two codes; int64."""
+    """Returns the integers that stand for codes in products: 2 · code + 1 with a half shift, else the codes; int64."""
     codes = np.asarray(codes, np.int64)
     return 2 * codes + 1 if decoding.has_half_shift else codes
 
 
 def carried_step(decoding: Decoding) -> float:
-    """Returns how much of a step one such whole number is."""
+    """Returns the unit of `carried` integers, in steps."""
     return HALF if decoding.has_half_shift else 1.0
 
 
@@ -97,8 +97,8 @@ class Weights:
     """The codes of a kernel.
 
     Attributes:
-        codes: int8 or uint8, in the kernel's own shape.
-        decoding: how they stand for values.
+        codes: int8 or uint8, in the kernel's shape.
+        decoding: their values.
     """
 
     codes: np.ndarray
@@ -121,14 +121,14 @@ class Weights:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """How a layer's input becomes codes; all arrays have the stack's axes first.
+    """The encoding of a layer's input; all arrays have the stack's axes first.
 
     Attributes:
-        decoding: how codes stand for values; its arrays have no other axes.
+        decoding: the values of codes; its arrays have no other axes.
         upper: the largest code.
-        thresholds: float32 (.., upper - lower), ascending; NaN for one that no number reaches. None if they would be
-            many, and the step gives the same codes.
-        inverse_step: float32 (..), if clip(round(x · inverse_step)) is the code; else None. Not read where there are
+        thresholds: float32 (.., upper - lower), ascending; NaN for one that no number reaches. None if there would be
+            many and the step gives equal codes.
+        inverse_step: float32 (..), if clip(round(x · inverse_step)) is the code; else None. Unused if there are
             thresholds.
     """
 
@@ -145,13 +145,13 @@ class FrozenLayer:
     Attributes:
         kind: its class, such as 'Conv'.
         weight: path of its kernel among the parameters.
-        mode: 'integer' if it multiplies codes and scales their sums; 'lookup' if codes become values before.
-        weights: None where they stay in full precision.
-        inputs: None where they stay in full precision.
-        rescale: of integer layers: float32, what sums of codes are multiplied by; the stack's axes first, then the
-            output channels' or none.
-        largest_sum: of integer layers: a bound of the magnitude of every partial sum.
-        largest_kernel_sum: of integer layers: the largest sum of magnitudes of an output channel's codes.
+        mode: 'integer' if it multiplies codes and scales their sums; 'lookup' if it decodes codes first.
+        weights: codes of its kernel; None in full precision.
+        inputs: encoding of its input; None in full precision.
+        rescale: integer layers only: the scale of sums of codes, float32; the stack's axes first, then those of the
+            output channels, if any.
+        largest_sum: integer layers only: a bound of the magnitude of every partial sum.
+        largest_kernel_sum: integer layers only: the largest sum of magnitudes of an output channel's codes.
     """
 
     kind: str
@@ -166,11 +166,11 @@ class FrozenLayer:
 
 @dataclasses.dataclass(frozen=True)
 class Normalization:
-    """What happens to images first: (pixel / largest - mean) / std, channel by channel; largest is 1 for floats.
+    """The normalization of images: (pixel / largest - mean) / std per channel, with largest = 1 for floats.
 
     Attributes:
-        mean: in units of the largest pixel.
-        std: in the same units.
+        mean: channel means, in units of the largest pixel.
+        std: channel standard deviations, in units of the largest pixel.
     """
 
     mean: tuple[float, ...]
@@ -183,7 +183,7 @@ class Normalization:
         return (scaled - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
 
     def table(self) -> np.ndarray:
-        """Returns what each pixel from 0 to 255 becomes, float32 (256, channels)."""
+        """Returns the normalized values of pixels 0 to 255, float32 (256, channels)."""
         pixels = np.arange(LARGEST_PIXEL + 1, dtype=np.uint8)
         return self.values(np.repeat(pixels[:, None], len(self.mean), axis=1))
 
@@ -193,14 +193,14 @@ class Frozen:
     """A trained network as plain arrays.
 
     Attributes:
-        layers: path to quantized layer.
-        norms: path to (scale, bias) of a batch norm: y = x · scale + bias, float32 (.., channels).
-        floats: path to every other parameter, in full precision.
+        layers: quantized layers by path.
+        norms: (scale, bias) of batch norms by path: y = x · scale + bias, float32 (.., channels).
+        floats: all other parameters by path, in full precision.
         collections: {collection: {path: array}}: other variables that the network reads; names in a path are separated
             by `BETWEEN`.
         inputs: shapes and dtypes of one example, a tree of `jax.ShapeDtypeStruct`.
-        normalization: what happens to images first; None for other inputs.
-        network: what the network is, as JSON, so that it can be built again; None for a module of the user's.
+        normalization: the normalization of images; None for other inputs.
+        network: the description from which the network can be rebuilt, as JSON; None for a user's module.
     """
 
     layers: Mapping[str, FrozenLayer]
@@ -220,7 +220,7 @@ class Frozen:
 
     @property
     def ideal_size(self) -> int:
-        """Bytes of the packed codes and of what stays in float32, without scales, names and padding."""
+        """Bytes of the packed codes and the float32 parameters, without scales, names and padding."""
         codes = sum(layer.weights.packed_size for layer in self.layers.values() if layer.weights is not None)
         norms = sum(scale.size + bias.size for scale, bias in self.norms.values())
         return codes + 4 * (norms + sum(x.size for x in self.floats.values()))

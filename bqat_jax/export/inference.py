@@ -1,8 +1,8 @@
-"""Runs a frozen network: codes in, exact sums of codes, one product a layer that scales them.
+"""Runs a frozen network on codes: every layer computes exact sums of codes and scales them with one product.
 
-The network's own module runs, with its layers intercepted. Codes are carried as float32, in which sums of whole numbers
-are exact up to 2^24. Where a layer's may get larger its input is divided into digits, whose sums are exact, and these
-are put together in int32. With `arithmetic='int8'` the operations themselves take integers; the results are the same.
+The network's module runs with its layers intercepted. Codes are float32, in which sums of integers are exact up to
+2^24. If a layer's sums may get larger, its input is split into digits whose sums are exact, and these are combined in
+int32. With `arithmetic='int8'` the operations take integers; the results are equal.
 """
 
 import contextlib
@@ -28,9 +28,9 @@ from bqat_jax.transform.layers import intercept_layers, is_method_of
 
 FLOAT32, INT8, QCDQ = 'float32', 'int8', 'qcdq'
 ARITHMETIC = (FLOAT32, INT8)
-# Where, beside a layer's kernel, what is known of its input and its output lies.
+# The entry of a layer's parameters, beside its kernel, with its frozen arrays.
 SLOT = 'frozen'
-# Whole numbers up to here are exact in bfloat16, in which a TPU multiplies if it is not told otherwise.
+# Integers up to this magnitude are exact in bfloat16, in which TPUs multiply by default.
 EXACT_IN_BFLOAT16 = 256
 Arrays = dict[str, Any]
 
@@ -41,14 +41,14 @@ def logits_function(frozen: Frozen, network: BlockNetwork, arithmetic: str = FLO
     Args:
         frozen: the network as arrays.
         network: the `BlockNetwork` that was frozen.
-        arithmetic: 'float32', codes carried in float32; or 'int8', products of integers. The results are equal.
+        arithmetic: 'float32' for codes in float32, or 'int8' for products of integers. The results are equal.
 
     Returns:
-        From a batch of inputs as of `Frozen.inputs`, such as uint8 images, to the network's outputs.
+        A function from a batch of inputs as in `Frozen.inputs`, such as uint8 images, to the network's outputs.
 
     Raises:
-        TypeError: for what is no `BlockNetwork`.
-        ValueError: for another arithmetic, or a network that has other parameters.
+        TypeError: if `network` is not a `BlockNetwork`.
+        ValueError: for another arithmetic, or a network with other parameters.
     """
     if arithmetic not in ARITHMETIC:
         raise ValueError(f'arithmetic={arithmetic!r}: it must be one of {", ".join(ARITHMETIC)}.')
@@ -59,7 +59,7 @@ def logits_function(frozen: Frozen, network: BlockNetwork, arithmetic: str = FLO
 
 
 def arrays_of(frozen: Frozen) -> Arrays:
-    """Returns the arrays that `Program.run` takes, NumPy; codes of weights are int8 or uint8."""
+    """Returns the NumPy arrays for `Program.run`; codes of weights are int8 or uint8."""
     layers, codes = {}, {}
     for path, layer in frozen.layers.items():
         own: Arrays = {}
@@ -68,8 +68,8 @@ def arrays_of(frozen: Frozen) -> Arrays:
             own['weights'] = _decoding_arrays(layer.weights.decoding)
         if layer.inputs is not None:
             given = layer.inputs
-            found = {'thresholds': given.thresholds, 'inverse_step': given.inverse_step}
-            own['inputs'] = {name: x for name, x in found.items() if x is not None}
+            encoding = {'thresholds': given.thresholds, 'inverse_step': given.inverse_step}
+            own['inputs'] = {name: x for name, x in encoding.items() if x is not None}
             own['inputs'] |= _decoding_arrays(given.decoding)
         if layer.rescale is not None:
             own['rescale'] = layer.rescale
@@ -87,13 +87,13 @@ def arrays_of(frozen: Frozen) -> Arrays:
 
 
 def packed_arrays_of(frozen: Frozen) -> Arrays:
-    """Returns the same with packed codes, to be unpacked by `unpack_arrays`."""
+    """Returns the arrays of `arrays_of` with packed codes, for `unpack_arrays`."""
     codes = {path: layer.weights.packed for path, layer in frozen.layers.items() if layer.weights is not None}
     return {**arrays_of(frozen), 'codes': codes}
 
 
 def unpack_arrays(frozen: Frozen, arrays: Arrays) -> Arrays:
-    """Returns arrays with unpacked codes, in a traced program."""
+    """Unpacks the codes of `packed_arrays_of` within a traced program."""
     codes = {}
     for path, packed in arrays['codes'].items():
         weights: Any = frozen.layers[path].weights
@@ -112,7 +112,7 @@ class Program:
     """A frozen network as a program of arrays and inputs.
 
     Attributes:
-        frozen: the network as arrays; of these only shapes and what is no array are read here.
+        frozen: the network as arrays; only their shapes, not their values, are read here.
         network: the network.
         arithmetic: see `logits_function`; or 'qcdq', float32 products of quantized and dequantized values.
     """
@@ -128,9 +128,9 @@ class Program:
         """Returns the network's outputs for a batch.
 
         Args:
-            arrays: as `arrays_of` returns them.
-            inputs: as of `Frozen.inputs`, with a batch axis.
-            watch: sees the codes of layers' inputs.
+            arrays: the result of `arrays_of`.
+            inputs: a batch of inputs as in `Frozen.inputs`.
+            watch: records the codes of layers' inputs.
         """
 
         def run_float(arrays, inputs):
@@ -139,7 +139,7 @@ class Program:
         return (as_integers(run_float) if self.arithmetic == INT8 else run_float)(arrays, inputs)
 
     def run_with_codes(self, arrays: Arrays, inputs: Any) -> tuple[Any, dict[str, list[jax.Array]]]:
-        """Returns the outputs, and the codes of every layer's input at each of its calls, float32 (batch, ..)."""
+        """Returns the outputs and, by layer, the codes of the input at each call, float32 (batch, ..)."""
         return run_watched(lambda watch: self.run(arrays, inputs, watch))
 
     def _run(self, arrays: Arrays, inputs: Any, watch: Watch | None) -> Any:
@@ -163,13 +163,13 @@ class Program:
             return self.network.apply(variables, self._normalize(arrays, inputs), train=False)[0]
 
     def run_integer(self, call: LinearCall, layer: FrozenLayer, slot: Arrays, codes: jax.Array) -> jax.Array:
-        """Returns what an integer layer gives: sums of products of codes, scaled, and the bias.
+        """Returns the output of an integer layer: scaled sums of products of codes, plus the bias.
 
         Args:
-            call: of the layer.
-            layer: frozen.
+            call: the call of the layer.
+            layer: the frozen layer.
             slot: its arrays.
-            codes: of its input.
+            codes: codes of its input.
         """
         inputs: Any = layer.inputs
         decoding, ends = inputs.decoding, np.array([inputs.decoding.lower, inputs.upper])
@@ -183,7 +183,7 @@ class Program:
             else:
                 sums = sum_by_digits(call, numbers, largest, layer.largest_kernel_sum)
             if not decoding.carries_whole_numbers:
-                # The offset counts where there is input: a border of zeros is padded behind the quantizer.
+                # The offset applies to the input alone: the layer pads zeros after the quantizer.
                 ones = mark_whole(jnp.ones((1, *codes.shape[1:]), jnp.float32), 1)
                 sums = sums + slot['inputs']['shift'] * call(ones)
         y = sums * call.beside(slot['rescale'], sums.ndim, only_kernel=True)
@@ -191,7 +191,7 @@ class Program:
         return y if bias is None else y + call.beside(bias, sums.ndim, only_kernel=False)
 
     def variables(self, arrays: Arrays) -> dict[str, Any]:
-        """Returns the variables that the network's module is run with: kernels of values, and beside them codes."""
+        """Returns the variables of the network's module: decoded kernels, and codes beside them."""
         flat: Arrays = dict(arrays['floats'])
         for path, layer in self.frozen.layers.items():
             slot = dict(arrays['layers'][path])
@@ -199,7 +199,7 @@ class Program:
                 decoding, codes = layer.weights.decoding, arrays['codes'][path].astype(jnp.float32)
                 if self.arithmetic == QCDQ:
                     flat[layer.weight] = qcdq_weights(layer.weights, slot['weights'], codes)
-                else:  # of an integer layer read only where the network shares its kernel
+                else:  # an integer layer's kernel is read only if the network shares it
                     flat[layer.weight] = decode(decoding, slot['weights'], codes)
                     if layer.mode == INTEGER:
                         ends = carried(np.array([layer.weights.codes.min(), layer.weights.codes.max()]), decoding)
@@ -218,14 +218,14 @@ class Program:
         if 'pixels' not in arrays:
             mean, std = (np.array(x, np.float32) for x in (normalization.mean, normalization.std))
             return (inputs - mean.reshape(1, 1, 1, -1)) / std.reshape(1, 1, 1, -1)
-        # Looked up: what a division by a constant gives is not the same in all programs.
+        # A table, since programs may round a division by a constant differently.
         channels = inputs.shape[-1]
         places = inputs.astype(jnp.int32) * channels + np.arange(channels, dtype=np.int32).reshape(1, 1, 1, -1)
         return jnp.take(arrays['pixels'], places, mode='clip')
 
 
 def affine_norms(frozen: Frozen) -> contextlib.AbstractContextManager:
-    """Returns a context in which batch norms are a product and a sum."""
+    """Returns a context in which batch norms are affine."""
 
     def run_norm(call, args, kwargs, context):
         module = context.module
@@ -237,12 +237,12 @@ def affine_norms(frozen: Frozen) -> contextlib.AbstractContextManager:
 
 
 def is_batch_norm(context: Any) -> bool:
-    """Returns whether an interceptor sees a call of `nn.BatchNorm` itself; a subclass may do more around it."""
+    """Returns whether an interceptor sees a call of `nn.BatchNorm` itself; a subclass may compute more."""
     return isinstance(context.module, nn.BatchNorm) and is_method_of(nn.BatchNorm, context.orig_method)
 
 
 def normalize_affine(module: Any, x: jax.Array) -> jax.Array:
-    """Returns x · scale + bias, with what lies in a batch norm's slot."""
+    """Returns x · scale + bias with the arrays in a batch norm's slot."""
     slot = module.get_variable(PARAMS, SLOT)
     scale, bias = (slot[name].reshape((1,) * (x.ndim - 1) + (-1,)) for name in ('scale', 'bias'))
     return (x.astype(jnp.float32) * scale + bias).astype(module.dtype or jnp.float32)

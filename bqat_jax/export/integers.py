@@ -1,7 +1,7 @@
-"""Lets the products of a traced program that are of whole numbers take integers: int8 where they fit, with int32 sums.
+"""Computes the integer-valued products of a traced program on integers: int8 if they fit, with int32 sums.
 
-Arrays of whole numbers are marked. What only moves numbers about keeps the mark; a convolution or a product of matrices
-whose operands both have it is computed on integers, and its sums become float32.
+Arrays of integers in float32 are marked. Operations that only move elements keep the mark; a convolution or matrix
+product of two marked operands is computed on integers, and its sums are cast to float32.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from bqat_jax.jaxprs import consts_of, run_operation, scan_arguments
 MARK = 'bqat_jax_whole:'
 LARGEST_INT8 = 127
 PRODUCTS = ('conv_general_dilated', 'dot_general')
-# Operations whose result has the numbers of their first operand, and perhaps zeros.
+# Operations whose result consists of elements of their first operand.
 MOVES = (
     'reshape',
     'transpose',
@@ -42,17 +42,17 @@ CALLS = (
     'custom_vjp_call',
     'custom_vjp_call_jaxpr',
 )
-# The largest magnitude of whole numbers; None of anything else.
+# The largest magnitude of integers; None for other arrays.
 Bound = int | None
 
 
 def mark_whole(x: jax.Array, largest: int) -> jax.Array:
-    """Returns x, float32, marked as whole numbers of at most this magnitude."""
+    """Returns x, float32, marked as integers of at most this magnitude."""
     return checkpoint_name(x, f'{MARK}{largest}')
 
 
 def as_integers(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns `run` with its products of marked numbers computed on integers."""
+    """Returns `run` with products of marked arrays computed on integers."""
 
     def integer_run(*arguments: Any) -> Any:
         program, shapes = jax.make_jaxpr(run, return_shape=True)(*arguments)
@@ -105,7 +105,7 @@ def _fits(operation: Any, given: Sequence[Any]) -> bool:
 
 
 def _product(operation: Any, given: Sequence[Any], bounds: Sequence[Any]) -> jax.Array:
-    """A convolution or a product of matrices on integers."""
+    """A convolution or matrix product on integers."""
     dtype = jnp.int8 if max(bounds) <= LARGEST_INT8 else jnp.int32
     params = {**operation.params, 'preferred_element_type': jnp.dtype(jnp.int32), 'precision': None}
     sums = operation.primitive.bind(*(x.astype(dtype) for x in given), **params)
@@ -115,7 +115,7 @@ def _product(operation: Any, given: Sequence[Any], bounds: Sequence[Any]) -> jax
 def _scan(operation: Any, given: Sequence[Any], bounds: Sequence[Bound]) -> list[Any]:
     (inner,) = jaxprs_in_params(operation.params)
     constant, carry, stacked = scan_arguments(operation, given)
-    # What is handed on may be anything after the first iteration.
+    # Carries may hold anything after the first iteration.
     own = [*bounds[: len(constant)], *[None] * len(carry), *bounds[len(constant) + len(carry) :]]
 
     def body(carry, slices):

@@ -1,4 +1,4 @@
-"""Opens an exported file as a function, whatever its format."""
+"""Opens an exported file of any format as a function."""
 
 import dataclasses
 import os
@@ -23,12 +23,12 @@ ONNX_SUFFIX = '.onnx'
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """An exported network; called with a batch of inputs it returns the outputs.
+    """An exported network, as a function from a batch of inputs to outputs.
 
     Attributes:
         run: from inputs to outputs, trees of arrays.
         inputs: shapes and dtypes of one example, a tree of `jax.ShapeDtypeStruct`.
-        batch: how many examples it takes; None for any number.
+        batch: the batch size; None for any.
     """
 
     run: Callable[[Any], Any] = dataclasses.field(repr=False)
@@ -52,21 +52,21 @@ class Exported:
 
 
 def load(path: str | os.PathLike, network: BlockNetwork | None = None, arithmetic: str = FLOAT32) -> Exported:
-    """Returns an exported network as a function; nothing else is needed, no config and no workdir.
+    """Opens an exported network as a function, without a config or a workdir.
 
     Args:
-        path: a file in any of the formats, known by its name: `.safetensors`, `.stablehlo` or `.onnx`.
-        network: of a packed file of a module of your own: the `BlockNetwork` that was exported, such as
-            `bq.split_after(module, ends, inputs)` returns.
-        arithmetic: of a packed file: 'float32' or 'int8', see `logits_function`.
+        path: a file with the suffix `.safetensors`, `.stablehlo` or `.onnx`.
+        network: for a packed file of your own module: the `BlockNetwork` that was exported, such as the result of
+            `bq.split_after(module, ends, inputs)`.
+        arithmetic: for a packed file: 'float32' or 'int8', see `logits_function`.
 
     Returns:
-        A function from a batch of inputs to outputs: arrays of JAX, of NumPy where the file is ONNX.
+        A function from a batch of inputs to outputs: JAX arrays, or NumPy arrays for ONNX.
 
     Raises:
-        ValueError: for a file of another kind, one that is damaged, or a network that has other parameters.
-        TypeError: for a network that is no `BlockNetwork`.
-        FileNotFoundError: if there is no such file.
+        ValueError: for a file of another kind, a damaged file, or a network with other parameters.
+        TypeError: if `network` is not a `BlockNetwork`.
+        FileNotFoundError: if the file does not exist.
         ImportError: if a package that the format needs is missing.
     """
     path = Path(path)
@@ -74,7 +74,7 @@ def load(path: str | os.PathLike, network: BlockNetwork | None = None, arithmeti
         what = ': it is a folder' if path.is_dir() else ''
         raise FileNotFoundError(f'There is no file {path}{what}.')
     if path.suffix != checkpoint.SUFFIX and (network is not None or arithmetic != FLOAT32):
-        raise ValueError(f'{path}: network and arithmetic are for packed files ({checkpoint.SUFFIX}) alone.')
+        raise ValueError(f'{path}: network and arithmetic are for packed files ({checkpoint.SUFFIX}) only.')
     if path.suffix == checkpoint.SUFFIX:
         frozen = checkpoint.read_checkpoint(path)
         network = build_network(frozen) if network is None else network
@@ -84,20 +84,20 @@ def load(path: str | os.PathLike, network: BlockNetwork | None = None, arithmeti
     if path.suffix == ONNX_SUFFIX:
         return _load_onnx(path)
     kinds = ', '.join((checkpoint.SUFFIX, stablehlo.SUFFIX, ONNX_SUFFIX))
-    raise ValueError(f'{path}: exported networks have one of the endings {kinds}.')
+    raise ValueError(f'{path}: exported networks have one of the suffixes {kinds}.')
 
 
 def build_network(frozen: Frozen) -> BlockNetwork:
-    """Returns the network that a packed file describes.
+    """Rebuilds the network that a packed file describes.
 
     Raises:
-        ValueError: if it is a module of a user's, or not a registered one.
+        ValueError: if it is a user's module, or not registered.
     """
     facts: Mapping[str, Any] | None = frozen.network
     if facts is None:
         raise ValueError(
-            'The file holds the arrays of a module of your own: give its BlockNetwork, load(path, network=...), as '
-            'bq.split_after(module, ends, inputs) returns it.'
+            'The file holds the arrays of a module of your own. Pass its BlockNetwork, load(path, network=...), as '
+            'returned by bq.split_after(module, ends, inputs).'
         )
     try:
         network = make_network(facts['name'], facts['num_classes'], facts['cut'], facts['options'])
@@ -114,12 +114,12 @@ def _load_stablehlo(path: Path) -> Exported:
         exported = jax.export.deserialize(bytearray(path.read_bytes()))
     except Exception as error:
         raise ValueError(
-            f'{path} is damaged, or no program that this version of JAX, {jax.__version__}, can read '
-            f'({type(error).__name__}): it reads those of its own version and of older ones.'
+            f'{path} is damaged, or not a program that JAX {jax.__version__} can read ({type(error).__name__}): it '
+            'reads those of its own version and of older ones.'
         ) from error
     given, named = jax.tree.unflatten(exported.in_tree, exported.in_avals)
     if len(given) != 1 or named or not all(x.shape for x in exported.in_avals) or not exported.in_avals:
-        raise ValueError(f'{path} is a program of other arguments than one batch of inputs.')
+        raise ValueError(f'{path} is a program with arguments other than one batch of inputs.')
     (arguments,) = given
     batch = jax.tree.leaves(arguments)[0].shape[0]
     inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), arguments)
@@ -134,18 +134,18 @@ def _load_onnx(path: Path) -> Exported:
     try:
         session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
     except Exception as error:
-        raise ValueError(f'{path} is no model that onnxruntime runs: {error}') from error
-    found, outputs = session.get_inputs(), [x.name for x in session.get_outputs()]
-    if len(found) != 1 or len(outputs) != 1:
-        raise ValueError(f'{path} has {len(found)} inputs and {len(outputs)} outputs: run it with onnxruntime itself.')
+        raise ValueError(f'{path} is not a model that onnxruntime runs: {error}') from error
+    arguments, outputs = session.get_inputs(), [x.name for x in session.get_outputs()]
+    if len(arguments) != 1 or len(outputs) != 1:
+        raise ValueError(f'{path} has {len(arguments)} inputs and {len(outputs)} outputs. Run it with onnxruntime.')
     dtypes = {'tensor(float)': np.float32, 'tensor(uint8)': np.uint8, 'tensor(int32)': np.int32}
-    if found[0].type not in dtypes or not found[0].shape:
+    if arguments[0].type not in dtypes or not arguments[0].shape:
         raise ValueError(
-            f'{path} takes a {found[0].type} of shape {found[0].shape}: it is none that was exported here.'
+            f'{path} takes a {arguments[0].type} of shape {arguments[0].shape}: it was not exported by bqat_jax.'
         )
-    dtype, (batch, *shape) = dtypes[found[0].type], found[0].shape
+    dtype, (batch, *shape) = dtypes[arguments[0].type], arguments[0].shape
 
     def run(inputs):
-        return session.run(outputs, {found[0].name: np.asarray(inputs)})[0]
+        return session.run(outputs, {arguments[0].name: np.asarray(inputs)})[0]
 
     return Exported(run, jax.ShapeDtypeStruct(tuple(shape), dtype), batch if isinstance(batch, int) else None)

@@ -1,7 +1,7 @@
 """A frozen network as an ONNX model, which runs without this project and without JAX.
 
-Two kinds: codes in, exact sums of codes, one product a layer ('onnx'); or Quantize-Clip-Dequantize before every
-operation ('qcdq'), which tools of the field turn into integer kernels.
+There are two kinds: 'onnx' computes exact sums of codes and one product per layer; 'qcdq' has Quantize-Clip-Dequantize
+before every operation, which other tools turn into integer kernels.
 """
 
 from typing import Any
@@ -25,18 +25,18 @@ def export_onnx(
     qcdq: bool = False,
     watch: Watch | None = None,
 ) -> Any:
-    """Returns the network as an `onnx.ModelProto` that `onnx.checker` has passed.
+    """Returns the network as an `onnx.ModelProto` that `onnx.checker` accepts.
 
     Args:
         frozen: the network as arrays.
         network: the `BlockNetwork` that was frozen.
-        batch: how many examples it takes; 0 for any number.
-        opset: version of the ONNX operations, 21 to 25.
-        qcdq: whether values are quantized and dequantized, instead of sums of codes scaled.
-        watch: where the codes of layers' inputs are further outputs of the model, what says which is which.
+        batch: the batch size; 0 for any.
+        opset: version of the ONNX operators, 21 to 25.
+        qcdq: whether the model quantizes and dequantizes values instead of scaling sums of codes.
+        watch: if set, the codes of layers' inputs become further outputs of the model, and it maps them to layers.
 
     Raises:
-        ValueError: for an operation that has no rule, or a quantizer that QCDQ cannot say.
+        ValueError: for an operation without a rule, or a quantizer that QCDQ cannot represent.
         ImportError: without the package onnx.
     """
     try:
@@ -62,7 +62,7 @@ def check_qcdq(frozen: Frozen) -> None:
     """Checks that every quantizer can be written as Quantize-Clip-Dequantize.
 
     Raises:
-        ValueError: naming the layer, and what of it cannot be said.
+        ValueError: naming a layer whose quantizer cannot, and the reason.
     """
     for path, layer in frozen.layers.items():
         reason = _why_not_qcdq(layer)
@@ -80,7 +80,7 @@ def _why_not_qcdq(layer: FrozenLayer) -> str:
     if weights is not None and not weights.decoding.carries_whole_numbers:
         return 'its weights have an offset'
     if weights is not None and weights.decoding.has_half_shift and weights.decoding.bits == 8:
-        return 'its weights have 8 bits and no level at zero, which takes 9'
+        return 'its weights have 8 bits and no level at zero, which needs 9 bits'
     if inputs is None:
         return ''
     if not inputs.decoding.is_uniform:

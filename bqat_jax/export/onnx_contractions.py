@@ -1,4 +1,4 @@
-"""How JAX contractions, windows and padding are written in ONNX."""
+"""ONNX rules for JAX contractions, windows and padding."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +19,7 @@ def _dot_general(graph, equation, operands):
     rows, columns = [a.shape[axis] for axis in free_a], [b.shape[axis] for axis in free_b]
     inner = _product([a.shape[axis] for axis in left])
     a, b = graph.transpose(a, [*left_batch, *free_a, *left]), graph.transpose(b, [*right_batch, *right, *free_b])
-    # Without batch axes the left operand may have any number of rows' axes; with them there must be one.
+    # Without batch axes the left operand may have any number of row axes; with them it must have one.
     rows_now = [_product(rows)] if batch or not rows else rows
     a, b = graph.reshape(a, [*batch, *rows_now, inner]), graph.reshape(b, [*batch, inner, _product(columns)])
     result = graph.add('MatMul', [a, b], [*batch, *rows_now, _product(columns)], out.aval.dtype)
@@ -66,13 +66,13 @@ def _pads(padding: Sequence[tuple[int, int]]) -> list[int]:
 
 
 def pad(graph: Graph, x: Value, padding: Sequence[tuple[int, int, int]], value: Value | float) -> Value:
-    """Returns a value with padding, as `jax.lax.pad`.
+    """Returns a padded value, as `jax.lax.pad` does.
 
     Args:
-        graph: under construction.
+        graph: the graph under construction.
         x: the value.
-        padding: of every axis (before, after, between the elements); before and after may be negative.
-        value: what it is padded with.
+        padding: (before, after, between the elements) for every axis; before and after may be negative.
+        value: the padding value.
     """
     filling = value if isinstance(value, (Tensor, Constant)) else Constant(np.array(value, x.dtype))
     for axis, (_, _, between) in enumerate(padding):
@@ -91,7 +91,7 @@ def _pad_edges(graph: Graph, x: Value, padding: Sequence[tuple[int, int]], filli
 
 
 def _insert(graph: Graph, x: Value, axis: int, between: int, filling: Value) -> Value:
-    """Puts elements between those along an axis: as an axis of its own that is padded and merged."""
+    """Inserts elements between those along an axis: adds an axis, pads it and merges it."""
     before, size, after = x.shape[:axis], x.shape[axis], x.shape[axis + 1 :]
     x = graph.reshape(x, [*before, size, 1, *after])
     edges = [(0, 0)] * (axis + 1) + [(0, between)] + [(0, 0)] * len(after)
@@ -127,7 +127,7 @@ def _window(kind: str) -> Rule:
         rest = [n for n in range(len(sizes)) if n not in axes]
         shape = equation.outvars[0].aval.shape
         order = [*rest, *axes]
-        # Two axes in front, of batch and channels; all in one where there are more.
+        # ONNX needs two leading axes, batch and channels; more axes are merged into one.
         front = (
             [x.shape[n] for n in rest]
             if len(rest) == 2 and (kind != 'sum')
@@ -150,7 +150,7 @@ def _window(kind: str) -> Rule:
 
 
 def _pool(graph: Graph, kind: str, x: Value, shape: Sequence[Any], attributes: dict[str, list[int]]) -> Value:
-    if kind == 'sum':  # a mean times the window's size is no whole number
+    if kind == 'sum':  # AveragePool times the window's size would not be exact
         ones = Constant(np.ones((1, 1, *attributes['kernel_shape']), np.float32))
         return graph.add('Conv', [x, ones], shape, x.dtype, **attributes)
     if kind == 'max':

@@ -1,8 +1,8 @@
 """Builds an ONNX graph: nodes, initializers and shapes.
 
-Equal nodes and equal initializers are made once. Reshapes, transposes and slices of constants are done at once, and so
-are those of weights in codes. Those of a quantized value are done before its quantizer: from opset 21 on onnxruntime
-fails on what only moves elements (Transpose, Reshape, Slice, MaxPool) right after a DequantizeLinear of int8.
+Equal nodes and equal initializers are shared. Reshapes, transposes and slices of constants and of weights in codes are
+computed at export. Those of a quantized value are moved before its quantizer: from opset 21 on onnxruntime fails on
+operations that only move elements (Transpose, Reshape, Slice, MaxPool) right after a DequantizeLinear of int8.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from bqat_jax.export.onnx_values import (
 
 LAST, FIRST = np.iinfo(np.int64).max, np.iinfo(np.int64).min
 _KINDS = ('bool', 'uint8', 'int8', 'int16', 'uint16', 'int32', 'uint32', 'int64', 'uint64', 'float32', 'float64')
-# Only in passing, between two casts.
+# Allowed only between two casts.
 _PASSING = ('bfloat16', 'float16')
 
 
@@ -39,16 +39,16 @@ class Graph:
     """A graph under construction.
 
     Attributes:
-        options: of the model.
-        place: where the operation stands that is being written, for messages.
+        options: options of the model.
+        place: the path of the current operation, for messages.
     """
 
     def __init__(self, options: OnnxOptions, inputs: Sequence[Tensor]):
         """Starts a graph.
 
         Args:
-            options: of the model.
-            inputs: of the graph; all symbolic dimensions are of one symbol, the batch size.
+            options: options of the model.
+            inputs: inputs of the graph; all symbolic dimensions must use one symbol, the batch size.
 
         Raises:
             ValueError: if there are two symbols.
@@ -68,20 +68,20 @@ class Graph:
         symbols = {parse_dimension(size)[1] for x in inputs for size in x.shape if not isinstance(size, int)}
         if len(symbols) > 1:
             raise ValueError(
-                f'The inputs have several unknown sizes, {sorted(symbols)}: ONNX export knows one, the batch.'
+                f'The inputs have several unknown sizes, {sorted(symbols)}: ONNX export supports one, the batch.'
             )
 
     def add(
         self, operation: str, operands: Sequence[Value | None], shape: Any, dtype: Any, **attributes: Any
     ) -> Tensor:
-        """Returns the output of a node; of an equal one if there is one.
+        """Adds a node and returns its output; reuses an equal node.
 
         Args:
-            operation: of ONNX.
-            operands: of the node; None for an optional one that is left out.
-            shape: of the output.
-            dtype: of the output.
-            **attributes: of the node.
+            operation: the ONNX operator.
+            operands: inputs of the node; None for an omitted optional one.
+            shape: shape of the output.
+            dtype: dtype of the output.
+            **attributes: attributes of the node.
         """
         dtype = self.check_dtype(dtype, operation == 'Cast')
         names = ['' if value is None else self.name_of(value) for value in operands]
@@ -93,22 +93,22 @@ class Graph:
         return self._made[key]
 
     def check_dtype(self, dtype: Any, in_passing: bool = True) -> np.dtype:
-        """Returns a dtype of NumPy.
+        """Returns a dtype as a NumPy dtype.
 
         Args:
-            dtype: of a value.
+            dtype: dtype of a value.
             in_passing: whether the value is only cast to it and back.
 
         Raises:
-            ValueError: if it has no place in a model.
+            ValueError: if a model cannot have it.
         """
         dtype = np.dtype(dtype)
         if dtype.name not in (_KINDS + _PASSING if in_passing else _KINDS):
-            raise ValueError(f'ONNX export writes no values of dtype {dtype.name}{self.place}. Use float32.')
+            raise ValueError(f'ONNX export does not support the dtype {dtype.name}{self.place}. Use float32.')
         return dtype
 
     def name_of(self, value: Value) -> str:
-        """Returns the name of a value in the graph, where it is put now if it is not there."""
+        """Returns the name of a value in the graph; adds the value if needed."""
         if isinstance(value, Constant):
             return self._of_constant(value)
         return self.tensor(value).name
@@ -122,7 +122,7 @@ class Graph:
         return value
 
     def transpose(self, value: Value, permutation: Sequence[int]) -> Value:
-        """Returns a value with axes in another order, as `numpy.transpose`."""
+        """Returns a value with permuted axes, as `numpy.transpose` does."""
         permutation = tuple(permutation)
         if permutation == tuple(range(len(permutation))):
             return value
@@ -140,7 +140,7 @@ class Graph:
         return result
 
     def reshape(self, value: Value, shape: Sequence[Any]) -> Value:
-        """Returns a value in another shape with as many elements."""
+        """Returns a reshaped value."""
         shape = tuple(shape)
         if shape == tuple(value.shape):
             return value
@@ -166,7 +166,7 @@ class Graph:
         return result
 
     def expand(self, value: Value, shape: Sequence[Any]) -> Value:
-        """Returns a value repeated along axes of length 1, as `numpy.broadcast_to`."""
+        """Returns a value repeated along axes of length 1, as `numpy.broadcast_to` does."""
         shape = tuple(shape)
         if shape == tuple(value.shape):
             return value
@@ -179,7 +179,7 @@ class Graph:
         return self.add('Expand', [value, self.shape_tensor(sizes)], shape, value.dtype)
 
     def cast(self, value: Value, dtype: Any) -> Value:
-        """Returns a value in another dtype."""
+        """Returns a value cast to another dtype."""
         dtype = self.check_dtype(dtype)
         if dtype == value.dtype:
             return value
@@ -188,13 +188,13 @@ class Graph:
         return self.add('Cast', [value], value.shape, dtype, to=helper.np_dtype_to_tensor_dtype(dtype))
 
     def slice(self, value: Value, starts: Sequence[int], stops: Sequence[Any], steps: Sequence[int]) -> Value:
-        """Returns a part of a value.
+        """Returns a slice of a value.
 
         Args:
-            value: of any kind.
-            starts: of every axis.
-            stops: of every axis; may be symbolic.
-            steps: of every axis, above 0.
+            value: the value.
+            starts: first index of every axis.
+            stops: end of every axis; may be symbolic.
+            steps: step of every axis, above 0.
         """
         cuts = list(zip(starts, stops, steps, strict=True))
         axes = [n for n, (cut, size) in enumerate(zip(cuts, value.shape, strict=True)) if cut != (0, size, 1)]
@@ -212,7 +212,7 @@ class Graph:
         return self.add('Slice', [value, first, self.shape_tensor(ends), which, by], shape, value.dtype)
 
     def flip(self, value: Value, axes: Sequence[int]) -> Value:
-        """Returns a value in reverse order along axes."""
+        """Returns a value reversed along axes."""
         if not isinstance(value, Tensor):
             slices = tuple(slice(None, None, -1 if n in axes else None) for n in range(len(value.shape)))
             return map_arrays(value, lambda array: array[slices])
@@ -222,7 +222,7 @@ class Graph:
         return self.add('Slice', [value, *(Constant(np.array(x, np.int64)) for x in numbers)], value.shape, value.dtype)
 
     def shape_tensor(self, shape: Sequence[Any]) -> Value:
-        """Returns a shape as int64 numbers, computed from the inputs' batch size where it is symbolic."""
+        """Returns a shape as int64 values; symbolic sizes are computed from the inputs' batch size."""
         if is_static(shape):
             return Constant(np.array(shape, np.int64))
         parts = [Constant(np.array([x], np.int64)) if isinstance(x, int) else self.size(x) for x in shape]
@@ -240,11 +240,11 @@ class Graph:
         return result
 
     def is_observed(self, name: str) -> bool:
-        """Returns whether a value of that name is to be an output."""
+        """Returns whether a value with this name becomes an output."""
         return bool(self.options.observed) and name.startswith(self.options.observed)
 
     def observe(self, name: str, value: Value) -> None:
-        """Makes a value a further output, '<name>@<running index>'."""
+        """Adds a value as an output named '<name>@<index>'."""
         index = sum(other.rpartition('@')[0] == name for other, _ in self._observed)
         self._observed.append((f'{name}@{index}', self.tensor(value)))
 
@@ -252,10 +252,10 @@ class Graph:
         """Returns (codes of 8 bits, codes·scale): QuantizeLinear, Clip and DequantizeLinear with zero point 0.
 
         Args:
-            value: what is quantized.
-            scale: () or, for one along an axis, of the rank of `value` with ones elsewhere.
+            value: the value to quantize.
+            scale: () or, for a scale along an axis, of the rank of `value` with ones elsewhere.
             lower: the smallest code.
-            upper: the largest.
+            upper: the largest code.
         """
         source = self.tensor(value)
         key = ('quantizer', source.name, scale.shape, scale.tobytes(), lower, upper)
@@ -267,11 +267,11 @@ class Graph:
         return codes, values
 
     def before_quantizer(self, value: Tensor, change: Callable[[Tensor], Value]) -> Value:
-        """Returns a value with elements moved or left out, done before its quantizer if it comes from one.
+        """Applies an operation that moves or drops elements, before the value's quantizer if it has one.
 
         Args:
             value: a tensor.
-            change: what is done; it must not change an element.
+            change: the operation; it must not change an element.
         """
         if value.name not in self._quantizers:
             return change(value)
@@ -282,7 +282,7 @@ class Graph:
         """Returns the finished model.
 
         Args:
-            outputs: names and values.
+            outputs: names and values of the outputs.
         """
         results = [(name, self.tensor(value)) for name, value in [*outputs, *self._observed]]
         return finish_model(self.options, Parts(self._inputs, self._nodes, self._initializers, self._tensors), results)
@@ -293,7 +293,7 @@ class Graph:
         return result
 
     def _append(self, operation: str, names: Sequence[str], shape: Any, dtype: Any, **attributes: Any) -> Tensor:
-        """A node that is made again though there is an equal one."""
+        """Adds a node even if there is an equal one."""
         result = self._new(operation, shape, dtype)
         self._nodes.append(helper.make_node(operation, names, [result.name], name=result.name, **attributes))
         return result
@@ -337,9 +337,9 @@ class Graph:
         return self._made[key]
 
     def _dequantize(self, value: Dequantized) -> Tensor:
-        """Nodes that qonnx reads: fewer bits than 8, or a scale along an axis, it takes from QuantizeLinear alone."""
+        """Nodes that qonnx reads: it accepts fewer than 8 bits, or a scale along an axis, only after QuantizeLinear."""
         longer = [axis for axis, size in enumerate(value.scale.shape) if size > 1]
-        if len(longer) > 1:  # a scale of its own for groups of channels: nothing that DequantizeLinear has
+        if len(longer) > 1:  # DequantizeLinear has no scale along several axes
             ones = np.ones((1,) * value.codes.ndim, np.float32)
             codes = self._dequantize(dataclasses.replace(value, scale=ones))
             return self.add('Mul', [codes, Constant(value.scale)], value.shape, np.float32)
@@ -356,7 +356,7 @@ class Graph:
         return self.quantizer(weights, value.scale if longer else value.scale.reshape(()), value.lower, value.upper)[1]
 
     def _write_quantizer(self, source: Tensor, scale: np.ndarray, lower: int, upper: int) -> tuple[Tensor, Tensor]:
-        """Nodes that share no scale and no input with others: qonnx overwrites scales and names after inputs."""
+        """Nodes that share no scale and no input with others: qonnx overwrites scales and names nodes after inputs."""
         if source.name in self._quantized:
             source = self._append('Identity', [source.name], source.shape, source.dtype)
         self._quantized.add(source.name)
@@ -370,7 +370,7 @@ class Graph:
         return codes, values
 
     def _scale_and_zero(self, scale: np.ndarray, dtype: np.dtype) -> tuple[list[str], dict[str, int]]:
-        """Initializers of scale and zero point, and the axis along which they stand."""
+        """Initializers of scale and zero point, and their axis."""
         longer = [axis for axis, size in enumerate(scale.shape) if size > 1]
         flat = scale.ravel() if longer else scale.reshape(())
         names = [self._initialize(flat), self._initialize(np.zeros(flat.shape, dtype))]
@@ -382,7 +382,7 @@ def _sliced(start: int, stop: Any, step: int) -> Any:
 
 
 def _relative(stop: Any, size: Any) -> Any:
-    """The end of a slice without a symbolic dimension, where it can be told from the end of the axis."""
+    """The end of a slice, relative to the end of the axis if that makes it an int."""
     beyond = stop - size
     if isinstance(stop, int) or not isinstance(beyond, int):
         return stop

@@ -1,4 +1,4 @@
-"""How JAX indexing is written in ONNX."""
+"""ONNX rules for JAX indexing."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +18,7 @@ def _dynamic_slice(graph, equation, operands):
 
 
 def _slice_from(graph: Graph, x: Value, starts: dict[int, Value], sizes: Sequence[Any]) -> Value:
-    """A slice of sizes; starts, by axis, are moved so that it lies within."""
+    """A slice of the given sizes; its starts, by axis, are clamped to the bounds."""
     for axis, start in starts.items():
         size, whole = sizes[axis], x.shape[axis]
         if size == whole:
@@ -41,11 +41,11 @@ def _slice_from(graph: Graph, x: Value, starts: dict[int, Value], sizes: Sequenc
 
 
 def _gather(graph, equation, operands):
-    """Indexed axes come first and the indices choose among them; a slice at one place is a slice."""
+    """Writes a gather as slices if its indices allow, and else as Gather or GatherND."""
     numbers, sizes = equation.params['dimension_numbers'], equation.params['slice_sizes']
     x, indices = full(graph, equation, operands)
     indexed, grouped = numbers.start_index_map, numbers.operand_batching_dims
-    # Axes that are not indexed begin at 0.
+    # Axes that are not indexed start at 0.
     rest = [size if n not in (*indexed, *grouped) else x.shape[n] for n, size in enumerate(sizes)]
     x = graph.slice(x, [0] * len(rest), rest, [1] * len(rest))
     lasts = [x.shape[n] - sizes[n] for n in indexed]
@@ -76,10 +76,11 @@ def _is_within(indices: Value, lasts: Sequence[Any]) -> bool:
 
 
 def _find_grid(equation: Any, indices: Value) -> tuple[dict[int, tuple[Any, Any, int]], dict[int, int]] | None:
-    """Constant indices as slices, as for x[:, ::2, 3]: every axis of the indices walks evenly along one of the operand.
+    """Finds slices for constant indices, as in x[:, ::2, 3]: each axis of the indices steps along one of the operand.
 
     Returns:
-        (start, stop, step) by axis of the operand, and the axis of the operand by that of the indices.
+        (start, stop, step) by axis of the operand, and the operand's axis by axis of the indices; None if there are no
+        such slices.
     """
     numbers, sizes = equation.params['dimension_numbers'], equation.params['slice_sizes']
     if not isinstance(indices, Constant) or not indices.array.size or numbers.operand_batching_dims:
@@ -128,7 +129,7 @@ def _clip(graph: Graph, indices: Value, lasts: Sequence[Any]) -> Value:
 
 
 def _inside(graph: Graph, indices: Value, lasts: Sequence[Any]) -> Value:
-    """Whether all of every index vector lies within the operand."""
+    """Whether every index vector is within the operand's bounds."""
     wide = graph.cast(indices, np.int64)
     low = emit(graph, 'GreaterOrEqual', [wide, Constant(np.array(0, np.int64))], bool)
     high = emit(graph, 'LessOrEqual', [wide, graph.shape_tensor(lasts)], bool)
@@ -138,7 +139,7 @@ def _inside(graph: Graph, indices: Value, lasts: Sequence[Any]) -> Value:
 
 
 def _fill(graph: Graph, equation: Any, result: Value, is_inside: Value | None) -> Value:
-    """Puts the fill value where an index vector is outside."""
+    """Writes the fill value for index vectors out of bounds."""
     if is_inside is None:
         return result
     offsets, rank = equation.params['dimension_numbers'].offset_dims, len(result.shape)
@@ -180,7 +181,7 @@ def _gather_many(graph: Graph, equation: Any, x: Value, indices: Value) -> Value
 def _into_places(
     graph: Graph, x: Value, batch: Sequence[int], kept: Sequence[int | None], offsets: Sequence[int]
 ) -> Value:
-    """Puts the axes `kept` at `offsets` and those of the indices at the others; None is a new axis of length 1."""
+    """Moves the axes `kept` to `offsets` and those of the indices to the rest; None is a new axis of length 1."""
     if None in kept:
         x = graph.reshape(x, [*x.shape, 1])
     axes = [len(x.shape) - 1 if axis is None else axis for axis in kept]
@@ -188,7 +189,7 @@ def _into_places(
     return graph.transpose(x, [own[n] if n in own else next(ordered) for n in range(len(x.shape))])
 
 
-# By the kind of dtype: what stands where an index is outside.
+# Default fill values for indices out of bounds, by kind of dtype.
 _FILLINGS = {
     'f': lambda dtype: np.nan,
     'i': lambda dtype: np.iinfo(dtype).min,

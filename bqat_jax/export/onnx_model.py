@@ -1,4 +1,4 @@
-"""An ONNX model from the parts of its graph."""
+"""Assembles an ONNX model from the parts of its graph."""
 
 import dataclasses
 import types
@@ -10,19 +10,19 @@ from onnx import helper
 
 from bqat_jax.export.onnx_values import Tensor, dimension_name
 
-# The file format of every opset: the oldest that has it.
+# The oldest IR version that supports an opset.
 FORMATS = {21: 10, 22: 10, 23: 11, 24: 12, 25: 13}
 
 
 @dataclasses.dataclass(frozen=True)
 class OnnxOptions:
-    """How a model is written.
+    """Options of a model.
 
     Attributes:
-        opset: version of the ONNX operations, 21 to 25.
-        observed: values named by `checkpoint_name` with a name that begins so are outputs too; '' for none.
-        metadata: of the model.
-        describes_all: whether shapes and dtypes of all intermediate values are written too, which some tools need.
+        opset: version of the ONNX operators, 21 to 25.
+        observed: prefix of the names, given by `checkpoint_name`, of values that become outputs; '' for none.
+        metadata: metadata of the model.
+        describes_all: whether shapes and dtypes of all intermediate values are written, which some tools need.
     """
 
     opset: int = 21
@@ -37,12 +37,12 @@ class OnnxOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What a graph consists of.
+    """The parts of a graph.
 
     Attributes:
-        inputs: of the graph.
-        nodes: in the order in which they run; may hold some that no output depends on.
-        initializers: by name.
+        inputs: inputs of the graph.
+        nodes: nodes in execution order; may include some that no output depends on.
+        initializers: initializers by name.
         tensors: shapes and dtypes of inputs and nodes' outputs by name.
     """
 
@@ -56,15 +56,15 @@ def finish_model(options: OnnxOptions, parts: Parts, results: Sequence[tuple[str
     """Returns a model without nodes and initializers that no output depends on.
 
     Args:
-        options: of the model.
-        parts: of its graph; the nodes are renamed in place.
-        results: names of the outputs and what they are.
+        options: options of the model.
+        parts: parts of its graph; the nodes are renamed in place.
+        results: names and values of the outputs.
     """
     names = _output_names(parts.nodes, results)
     for node in parts.nodes:
         for field in (node.input, node.output):
             field[:] = [names.get(name, name) for name in field]
-    # What is an input, an initializer or an output already is copied.
+    # A result that is an input, an initializer or already an output is copied.
     copied = [(names.get(x.name, x.name), name) for name, x in results if names.get(x.name) != name]
     copies = [helper.make_node('Identity', [source], [name], name=f'Identity_{name}') for source, name in copied]
     nodes, needed = _prune([*parts.nodes, *copies], [name for name, _ in results])
@@ -84,7 +84,7 @@ def finish_model(options: OnnxOptions, parts: Parts, results: Sequence[tuple[str
 
 
 def _output_names(nodes: Sequence[onnx.NodeProto], results: Sequence[tuple[str, Tensor]]) -> dict[str, str]:
-    """The output's name for each node's output that is one."""
+    """The names of the model's outputs by the names of the nodes' outputs."""
     made, names = {name for node in nodes for name in node.output}, {}
     for name, value in results:
         if value.name in made:

@@ -1,7 +1,7 @@
-"""How JAX operations on elements are written in ONNX.
+"""ONNX rules for elementwise JAX operations.
 
-A rule is a function `rule(graph, equation, operands) -> results`. It reads shapes from the equation; those of operands
-may have ones instead.
+A rule is a function `rule(graph, equation, operands) -> results`. It reads shapes from the equation; an operand may
+have ones in place of larger sizes.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,17 +14,17 @@ from bqat_jax.export.onnx_graph import Graph
 from bqat_jax.export.onnx_values import Constant, Tensor, Value, broadcast_shape
 
 Rule = Callable[[Graph, Any, list[Value]], Sequence[Value]]
-# onnxruntime computes with few integers: others are computed in these and cast back, which wraps around as JAX does.
+# onnxruntime supports few integer dtypes: others are computed in these and cast back, which wraps around like JAX.
 _WIDER = {'bool': 'int32', 'int8': 'int32', 'uint8': 'int32', 'int16': 'int32', 'uint16': 'int32', 'uint32': 'int64'}
 
 
 def refuse(graph: Graph, equation: Any, what: str) -> ValueError:
-    """Returns the error for a form of an operation that has no rule.
+    """Returns the error for an operation without a rule.
 
     Args:
-        graph: under construction.
+        graph: the graph under construction.
         equation: the operation.
-        what: it is.
+        what: the variant that has no rule; '' for all.
     """
     return ValueError(
         f'ONNX export has no rule for the operation {equation.primitive.name!r}{what and f" {what}"}{graph.place}. '
@@ -33,20 +33,20 @@ def refuse(graph: Graph, equation: Any, what: str) -> ValueError:
 
 
 def emit(graph: Graph, operation: str, operands: Sequence[Value], dtype: Any = None) -> Tensor:
-    """Returns an operation of ONNX on elements.
+    """Adds an elementwise ONNX operator and returns its output.
 
     Args:
-        graph: under construction.
-        operation: of ONNX.
-        operands: broadcast against each other.
-        dtype: of the result; by default that of the last operand.
+        graph: the graph under construction.
+        operation: the ONNX operator.
+        operands: operands, which are broadcast.
+        dtype: dtype of the result; by default that of the last operand.
     """
     shape = broadcast_shape(*(value.shape for value in operands))
     return graph.add(operation, operands, shape, operands[-1].dtype if dtype is None else dtype)
 
 
 def scalar(number: Any, like: Value) -> Constant:
-    """Returns a number of the dtype of `like`."""
+    """Returns a constant with the dtype of `like`."""
     return Constant(np.array(number, like.dtype))
 
 
@@ -56,12 +56,12 @@ def full(graph: Graph, equation: Any, operands: Sequence[Value]) -> list[Value]:
 
 
 def widen(graph: Graph, operands: Sequence[Value]) -> list[Value]:
-    """Returns operands in a dtype that onnxruntime computes in."""
+    """Returns operands in dtypes that onnxruntime supports."""
     return [graph.cast(value, _WIDER.get(value.dtype.name, value.dtype)) for value in operands]
 
 
 def _direct(operation: str) -> Rule:
-    """A single operation of ONNX, computed in the wider dtype."""
+    """A single ONNX operator, computed in the wider dtype."""
 
     def rule(graph, equation, operands):
         return [graph.cast(emit(graph, operation, widen(graph, operands)), operands[0].dtype)]
@@ -78,7 +78,7 @@ def _comparison(operation: str, negated: bool = False) -> Rule:
 
 
 def _neutral(operation: str, number: float, on_left: bool) -> Rule:
-    """An operation that is left out where one operand is its neutral element."""
+    """An operation that is omitted if one operand is its neutral element."""
     direct = _direct(operation)
 
     def rule(graph, equation, operands):
@@ -146,7 +146,7 @@ def _square(graph, equation, operands):
 
 
 def _integer_pow(graph, equation, operands):
-    """Products in the order in which JAX computes them."""
+    """Multiplies in JAX's order."""
     (x,), exponent = widen(graph, operands), equation.params['y']
     if exponent == 0:
         return [graph.reshape(scalar(1, operands[0]), (1,) * len(x.shape))]
@@ -172,7 +172,7 @@ def _exp2(graph, equation, operands):
 
 
 def _log1p(graph, equation, operands):
-    """log(u)·x/(u-1) with u = 1 + x, which is exact where x is small; x where u = 1, log(u) where u is infinite."""
+    """log(u)·x/(u-1) with u = 1 + x, which is accurate for small x; x if u = 1, log(u) if u is infinite."""
     (x,) = operands
     u = emit(graph, 'Add', [x, scalar(1, x)])
     log, less = emit(graph, 'Log', [u]), emit(graph, 'Sub', [u, scalar(1, x)])
@@ -183,7 +183,7 @@ def _log1p(graph, equation, operands):
 
 
 def _expm1(graph, equation, operands):
-    """tanh(x/2)·(exp(x) + 1), which is exact where x is small."""
+    """tanh(x/2)·(exp(x) + 1), which is accurate for small x."""
     (x,) = operands
     tanh = emit(graph, 'Tanh', [emit(graph, 'Mul', [x, scalar(0.5, x)])])
     return [emit(graph, 'Mul', [tanh, emit(graph, 'Add', [emit(graph, 'Exp', [x]), scalar(1, x)])])]
@@ -229,7 +229,7 @@ def _reduce_precision(graph, equation, operands):
     return [graph.cast(graph.cast(x, kinds[bits]), x.dtype)]
 
 
-# Operations on elements: their operands broadcast, and constants are folded in the shapes that they have.
+# Elementwise operations: operands broadcast, and constants are folded in their own shapes.
 RULES: dict[str, Rule] = {
     'add': _neutral('Add', 0, True),
     'add_any': _neutral('Add', 0, True),

@@ -1,7 +1,7 @@
-"""A JAX function as an ONNX model: its traced program (a jaxpr) is walked through, every operation by a rule.
+"""Converts a JAX function to an ONNX model: a rule translates each operation of its jaxpr.
 
-Operations on constants are computed when the model is built, but for arithmetic with codes, which stay small in the
-file. Inner programs are written out, a loop once for every iteration. What no output depends on is left out.
+Operations on constants are folded, except arithmetic with codes, which stay small in the file. Inner programs are
+inlined, and loops are unrolled. Operations that no output depends on are omitted.
 """
 
 import dataclasses
@@ -39,17 +39,17 @@ def build_model(
 ) -> onnx.ModelProto:
     """Returns the ONNX model of `run(arrays, inputs)`.
 
-    Its inputs are called 'input' or, of a tree, 'input_<path>', its outputs 'output' or 'output_<path>', and the batch
-    size 'batch' where it is left open.
+    Its inputs are called 'input' or, for a tree, 'input_<path>', its outputs 'output' or 'output_<path>', and a
+    symbolic batch size 'batch'.
 
     Args:
         run: a JAX function.
-        arrays: a tree of NumPy arrays, constants of the model. Whole numbers of 8 bits are stored in the fewest bits.
-        inputs: a tree of `jax.ShapeDtypeStruct`s whose axes may be of the size `jax.export.symbolic_shape('b')[0]`.
-        options: how the model is written; the defaults if None.
+        arrays: a tree of NumPy arrays, constants of the model. Integers of 8 bits are stored in the fewest bits.
+        inputs: a tree of `jax.ShapeDtypeStruct`s; an axis may have the size `jax.export.symbolic_shape('b')[0]`.
+        options: options of the model; the defaults if None.
 
     Raises:
-        ValueError: for an operation that has no rule.
+        ValueError: for an operation without a rule.
     """
     program, shapes = jax.make_jaxpr(run, return_shape=True)(_shapes_of(arrays), inputs)
     given = [Tensor(name, x.shape, np.dtype(x.dtype)) for name, x in _named_leaves(inputs, 'input')]
@@ -77,15 +77,15 @@ class _Walk:
     """Writes programs into a graph.
 
     Attributes:
-        graph: under construction.
-        stack: names of the programs around this one.
+        graph: the graph under construction.
+        stack: names of the enclosing programs.
     """
 
     graph: Graph
     stack: tuple[str, ...]
 
     def run(self, jaxpr: Jaxpr, consts: Sequence[Any], operands: Sequence[Value], needed: Sequence[bool]) -> list[Any]:
-        """Returns a program's results; None for those that are not needed."""
+        """Returns a program's results; None for one that is not needed."""
         values: dict[Var, Value] = dict(zip(jaxpr.constvars, map(_constant, consts), strict=True))
         values |= dict(zip(jaxpr.invars, operands, strict=True))
         wanted = [x for x, is_needed in zip(jaxpr.outvars, needed, strict=True) if is_needed]
@@ -99,7 +99,7 @@ class _Walk:
         return [read(x) if is_needed else None for x, is_needed in zip(jaxpr.outvars, needed, strict=True)]
 
     def _alive(self, jaxpr: Jaxpr, wanted: Sequence[Any]) -> list[tuple[Any, list[bool]]]:
-        """The equations that results depend on, in order, with which of their own are needed."""
+        """The equations that `wanted` depends on, in order, each with flags for its needed results."""
         needed, alive = {x for x in wanted if not isinstance(x, Literal)}, []
         for equation in reversed(jaxpr.eqns):
             kept = [x in needed for x in equation.outvars]
@@ -110,7 +110,7 @@ class _Walk:
         return alive[::-1]
 
     def _reads(self, equation: Any, kept: list[bool]) -> list[bool]:
-        """Which operands an equation reads for those of its results that are kept; of a loop what its body reads."""
+        """Flags for the operands that an equation reads for its kept results; a loop reads what its body reads."""
         if equation.primitive.name != 'scan':
             return [True] * len(equation.invars)
         (inner,) = jaxprs_in_params(equation.params)
@@ -166,7 +166,7 @@ class _Walk:
         return self.run(branch.jaxpr, branch.consts, given, needed)
 
     def _scan(self, equation: Any, operands: list[Value], needed: list[bool]) -> list[Any]:
-        """A loop written out; arrays that are stacked along its iterations are sliced."""
+        """An unrolled loop; arrays that are stacked along its iterations are sliced."""
         (inner,) = jaxprs_in_params(equation.params)
         constant, carry, stacked = scan_arguments(equation, operands)
         carries = len(carry)
@@ -195,7 +195,7 @@ class _Walk:
         return self.graph.reshape(part, value.shape[1:])
 
     def _stack(self, values: list[Value], shape: tuple[Any, ...]) -> Value:
-        """Results of all iterations along a new first axis."""
+        """Stacks the results of all iterations along a new first axis."""
         if all(isinstance(x, Constant) for x in values) and is_static(shape):
             arrays = [np.broadcast_to(x.array, shape) for x in values]  # pyright: ignore[reportAttributeAccessIssue]
             return Constant(np.stack(arrays), all(x.codes for x in values))  # pyright: ignore[reportAttributeAccessIssue]
@@ -208,12 +208,12 @@ def _constant(array: Any, aval: Any = None) -> Constant:
 
 
 def _fold(equation: Any, operands: list[Value]) -> list[Value] | None:
-    """An operation's results if its operands are constants and no codes; None if it is to be written into the graph."""
+    """An operation's results if its operands are constants other than codes; None if it belongs in the graph."""
     arrays = [x.array for x in operands if isinstance(x, Constant) and not x.codes]
     if len(arrays) < len(operands) or equation.effects or not arrays:
         return None
     if equation.primitive.name in onnx_operations.RULES:
-        # In the shape that they have, which may be smaller.
+        # In the constants' shapes, which may have ones for larger sizes.
         made = [broadcast_shape(*(x.shape for x in arrays))]
         given = [np.broadcast_to(x, made[0]) for x in arrays]
     else:

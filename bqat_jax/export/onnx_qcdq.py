@@ -1,4 +1,4 @@
-"""How the quantizers of qcdq.py are written in ONNX."""
+"""ONNX rules for the quantizers of qcdq.py."""
 
 from typing import Any
 
@@ -39,5 +39,5 @@ def _dequantize_weights(graph: Graph, equation: Any, operands: list[Value]) -> l
     return [Dequantized(numbers, scale, int(lower), int(upper))]
 
 
-# By the name of the function that an equation calls; None instead of results if it is to be written out.
+# Rules by the name of the called function; a rule returns None if the call must be inlined.
 NAMED = {QUANTIZE_INPUT: _quantize_input, DEQUANTIZE_WEIGHTS: _dequantize_weights}

@@ -1,4 +1,4 @@
-"""How JAX operations on shapes, slices, and reductions along axes are written in ONNX."""
+"""ONNX rules for JAX operations on shapes, slices and reductions."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,10 +15,10 @@ def _identity(graph, equation, operands):
 
 
 def _broadcast_in_dim(graph, equation, operands):
-    """Ones stand for the axes along which the operand is repeated."""
+    """The result has ones in place of repeated axes."""
     (x,), dimensions = operands[:1], equation.params['broadcast_dimensions']
     shape = [1] * len(equation.outvars[0].aval.shape)
-    for axis, size in zip(dimensions, x.shape, strict=False):  # a scalar may stand for any shape
+    for axis, size in zip(dimensions, x.shape, strict=False):  # a scalar may represent any shape
         shape[axis] = size
     return [graph.reshape(x, shape)]
 
@@ -82,10 +82,10 @@ def _slice(graph, equation, operands):
 
 
 def slice_lazily(graph: Graph, equation: Any, x: Value, *cuts: Sequence[Any]) -> Value:
-    """Returns a slice of an equation's first operand; axes of length 1 that stand for longer ones stay as they are.
+    """Returns a slice of an equation's first operand; axes of length 1 in place of longer ones are kept.
 
     Args:
-        graph: under construction.
+        graph: the graph under construction.
         equation: the operation.
         x: its operand.
         *cuts: starts, stops and steps of every axis.
@@ -130,7 +130,7 @@ def _dim_as_value(graph, equation, operands):
 
 
 def _reduction(operation: str, repeats: bool) -> Rule:
-    """A reduction; `repeats` where it matters how often a value is repeated."""
+    """A reduction; `repeats` says whether the result depends on how often a value is repeated."""
 
     def rule(graph, equation, operands):
         (x,), axes = operands, list(equation.params['axes'])
@@ -164,7 +164,7 @@ def _cumsum(graph, equation, operands):
     return [graph.cast(result, operands[0].dtype)]
 
 
-# Operations that change no value: of constants too they are done by their rule.
+# Operations that only move elements: their rules apply to constants too.
 VIEWS: dict[str, Rule] = {
     **{name: _identity for name in ('copy', 'copy_p', 'stop_gradient', 'optimization_barrier', 'device_put')},
     'broadcast_in_dim': _broadcast_in_dim,

@@ -1,7 +1,7 @@
-"""The values of an ONNX graph under construction, how codes are stored and how shapes with an unknown batch are named.
+"""The values of an ONNX graph under construction, the storage of codes, and names of symbolic dimensions.
 
-The shape of a value may have ones where the JAX value has a larger axis: ONNX operations broadcast, so an axis is
-repeated only where an operation needs all of it. The rank is that of the JAX value, or 0 for a scalar.
+The shape of a value may have ones in place of the JAX value's larger sizes: ONNX operators broadcast, so an axis is
+repeated only if an operator needs it. The rank is that of the JAX value, or 0 for a scalar.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 MIN_CODES = 64
-# A constant is computed if it has no more elements than this, or not more than four times those of what it is made of.
+# A constant is folded if it has at most this many elements, or at most four times those of its largest operand.
 MANY_ELEMENTS = 65536
 _LINEAR = re.compile(r'(?:(\d+)\*)?([A-Za-z_]\w*)(?: ([+-]) (\d+))?')
 
@@ -24,9 +24,9 @@ class Tensor:
     """A tensor of the graph: an input or a node's output.
 
     Attributes:
-        name: in the graph.
+        name: its name in the graph.
         shape: ints and symbolic dimensions.
-        dtype: of NumPy.
+        dtype: its NumPy dtype.
     """
 
     name: str
@@ -36,11 +36,11 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Constant:
-    """An array known when the model is built; it becomes an initializer where a node reads it.
+    """An array known at export; it becomes an initializer if a node reads it.
 
     Attributes:
         array: its values.
-        codes: whether they are stored in the fewest bits and arithmetic with them is left to the model.
+        codes: whether they are stored in the fewest bits, with arithmetic left to the model.
     """
 
     array: np.ndarray
@@ -48,24 +48,24 @@ class Constant:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the array."""
+        """The shape of the array."""
         return self.array.shape
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the array."""
+        """The dtype of the array."""
         return self.array.dtype
 
 
 @dataclasses.dataclass(frozen=True)
 class Dequantized:
-    """Weights codes·scale that become nodes where another node reads them; until then codes and scale are reshaped.
+    """Weights codes·scale, which become nodes once another node reads them; shape operations act on both arrays.
 
     Attributes:
         codes: int8 or uint8.
-        scale: float32 of the same rank; an axis has the length of the codes' or 1.
-        lower: the smallest code there may be.
-        upper: the largest.
+        scale: float32 with the rank of `codes`; an axis has its size there or 1.
+        lower: the smallest possible code.
+        upper: the largest possible code.
     """
 
     codes: np.ndarray
@@ -75,7 +75,7 @@ class Dequantized:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the codes."""
+        """The shape of the codes."""
         return self.codes.shape
 
     @property
@@ -89,11 +89,11 @@ Value = Tensor | Constant | Dequantized
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """How whole numbers are stored.
+    """Integers as they are stored.
 
     Attributes:
-        array: of a dtype of 2, 4 or 8 bits.
-        doubled: whether the numbers are 2·array + 1.
+        array: an array of 2, 4 or 8 bits.
+        doubled: whether the integers are 2·array + 1.
     """
 
     array: np.ndarray
@@ -101,7 +101,7 @@ class Stored:
 
 
 def is_codes(array: np.ndarray) -> bool:
-    """Returns whether an array has at least 64 elements, all whole numbers of 8 bits and not all equal."""
+    """Returns whether an array has at least 64 elements, all integers of 8 bits and not all equal."""
     if array.size < MIN_CODES or array.dtype.kind not in 'iuf':
         return False
     lower, upper = array.min(), array.max()
@@ -110,11 +110,11 @@ def is_codes(array: np.ndarray) -> bool:
 
 
 def store_codes(array: np.ndarray, opset: int) -> Stored:
-    """Returns whole numbers in the fewest bits: 2 from opset 25 on, 4 or 8.
+    """Returns integers in the fewest bits: 2 (from opset 25 on), 4 or 8.
 
     Args:
-        array: whole numbers that fit 8 bits.
-        opset: of the model.
+        array: integers that fit 8 bits.
+        opset: opset of the model.
     """
     numbers = array.astype(np.int16)
     smallest = _smallest(numbers, opset)
@@ -147,7 +147,7 @@ def is_static(shape: Sequence[Any]) -> bool:
 
 
 def is_small(shape: Sequence[Any], elements: int) -> bool:
-    """Returns whether a constant of this shape is to be kept, computed from arrays of up to `elements` elements."""
+    """Returns whether to fold a constant of this shape, computed from arrays of up to `elements` elements."""
     return is_static(shape) and math.prod(shape) <= max(4 * elements, MANY_ELEMENTS)
 
 
@@ -167,33 +167,34 @@ def parse_dimension(size: Any) -> tuple[int, str, int]:
     match = _LINEAR.fullmatch(str(size))
     if not match:
         raise ValueError(
-            f'ONNX export cannot compute the size {size}: sizes are whole multiples of the batch size plus a constant.'
+            f'ONNX export cannot compute the size {size}: sizes must be integer multiples of the batch size plus a '
+            'constant.'
         )
     offset = int(match[4] or 0)
     return int(match[1] or 1), match[2], -offset if match[3] == '-' else offset
 
 
 def dimension_name(size: Any) -> str:
-    """Returns how a symbolic dimension is called in the model: 'batch', '2*batch', '2*batch + 1'."""
+    """Returns the name of a symbolic dimension in the model: 'batch', '2*batch', '2*batch + 1'."""
     return re.sub(r'\b(?!floordiv\b|mod\b|max\b|min\b)[A-Za-z_]\w*', 'batch', str(size))
 
 
 def map_arrays(value: Constant | Dequantized, change: Any) -> Value:
-    """Returns a constant whose arrays `change` has moved; codes and scale alike."""
+    """Returns a constant with `change` applied to its arrays, codes and scale alike."""
     if isinstance(value, Constant):
         return dataclasses.replace(value, array=change(value.array))
     return dataclasses.replace(value, codes=change(value.codes), scale=change(value.scale))
 
 
 def where_longer(array: np.ndarray, slices: Sequence[slice]) -> tuple[slice, ...]:
-    """Returns slices of the axes that are longer than 1; a scale has one entry for all codes along the others."""
+    """Returns slices for the axes longer than 1; along the others a scale has one entry for all codes."""
     return tuple(
         own if size > 1 or own.stop == own.start else slice(None) for own, size in zip(slices, array.shape, strict=True)
     )
 
 
 def reshape_scale(value: Dequantized, shape: tuple[int, ...]) -> np.ndarray | None:
-    """Returns the scale of codes in another shape; None if axes are merged or divided along which it varies."""
+    """Returns the scale for reshaped codes; None if the scale varies along an axis that is merged or split."""
     if value.scale.size == 1:
         return value.scale.reshape((1,) * len(shape))
     if [size for size in shape if size > 1] != [size for size in value.shape if size > 1]:

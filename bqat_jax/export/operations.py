@@ -1,4 +1,4 @@
-"""What a frozen layer computes, as operations of a JAX program."""
+"""The computations of a frozen layer as JAX operations."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from bqat_jax.export.frozen import EXACT_IN_FLOAT32, Decoding, Inputs, Weights, 
 from bqat_jax.export.qcdq import dequantize_weights, quantize_input
 from bqat_jax.transform.layers import WEIGHT_NAME, einsum_terms, layer_class
 
-# So many thresholds are compared one by one; more are searched.
+# The most thresholds that are compared one by one; more use a binary search.
 MOST_COMPARED = 15
 
 
@@ -29,7 +29,7 @@ def encode(inputs: Inputs, slot: Mapping[str, Any], x: jax.Array) -> jax.Array:
     if count <= MOST_COMPARED:
         reached = [(x >= thresholds[number]).astype(jnp.float32) for number in range(count)]
         return functools.reduce(jnp.add, reached) + lower
-    # A binary search without branches, over thresholds filled up with ones that are never reached.
+    # A branch-free binary search over thresholds padded with NaN, which no number reaches.
     size = 1 << count.bit_length()
     table = jnp.concatenate([thresholds, jnp.full(size - count, jnp.nan, jnp.float32)])
     position = jnp.zeros(x.shape, jnp.int32)
@@ -42,7 +42,7 @@ def encode(inputs: Inputs, slot: Mapping[str, Any], x: jax.Array) -> jax.Array:
 
 
 def decode(decoding: Decoding, slot: Mapping[str, Any], codes: jax.Array) -> jax.Array:
-    """Returns what codes, float32, stand for; see `bqat_jax.export.frozen`."""
+    """Returns the values of float32 codes; see `bqat_jax.export.frozen`."""
     if not decoding.is_uniform:
         levels = slot['levels']
         places = (codes - decoding.lower).astype(jnp.int32)
@@ -58,13 +58,13 @@ def decode(decoding: Decoding, slot: Mapping[str, Any], codes: jax.Array) -> jax
 
 
 def qcdq_input(inputs: Inputs, slot: Mapping[str, Any], x: jax.Array, label: str) -> jax.Array:
-    """Returns an input quantized and dequantized, as the QCDQ format writes it; the codes are marked by a label."""
+    """Returns an input quantized and dequantized in the QCDQ format; `label` names the codes."""
     step = functools.reduce(jnp.multiply, slot['scales'])
     return quantize_input(x.astype(jnp.float32), step, inputs.decoding.lower, inputs.upper, label).astype(x.dtype)
 
 
 def qcdq_weights(weights: Weights, slot: Mapping[str, Any], codes: jax.Array) -> jax.Array:
-    """Returns a kernel dequantized, as the QCDQ format writes it; codes are float32."""
+    """Returns a kernel dequantized in the QCDQ format; codes are float32."""
     decoding = weights.decoding
     ends = carried(np.array([decoding.lower, decoding.lower + 2**decoding.bits - 1]), decoding)
     scale = functools.reduce(jnp.multiply, slot['scales'], jnp.float32(carried_step(decoding)))
@@ -72,12 +72,12 @@ def qcdq_weights(weights: Weights, slot: Mapping[str, Any], codes: jax.Array) ->
 
 
 def carry(decoding: Decoding, codes: jax.Array) -> jax.Array:
-    """Codes as the whole numbers that are multiplied; see `carried`."""
+    """Returns the integers that stand for codes in products; see `carried`."""
     return codes * 2 + 1 if decoding.has_half_shift else codes
 
 
 def sum_by_digits(call: Callable[..., Any], numbers: jax.Array, largest: int, kernel_sum: int) -> jax.Array:
-    """Sums too large for float32, of digits whose sums are exact: Σ w · x = Σ_i base^i · Σ w · digit_i."""
+    """Computes sums too large for float32 from digits whose sums are exact: Σ w · x = Σ_i base^i · Σ w · digit_i."""
     base = 1 << ((EXACT_IN_FLOAT32 - 1) // kernel_sum + 1).bit_length() - 1
     total, weight = None, 1
     while True:
@@ -92,13 +92,13 @@ def sum_by_digits(call: Callable[..., Any], numbers: jax.Array, largest: int, ke
 
 @dataclasses.dataclass(frozen=True)
 class LinearCall:
-    """A call of a layer that is linear in its input and its kernel: the same on others, without the bias.
+    """A call of a linear layer with another input and kernel, without the bias.
 
     Attributes:
-        module: the layer, bound.
-        kernel: that it is to have.
-        args: what it is called with beside its input.
-        kwargs: the same, by keyword.
+        module: the bound layer.
+        kernel: the kernel to use.
+        args: further positional arguments of the call.
+        kwargs: keyword arguments of the call.
     """
 
     module: Any
@@ -109,7 +109,7 @@ class LinearCall:
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns the layer's output for another input, without the bias."""
         cls: Any = layer_class(self.module)
-        # A copy outside of the network: Flax lets a layer make its parameters once in a call.
+        # A copy outside of the network: in Flax a layer may create its parameters only once per call.
         copy = self.module.clone(parent=None, name=None, use_bias=False)
         own = {PARAMS: {WEIGHT_NAME: self.kernel}}
         return copy.apply(own, x, method=lambda copy, x: cls.__call__(copy, x, *self.args, **self.kwargs))
@@ -124,9 +124,9 @@ class LinearCall:
 
         Args:
             values: () or with the axes of the output channels.
-            ndim: of the output.
-            only_kernel: of an `nn.Einsum`, whether the axes of values are the kernel's letters that the input has not,
-                in the kernel's order; or all letters of the kernel that the output has, in the output's order.
+            ndim: rank of the output.
+            only_kernel: for an `nn.Einsum`: True if the axes of `values` are the kernel's letters that the input lacks,
+                in the kernel's order; False if they are all letters of kernel and output, in the output's order.
         """
         if values.ndim == 0:
             return values
@@ -134,7 +134,7 @@ class LinearCall:
             return values.reshape((1,) * (ndim - values.ndim) + values.shape)
         left, kernel, out = einsum_terms(self.module, self.args, self.kwargs)
         letters = out.replace('...', '')
-        # What an ellipsis stands for has an axis of its own for each, and no letter.
+        # An ellipsis represents axes without letters.
         start = out.index('...') if '...' in out else len(letters)
         axes = [*letters[:start], *[None] * (ndim - len(letters)), *letters[start:]]
         taken = [x for x in kernel if x in letters and x not in left]

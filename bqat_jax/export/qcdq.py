@@ -1,7 +1,7 @@
 """Quantizers that ONNX export writes as QuantizeLinear, Clip and DequantizeLinear (QCDQ), as Brevitas does.
 
-They stand in a traced program as calls of functions of a fixed name, by which the export knows them. Elsewhere they are
-the arithmetic that they say.
+In a traced program they are calls of functions with fixed names, which the export recognises. Elsewhere they are plain
+arithmetic.
 """
 
 import functools
@@ -18,15 +18,15 @@ DEQUANTIZE_WEIGHTS = 'bqat_jax_dequantize_weights'
 def quantize_input(x: jax.Array, step: jax.Array, lower: int, upper: int, label: str = '') -> jax.Array:
     """Returns clip(round(x/step), lower, upper)·step.
 
-    In ONNX the step must be a constant of the model; else this is plain arithmetic there too.
+    In ONNX the step must be a constant of the model; otherwise this is exported as plain arithmetic.
 
     Args:
         x: float32.
         step: float32 ().
         lower: the smallest code, 0 or less.
         upper: the largest code, above 0.
-        label: names the codes, as `checkpoint_name` does; where the export observes that name they are a further
-            output of the model, int32.
+        label: name of the codes, as for `checkpoint_name`; if the export observes it, they are a further output of the
+            model, int32.
 
     Raises:
         ValueError: if the codes do not fit 8 bits.
@@ -38,13 +38,13 @@ def quantize_input(x: jax.Array, step: jax.Array, lower: int, upper: int, label:
 def dequantize_weights(codes: jax.Array, scale: jax.Array, lower: int, upper: int) -> jax.Array:
     """Returns codes·scale, float32.
 
-    In ONNX codes and scale must be constants of the model; else this is plain arithmetic there too.
+    In ONNX codes and scale must be constants of the model; otherwise this is exported as plain arithmetic.
 
     Args:
-        codes: whole numbers of any dtype.
+        codes: integers of any dtype.
         scale: float32, of the rank of `codes` or ().
-        lower: the smallest code that there may be, 0 or less.
-        upper: the largest, above 0.
+        lower: the smallest possible code, 0 or less.
+        upper: the largest possible code, above 0.
 
     Raises:
         ValueError: if the codes do not fit 8 bits.
@@ -54,18 +54,18 @@ def dequantize_weights(codes: jax.Array, scale: jax.Array, lower: int, upper: in
 
 
 def check_bounds(lower: int, upper: int) -> None:
-    """Checks that codes fit int8 or, where `lower` is 0, uint8.
+    """Checks that codes fit int8 or, if `lower` is 0, uint8.
 
     Raises:
         ValueError: if they do not.
     """
     least, most = (-128, 127) if lower < 0 else (0, 255)
     if not least <= lower <= 0 < upper <= most:
-        raise ValueError(f'codes from {lower} to {upper}: they must lie in -128 to 127 or 0 to 255 and hold 0 and 1.')
+        raise ValueError(f'codes from {lower} to {upper}: must lie in -128 to 127 or 0 to 255 and include 0 and 1.')
 
 
 def _named(name: str):
-    """Returns a decorator that calls a function `name`: the compiled program is called after it."""
+    """Returns a decorator that renames a function, and with it the compiled program, to `name`."""
 
     def rename(function):
         function.__name__ = function.__qualname__ = name

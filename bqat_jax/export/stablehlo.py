@@ -1,4 +1,4 @@
-"""A frozen network as a StableHLO program, which runs in any process that has JAX, without this project."""
+"""A frozen network as a StableHLO program, which runs with JAX and without this project."""
 
 from typing import Any
 
@@ -20,23 +20,23 @@ def export_stablehlo(
 ) -> bytes:
     """Returns the serialized program, for `jax.export.deserialize(content).call(inputs)`.
 
-    It holds the codes packed. It runs on CPUs, NVIDIA GPUs and TPUs.
+    It holds packed codes and runs on CPUs, NVIDIA GPUs and TPUs.
 
     Args:
         frozen: the network as arrays.
         network: the `BlockNetwork` that was frozen.
-        batch: how many examples it takes; 0 for any number, which this version of JAX or a newer one can read.
+        batch: the batch size; 0 for any, which this version of JAX or a newer one can read.
         arithmetic: see `logits_function`.
         with_codes: whether it returns (outputs, {layer path: codes of its input at each call}), to compare networks.
 
     Raises:
-        ValueError: if the network cannot be traced for any number of examples; with the remedy.
+        ValueError: if the network cannot be traced for a symbolic batch size.
     """
     program = Program(frozen, network, arithmetic)
     run = program.run_with_codes if with_codes else program.run
 
     def logits(inputs):
-        # Behind a barrier: XLA would unpack the codes while it compiles, slowly.
+        # The barrier keeps XLA from unpacking the codes at compile time, which is slow.
         arrays = packed_arrays_of(frozen)
         codes = jax.lax.optimization_barrier({path: jnp.asarray(x) for path, x in arrays['codes'].items()})
         return run(unpack_arrays(frozen, {**arrays, 'codes': codes}), inputs)
@@ -49,12 +49,12 @@ def export_stablehlo(
             raise
         what = f'{type(error).__name__}: {str(error).partition(chr(10))[0]}'
         raise ValueError(
-            f'The network cannot be traced for any number of examples ({what}). Export it for one number of examples '
+            f'The network cannot be traced for any number of examples ({what}). Export it for a fixed number '
             '(batch=1; --config.export.batch=1).'
         ) from error
 
 
 def batch_of(frozen: Frozen, batch: int) -> Any:
-    """Returns shapes and dtypes of a batch of inputs; of any number of examples if `batch` is 0."""
+    """Returns shapes and dtypes of a batch of inputs; its size is symbolic if `batch` is 0."""
     size = batch or jax.export.symbolic_shape(BATCH_AXIS)[0]
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape), x.dtype), frozen.inputs)

@@ -15,28 +15,28 @@ from bqat_jax.quantizers.grids import code_dtype
 from bqat_jax.transform.layers import KernelLayout
 from bqat_jax.transform.quantization import LayerQuantizers, rescale_factor
 
-# Inputs of so many bits have thresholds, so that no program can round them otherwise.
+# Inputs of up to this many bits have thresholds, so that no program can round them differently.
 BITS_BY_THRESHOLDS = 4
-# How many codes there are in up to 4 and in up to 8 bits.
+# Numbers of codes in 4 and in 8 bits.
 FEW_CODES, ALL_CODES = 16, 256
 
 
 def freeze_weights(own: LayerQuantizers, parameters: Any, kernel: Any) -> Weights:
     """Returns the codes of a kernel.
 
-    Every layer of a stack is quantized by itself and eagerly, as a compiled program may round otherwise.
+    Every layer of a stack is quantized separately and eagerly, since a compiled program may round differently.
 
     Args:
         own: the layer's quantizers.
-        parameters: of the weights' quantizer.
-        kernel: in full precision, as the layer has it.
+        parameters: parameters of the weights' quantizer.
+        kernel: the layer's kernel in full precision.
 
     Raises:
         ValueError: if the codes do not decode to the fake-quantized kernel, bit for bit.
     """
     quantizer: Any = own.weights
     if np.asarray(kernel).dtype != np.float32:
-        raise ValueError(f'its kernel is {np.asarray(kernel).dtype}, and export takes float32 parameters.')
+        raise ValueError(f'its kernel is {np.asarray(kernel).dtype}, and export needs float32 parameters.')
     layout, single = own.layer.layout, _single(own)
     codes, decodings = [], []
     for parameters_of_one, kernel_of_one in _unstack(own.layer.stack, (parameters, jnp.asarray(kernel))):
@@ -51,8 +51,8 @@ def freeze_weights(own: LayerQuantizers, parameters: Any, kernel: Any) -> Weight
         expected = np.asarray(single.quantize_weights(parameters_of_one, kernel_of_one))
         if not np.array_equal(decodings[-1].values(codes[-1]), expected):
             raise ValueError(
-                f'what the codes of its quantizer {quantizer.name!r} decode to is not what it quantizes to, so that '
-                'they cannot stand for its weights.'
+                f'the codes of its quantizer {quantizer.name!r} do not decode to the fake-quantized weights and cannot '
+                'be exported.'
             )
     return Weights(
         _stacked(codes, own.layer.stack), _stack_decodings(decodings, own.layer.stack, len(own.layer.kernel))
@@ -60,9 +60,9 @@ def freeze_weights(own: LayerQuantizers, parameters: Any, kernel: Any) -> Weight
 
 
 def freeze_inputs(own: LayerQuantizers, parameters: Any) -> Inputs:
-    """Returns how a layer's input becomes codes; arguments as `freeze_weights`."""
+    """Returns the encoding of a layer's input; `parameters` are those of the quantizer of activations."""
     quantizer: Any = own.activations
-    layout = KernelLayout((0,))  # of one axis: there is one scale for all
+    layout = KernelLayout((0,))  # one axis: inputs have a single scale
     thresholds, steps, decodings = [], [], []
     for (of_one,) in _unstack(own.layer.stack, (parameters,)):
         decodings.append(_decoding(quantizer, of_one, None, layout, (1,)))
@@ -71,9 +71,9 @@ def freeze_inputs(own: LayerQuantizers, parameters: Any) -> Inputs:
         def encode(x, of_one=of_one):
             return np.asarray(quantizer.encode(of_one, jnp.asarray(x)))
 
-        found = find_thresholds(encode, lower, upper)
-        thresholds.append(found[0])
-        steps.append(_inverse_step(quantizer, of_one, found))
+        layer_thresholds = find_thresholds(encode, lower, upper)
+        thresholds.append(layer_thresholds[0])
+        steps.append(_inverse_step(quantizer, of_one, layer_thresholds))
     has_steps = all(step is not None for step in steps)
     by_steps = has_steps and quantizer.bits > BITS_BY_THRESHOLDS
     return Inputs(
@@ -85,7 +85,7 @@ def freeze_inputs(own: LayerQuantizers, parameters: Any) -> Inputs:
 
 
 def _inverse_step(quantizer: Quantizer, parameters: Any, thresholds: np.ndarray) -> np.ndarray | None:
-    """1 / step, if clip(round(x / step)) has the same thresholds as the quantizer; else None."""
+    """1 / step, if clip(round(x · (1 / step))) has the quantizer's thresholds; else None."""
     if not isinstance(quantizer, UniformQuantizer):
         return None
     inverse = np.float32(1) / np.asarray(quantizer.grid(parameters)[0], np.float32)
@@ -99,13 +99,13 @@ def _inverse_step(quantizer: Quantizer, parameters: Any, thresholds: np.ndarray)
 
 
 def _decoding(quantizer: Any, prepared: Any, factor: Any, layout: KernelLayout, shape: tuple[int, ...]) -> Decoding:
-    """How codes of one tensor stand for values; by a table of levels where (code + shift) · scale is not the same."""
+    """The decoding of one tensor; a table of levels if (code + shift) · scale gives other values than the quantizer."""
     codes = np.arange(quantizer.lower, quantizer.upper + 1)
-    # Filled up by the largest code: JAX compiles an eager `decode` for every shape.
+    # Padded with the largest code: JAX compiles an eager `decode` for every shape.
     filled = np.pad(codes, (0, (FEW_CODES if len(codes) <= FEW_CODES else ALL_CODES) - len(codes)), mode='edge')
     channels = [shape[axis] for axis in layout.permutation[len(shape) - layout.outputs :]]
     per_channel = quantizer.channel_axis is not None
-    # All codes, one after another, in a tensor with all output channels, as the quantizer sees it.
+    # All codes along the first axis of a tensor with all output channels, in the quantizer's layout.
     ndim = 2 if layout.is_matrix else len(shape)
     given = filled.reshape(-1, *(1,) * (ndim - 1))
     if per_channel:
@@ -116,7 +116,7 @@ def _decoding(quantizer: Any, prepared: Any, factor: Any, layout: KernelLayout, 
     table = table.reshape(len(filled), -1)[: len(codes)]  # (codes, channels)
 
     def place(values):
-        """Values, () or one for each channel, to broadcast against the kernel."""
+        """Reshapes values, () or one per channel, to broadcast against the kernel."""
         values = np.asarray(values, np.float32)
         if values.size == 1:
             return values.reshape(())
@@ -143,7 +143,7 @@ def _single(own: LayerQuantizers) -> LayerQuantizers:
 
 
 def _unstack(stack: tuple[int, ...], trees: Any) -> list[Any]:
-    """The trees of every layer of a stack, whose axes come first."""
+    """The trees of the layers of a stack, whose axes come first."""
     if not stack:
         return [jax.tree.map(jnp.asarray, trees)]
     depth, count = len(stack), math.prod(stack)
@@ -157,16 +157,16 @@ def _stacked(arrays: Any, stack: tuple[int, ...]) -> np.ndarray:
 
 
 def _stack_decodings(decodings: list[Decoding], stack: tuple[int, ...], ndim: int) -> Decoding:
-    """One decoding of a stack whose layers' codes have `ndim` axes; factors that are 1 throughout are left out."""
+    """One decoding for a stack of layers whose codes have `ndim` axes; scales that are all 1 are omitted."""
 
     def whole(arrays):
-        # A single number for each layer gets the axes along which it is to broadcast.
+        # One number per layer gets axes of length 1 to broadcast.
         return _stacked([x.reshape(x.shape or (1,) * ndim) for x in arrays], stack) if stack else arrays[0]
 
     first = decodings[0]
     if any(one.levels is None for one in decodings):
         if any(one.levels is not None for one in decodings):
-            raise ValueError('Some layers of a stack have equidistant values and others have not.')
+            raise ValueError('Some layers of a stack have equidistant values and others do not.')
         turns = zip(*(one.scales for one in decodings), strict=True)
         scales = tuple(whole(turn) for turn in turns if not all(np.all(x == 1) for x in turn))
         return dataclasses.replace(first, shift=whole([one.shift for one in decodings]), scales=scales)

@@ -1,7 +1,7 @@
-"""Thresholds of a quantizer: float32 numbers at which its code goes up by one.
+"""Thresholds of a quantizer: float32 numbers at which its code increases by one.
 
-With them an input's code is the number of thresholds that it has reached, and no program can round it otherwise: a
-compiled division may give another code than an eager one, a comparison cannot.
+An input's code is the number of thresholds that it reaches. No program can round this differently: a compiled division
+may give another code than an eager one, a comparison cannot.
 """
 
 from collections.abc import Callable
@@ -9,20 +9,20 @@ from typing import Any
 
 import numpy as np
 
-# Codes are looked for among all floats but NaN, -inf to +inf.
+# The search covers all floats but NaN, from -inf to +inf.
 _FIRST, _LAST = -np.inf, np.inf
-# What is encoded is filled up to a multiple of this: JAX compiles an eager `encode` for every shape.
+# Inputs of `encode` are padded to a multiple of this: JAX compiles an eager `encode` for every shape.
 _WIDTH = 16
 
 
 def find_thresholds(encode: Callable[[np.ndarray], np.ndarray], lower: int, upper: int) -> np.ndarray:
-    """Returns ascending thresholds, float32 (channels, upper - lower): code = lower + how many are <= x.
+    """Returns ascending thresholds, float32 (channels, upper - lower): code = lower + the number that are <= x.
 
-    Found by bisection over the floats in their order, 32 calls of `encode`. A code that no float has makes two equal
-    thresholds; one above all codes that occur is NaN, which no number reaches.
+    They are found by bisection over the ordered floats in 32 calls of `encode`. A code that no float has gives two
+    equal thresholds; the threshold of a code above all that occur is NaN, which no number reaches.
 
     Args:
-        encode: from float32 (channels, any) to codes of the same shape; it never goes down as x goes up.
+        encode: from float32 (channels, any) to codes of that shape; must be monotonic in x.
         lower: the smallest code.
         upper: the largest code.
     """
@@ -40,23 +40,23 @@ def find_thresholds(encode: Callable[[np.ndarray], np.ndarray], lower: int, uppe
         middle = (low + high) // 2
         reached = encode_filled(from_order(middle)) >= codes
         low, high = np.where(reached, low, middle), np.where(reached, middle, high)
-    # An end of the line is the threshold itself if its code is there already.
+    # -inf is the threshold itself if it has the code already.
     high = np.where(ends[:, :1] >= codes, order(np.float32(_FIRST)), high)
     return np.where(ends[:, 1:] >= codes, from_order(high), np.float32(np.nan)).astype(np.float32)
 
 
 def encode_by_thresholds(thresholds: np.ndarray, x: np.ndarray, lower: int) -> np.ndarray:
-    """Returns codes, int16, of x, float32 (channels, any), by thresholds, (channels, levels - 1)."""
+    """Returns the codes, int16, of x, float32 (channels, any), for thresholds (channels, levels - 1)."""
     return (lower + np.sum(x[..., None] >= thresholds[:, None, :], axis=-1)).astype(np.int16)
 
 
 def order(x: Any) -> np.ndarray:
-    """Returns the places of float32 numbers in their order, int64; neighbours are 1 apart, and -0 is 0."""
+    """Returns the ranks of float32 numbers in ascending order, int64; neighbours differ by 1, and -0 is 0."""
     bits = np.asarray(x, np.float32).view(np.int32).astype(np.int64)
     return np.where(bits >= 0, bits, -(bits & 0x7FFFFFFF))
 
 
 def from_order(places: np.ndarray) -> np.ndarray:
-    """Returns the float32 numbers at places of `order`."""
+    """Returns the float32 numbers for ranks of `order`."""
     magnitude = np.abs(places).astype(np.int32).view(np.float32)
     return np.where(places < 0, -magnitude, magnitude).astype(np.float32)

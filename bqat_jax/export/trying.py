@@ -1,8 +1,8 @@
-"""Tries a frozen network: does every layer give on codes what it gives on values?
+"""Tries a frozen network: compares every layer on codes with the layer on values.
 
-A module may do with its parameters what it likes: transform them on the way to a layer, share them, call a layer with
-another equation, replace its product. So every layer that is to multiply codes, and every batch norm that is to be a
-product and a sum, is run both ways on examples drawn at random, and what differs stays as it is.
+A module may use its parameters in any way: transform them before a layer, share them, call a layer with another
+equation, replace its product. So every candidate for an integer layer or an affine batch norm is run both ways on
+random examples; one that differs stays as it is.
 """
 
 from typing import Any
@@ -20,19 +20,19 @@ from bqat_jax.replacement.paths import Variables
 from bqat_jax.transform.layers import intercept_layers
 from bqat_jax.transform.tagging import run_and_collect, tag
 
-# An odd number, which is rarely a network's own.
+# A batch size that is unlikely to equal a dimension of the network.
 EXAMPLES = 5
-# Largest difference, in parts of the largest output, that rounding may make.
+# Largest difference from rounding, relative to the largest output.
 TOLERANCE = 1e-4
 LARGEST_NUMBER = 7
 
 
 def find_wrong(frozen: Frozen, network: BlockNetwork, variables: Variables) -> tuple[set[str], set[str]]:
-    """Returns the paths of layers that give something else on codes, and of batch norms that are something else.
+    """Returns the paths of layers whose outputs differ on codes, and of batch norms that are not affine.
 
     Args:
-        frozen: what is tried.
-        network: that was frozen.
+        frozen: the frozen network to try.
+        network: the network that was frozen.
         variables: the trained arrays.
     """
     program, paths, failed = Program(frozen, network), list[str](), set[str]()
@@ -40,7 +40,7 @@ def find_wrong(frozen: Frozen, network: BlockNetwork, variables: Variables) -> t
     def compare(path, x, expected, compute):
         try:
             got = compute()
-        except Exception:  # whatever a module raises on codes, it takes values
+        except Exception:  # a module that fails on codes still runs on values
             failed.add(path)
             return
         if got.shape != expected.shape:
@@ -78,11 +78,11 @@ def find_wrong(frozen: Frozen, network: BlockNetwork, variables: Variables) -> t
 
     arguments = (arrays_of(frozen), variables.collections, variables.params, _draw(network))
     try:
-        # In float32 throughout: accelerators multiply in fewer bits if they are not told otherwise.
+        # In float32: accelerators multiply in fewer bits by default.
         with jax.default_matmul_precision('highest'):
             tried = jax.jit(lambda *arguments: run_and_collect(run, *arguments)[1])
             collected = jax.device_get(tried(*arguments))
-    except Exception:  # a module may not bear arrays beside its parameters; without codes there are fewer
+    except Exception:  # a module may reject arrays beside its parameters
         return set(frozen.layers), set(frozen.norms)
     for number, path in enumerate(paths):
         for gap, size in collected.get(number, ()):
@@ -92,7 +92,7 @@ def find_wrong(frozen: Frozen, network: BlockNetwork, variables: Variables) -> t
 
 
 def _joined(own: Any, params: Any) -> Any:
-    """The frozen network's parameters, and of batch norms those that were trained."""
+    """The frozen network's parameters, completed by trained ones, such as those of batch norms."""
     if not isinstance(own, dict):
         return own
     missing = {name: x for name, x in params.items() if name not in own} if isinstance(params, dict) else {}
@@ -100,7 +100,7 @@ def _joined(own: Any, params: Any) -> Any:
 
 
 def _draw(network: BlockNetwork) -> Any:
-    """A batch of inputs at random."""
+    """A random batch of inputs."""
     generator = np.random.default_rng(0)
 
     def draw(x):

@@ -1,4 +1,4 @@
-"""How far an exported network agrees with the fake-quantized one, counted example by example."""
+"""Measures by example how far an exported network agrees with the fake-quantized one."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -16,11 +16,11 @@ Codes = Mapping[str, Sequence[Any]]
 
 
 class Run(NamedTuple):
-    """What a network gives for a batch.
+    """The results of a network for a batch.
 
     Attributes:
         outputs: a tree of arrays (batch, ..).
-        codes: for every layer the codes of its input at each call, (batch, ..); None where they cannot be seen.
+        codes: by layer, the codes of its input at each call, (batch, ..); None if they are not available.
     """
 
     outputs: Any
@@ -29,15 +29,15 @@ class Run(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """How far two networks agree on some examples.
+    """The agreement of two networks on some examples.
 
     Attributes:
-        examples: how many were compared.
-        codes_differ: examples with another code at the input of any layer; None if codes were not compared.
-        answers_differ: examples for which the largest output has another place, anywhere; None for other outputs.
+        examples: number of examples compared.
+        codes_differ: examples with a different code at the input of any layer; None if codes were not compared.
+        answers_differ: examples with a different argmax at any position; None if outputs are not logits.
         difference: largest difference of an output.
-        relative_difference: largest difference where all codes agree, in parts of the example's largest output; None
-            if codes were not compared.
+        relative_difference: largest difference among examples whose codes all agree, relative to the example's largest
+            output; None if codes were not compared.
     """
 
     examples: int = 0
@@ -47,7 +47,7 @@ class Agreement:
     relative_difference: float | None = 0.0
 
     def __add__(self, other: 'Agreement') -> 'Agreement':
-        """Returns the agreement on both one's examples."""
+        """Returns the agreement on the examples of both."""
         pairs = {
             field.name: (getattr(self, field.name), getattr(other, field.name)) for field in dataclasses.fields(self)
         }
@@ -56,7 +56,7 @@ class Agreement:
             if one is None or two is None:
                 joined[name] = None
             else:
-                # NumPy's maximum is NaN where one is.
+                # np.maximum propagates NaN.
                 joined[name] = one + two if isinstance(one, int) else float(np.maximum(one, two))
         return Agreement(**joined)
 
@@ -65,12 +65,12 @@ def compare(reference: Run, other: Run, mask: np.ndarray) -> Agreement:
     """Returns how far two networks agree on a batch.
 
     Args:
-        reference: what the one gives.
-        other: what the other gives.
-        mask: bool (batch,), which examples count.
+        reference: results of the one network.
+        other: results of the other network.
+        mask: bool (batch,), which examples to compare.
 
     Raises:
-        ValueError: if the two look at different layers.
+        ValueError: if the two have codes of different layers.
     """
     count = int(mask.sum())
     ours, theirs = (
@@ -101,14 +101,14 @@ def _answers_differ(reference: Run, other: Run, mask: np.ndarray) -> int | None:
 
 
 def _flipped(ours: Codes, theirs: Codes, size: int) -> np.ndarray:
-    """Which examples have another code anywhere, bool (batch,); all of them if it is not known whose it is."""
+    """Flags for examples with a different code anywhere, bool (batch,); all if codes have no axis of examples."""
     if {path: len(calls) for path, calls in ours.items()} != {path: len(calls) for path, calls in theirs.items()}:
-        raise ValueError('The two networks look at the inputs of different layers.')
+        raise ValueError('The two networks have codes of different layers.')
     flipped = np.zeros(size, bool)
     for path, calls in ours.items():
         for one, two in zip(calls, theirs[path], strict=True):
             differ = np.asarray(one) != np.asarray(two)
-            # Examples lie along the first axis, perhaps in parts beside each other.
+            # Examples are on the first axis, which may hold several rows per example.
             flipped |= differ.reshape(size, -1).any(1) if differ.shape[0] % size == 0 else differ.any()
     return flipped
 
@@ -122,10 +122,10 @@ def fake_quantized(
     """Returns the fake-quantized network as two jitted functions: to outputs, and to outputs with codes.
 
     Args:
-        network: what was trained.
+        network: the trained network.
         quantization: its quantizers.
         variables: its arrays.
-        prepare: from inputs as of `Frozen.inputs` to the network's.
+        prepare: from inputs as in `Frozen.inputs` to the network's inputs.
     """
 
     def run(variables, inputs, watch=None):

@@ -1,1 +1,1 @@
-"""One self-contained HTML page of a run or of a sweep: numbers, figures as SVG, images as PNG."""
+"""A self-contained HTML page of a run or a sweep: numbers, SVG figures, PNG images."""

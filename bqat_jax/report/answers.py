@@ -1,4 +1,4 @@
-"""What a classifier answered on a split: its confusion matrix, and the wrong answers that it was surest of."""
+"""A classifier's answers on a split: its confusion matrix and its most confident wrong answers."""
 
 import dataclasses
 import heapq
@@ -13,9 +13,9 @@ import numpy as np
 from bqat_jax.replacement.task_kinds import Classification, classes_of
 from bqat_jax.replacement.tasks import Task, select
 
-# Of classes, in a confusion matrix that is counted.
+# The most classes for which a confusion matrix is counted.
 MOST_CLASSES = 1000
-# Wrong answers that are kept.
+# The most wrong answers that are kept.
 MOST_WRONG = 24
 
 
@@ -25,13 +25,13 @@ class Unavailable(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class WrongAnswer:
-    """An example whose class the network did not see.
+    """A misclassified example.
 
     Attributes:
         label: its class.
-        answer: the network's.
-        confidence: the probability that the network gave its answer, 0 to 1.
-        image: as it was read, (height, width, channels), uint8 from 0 to 255 or float32 from 0 to 1.
+        answer: the class that the network chose.
+        confidence: the network's probability of its answer, 0 to 1.
+        image: the stored image, (height, width, channels), uint8 from 0 to 255 or float32 from 0 to 1.
     """
 
     label: int
@@ -42,12 +42,12 @@ class WrongAnswer:
 
 @dataclasses.dataclass
 class Answers:
-    """What was answered so far.
+    """Accumulated answers.
 
     Attributes:
         confusion: int64 (classes, classes): row label, column answer.
-        examples: that were looked at.
-        wrong: at most `MOST_WRONG` wrong answers, see `most_confident`; empty where examples are no images with one
+        examples: number of examples.
+        wrong: at most `MOST_WRONG` wrong answers, see `most_confident`; empty unless examples are images with one
             label.
     """
 
@@ -57,11 +57,11 @@ class Answers:
     _number: Any = dataclasses.field(default_factory=itertools.count)
 
     def add(self, counts: Mapping[str, Any], images: Any) -> None:
-        """Adds what `make_answer_step` gives for a batch.
+        """Adds the result of `make_answer_step` for a batch.
 
         Args:
-            counts: of the batch.
-            images: gives the image with a number in the batch; None where there are none to show.
+            counts: the result.
+            images: returns the image at an index of the batch; None if there are none to show.
         """
         self.confusion += np.asarray(counts['confusion'], np.int64)
         self.examples += int(counts['examples'])
@@ -73,29 +73,29 @@ class Answers:
                 continue
             label, answer = (int(np.asarray(counts[name])[place]) for name in ('label', 'answer'))
             wrong = WrongAnswer(label, answer, float(confidence[place]), np.asarray(images(int(place))))
-            # Of two that are equally sure the first one stays.
+            # Of two equally confident answers the first one is kept.
             heapq.heappush(self.wrong, (wrong.confidence, -next(self._number), wrong))
             if len(self.wrong) > MOST_WRONG:
                 heapq.heappop(self.wrong)
 
     @property
     def most_confident(self) -> list[WrongAnswer]:
-        """The wrong answers, the surest first."""
+        """The wrong answers, the most confident first."""
         return [wrong for _, _, wrong in sorted(self.wrong, key=lambda entry: entry[:2], reverse=True)]
 
 
 def make_answer_step(task: Task, num_classes: int) -> Any:
-    """Returns `step(outputs, targets, mask) -> counts`, a pure function of one batch, to be jitted.
+    """Returns `step(outputs, targets, mask) -> counts`, a pure function of one batch.
 
-    The counts: 'confusion', int32 (classes, classes), of all positions that count and whose logits are finite;
-    'examples'; and where an example has one label 'label', 'answer', 'confidence', 'is_wrong', each (batch,).
+    The counts are 'confusion', int32 (classes, classes), over all positions that are not ignored and have finite
+    logits; 'examples'; and, if an example has one label, 'label', 'answer', 'confidence', 'is_wrong', each (batch,).
 
     Args:
-        task: says where the logits are.
-        num_classes: of the data.
+        task: the task, which selects the logits.
+        num_classes: number of classes of the data.
 
     Raises:
-        Unavailable: for a task without classes, or too many of them.
+        Unavailable: for a task without classes, or with too many.
     """
     if not isinstance(task, Classification):
         raise Unavailable(f'The task {task.name} does not choose between classes.')
@@ -124,5 +124,5 @@ def make_answer_step(task: Task, num_classes: int) -> Any:
 
 
 def _options(task: Classification) -> tuple[int | None, str]:
-    """The label that does not count, and where the logits are."""
+    """The ignored label, and the path of the logits."""
     return task.ignore, str(task.logits)

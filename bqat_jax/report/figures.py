@@ -1,4 +1,4 @@
-"""The figures of a report, from numbers to SVG; sizes are such that text is legible on a page 400 pixels wide."""
+"""The figures of a report as SVG, legible on a page 400 pixels wide."""
 
 import functools
 import itertools
@@ -13,31 +13,31 @@ from bqat_jax.report.page import Drawing
 from bqat_jax.report.svg import LINES, MARK, TEXT, draw
 
 WIDTH = 350
-# Of one line; more points are not seen.
+# The most points of a line; more would not be visible.
 MOST_POINTS = 400
-# Of a figure's lines: there are so many colours.
+# The most lines of a figure: one per colour.
 MOST_LINES = len(LINES)
-# Values that are so many times as large as others are drawn on a logarithmic scale.
+# Ratio of the largest to the smallest value from which a scale is logarithmic.
 WIDE = 30.0
-# In cells up to so many, the numbers are written.
+# The most rows or columns of a matrix whose cells have numbers.
 MOST_NUMBERED = 12
-# Names along the side of a matrix; of more not all are written.
+# The most names along the side of a matrix.
 MOST_TICKS = 25
-# Characters of a name on an axis.
+# The most characters of a name on an axis.
 MOST_CHARACTERS = 24
 
 Points = tuple[Sequence[float], Sequence[float]]
 
 
 def curves(name: str, title: str, lines: Mapping[str, Points], *, factor: float = 1.0, unit: str = '') -> list[Drawing]:
-    """Returns lines over steps, in as many figures as there must be for every line to have a colour of its own.
+    """Draws lines over steps, in as many figures as needed to give each line of a figure its own colour.
 
     Args:
-        name: of the figure.
-        title: of the figure.
-        lines: name to steps and values; values that are not finite leave a gap.
-        factor: values are multiplied by it.
-        unit: of the values, for the title.
+        name: name of the figure.
+        title: title of the figure.
+        lines: steps and values by name; values that are not finite leave a gap.
+        factor: factor of the values.
+        unit: unit of the values, for the title.
     """
     drawings, left = [], iter(lines.items())
     for number in itertools.count():
@@ -53,14 +53,14 @@ def curves(name: str, title: str, lines: Mapping[str, Points], *, factor: float 
 
 
 def _thinned(points: Points, factor: float) -> tuple[np.ndarray, np.ndarray]:
-    """At most `MOST_POINTS` of the points, evenly spaced, the last among them."""
+    """At most `MOST_POINTS` evenly spaced points, including the last."""
     steps, values = (np.asarray(x, np.float64) for x in points)
     chosen = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), MOST_POINTS)).round().astype(int))
     return steps[chosen], factor * values[chosen]
 
 
 def _gaps(lines: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> str:
-    """Says of which lines values are missing because they are not finite."""
+    """A sentence on lines with values that are not finite."""
     names = [label for label, (_, values) in lines.items() if not np.all(np.isfinite(values))]
     return f'Not finite in some steps, and left out there: {", ".join(names)}.' if names else ''
 
@@ -97,12 +97,12 @@ def _short(value: float) -> str:
 
 
 def layer(name: str, title: str, looks: Mapping[str, Look]) -> Drawing:
-    """Returns the histograms of a layer: its weights over their codes, its inputs over their clip range.
+    """Draws the histograms of a layer: weights over their codes, inputs over their clip range.
 
     Args:
-        name: of the figure.
+        name: name of the figure.
         title: the layer's path.
-        looks: role to what was seen at its quantizer.
+        looks: measurements of its quantizers by role.
     """
     kinds = [role for role in ('weights', 'activations') if role in looks]
 
@@ -132,7 +132,7 @@ def _weights(axes: Any, look: Look) -> None:
 
 
 def _inputs(axes: Any, look: Look) -> None:
-    """Square roots: most inputs are 0 where a ReLU comes before, and what is clipped would not be seen."""
+    """Heights are square roots: after a ReLU most inputs are 0, and clipped ones would not be visible."""
     share = np.sqrt(look.histogram / max(look.histogram.sum(), 1))
     edges = (np.arange(len(share) + 1) - BINS_BESIDE) / BINS_INSIDE
     axes.stairs(share, edges, fill=True, color=LINES[1], linewidth=0)
@@ -147,17 +147,17 @@ def _inputs(axes: Any, look: Look) -> None:
 def matrix(
     name: str, title: str, values: np.ndarray, labels: tuple[Sequence[str], Sequence[str]], axes: tuple[str, str]
 ) -> Drawing:
-    """Returns a matrix as cells, the fuller the larger the value, with numbers where there is room for them.
+    """Draws a matrix as cells, which are more opaque for larger values, with numbers if there is space.
 
     Args:
-        name: of the figure.
-        title: of the figure.
+        name: name of the figure.
+        title: title of the figure.
         values: (rows, columns), 0 to 1, or counts; NaN leaves a cell empty.
-        labels: of rows and of columns.
-        axes: what rows and columns are.
+        labels: labels of rows and columns.
+        axes: names of the axes of rows and columns.
     """
     counts = np.issubdtype(values.dtype, np.integer)
-    # Of counts each row by itself: what became of its examples; roots, so that a few wrong ones are seen.
+    # Counts are relative to their row; square roots make a few wrong answers visible.
     strength = np.sqrt(values / np.maximum(values.sum(axis=1, keepdims=True), 1)) if counts else values
     rows, columns = values.shape
     names = [[_cut(text) for text in side] for side in labels]
@@ -207,14 +207,14 @@ def _cut(text: Any) -> str:
 def dots(
     name: str, title: str, rows: Mapping[str, Sequence[float]], intervals: Mapping[str, Any], unit: str
 ) -> Drawing:
-    """Returns a row for each name: every value as a dot, its mean and its interval.
+    """Draws a row for each name: its values as dots, their mean and its interval.
 
     Args:
-        name: of the figure.
-        title: of the figure.
-        rows: name to values; those that are not finite are left out.
-        intervals: name to (mean, low, high); None or NaN where there is none.
-        unit: of the values.
+        name: name of the figure.
+        title: title of the figure.
+        rows: values by name; those that are not finite are left out.
+        intervals: (mean, low, high) by name; None or NaN for none.
+        unit: unit of the values.
     """
     names = list(rows)
 
@@ -234,13 +234,13 @@ def dots(
 
 
 def differences(name: str, title: str, rows: Mapping[str, Any], unit: str) -> Drawing:
-    """Returns a row for each name: the mean difference and its interval, with a line at 0.
+    """Draws a row for each name: the mean difference and its interval, with a line at 0.
 
     Args:
-        name: of the figure.
-        title: of the figure.
-        rows: name to (mean, low, high).
-        unit: of the differences.
+        name: name of the figure.
+        title: title of the figure.
+        rows: (mean, low, high) by name.
+        unit: unit of the differences.
     """
     names = list(rows)
 
@@ -260,14 +260,14 @@ def differences(name: str, title: str, rows: Mapping[str, Any], unit: str) -> Dr
 def choices(
     name: str, title: str, lines: Mapping[str, Points], taken: Mapping[str, float], labels: tuple[str, str]
 ) -> Drawing:
-    """Returns the score of every choice by its value, the one that was taken with a ring.
+    """Draws the score of every choice over its value, with a ring around the selected one.
 
     Args:
-        name: of the figure.
-        title: of the figure.
-        lines: method to values and scores; at most `MOST_LINES`.
-        taken: method to the value that was taken.
-        labels: of the values and of the scores.
+        name: name of the figure.
+        title: title of the figure.
+        lines: values and scores by method; at most `MOST_LINES` are drawn.
+        taken: the selected value by method.
+        labels: labels of the values and the scores.
     """
     shown = dict(itertools.islice(lines.items(), MOST_LINES))
 
@@ -295,7 +295,7 @@ def choices(
 
 
 def _label_rows(axes: Any, names: Sequence[str], title: str, unit: str) -> None:
-    """Names the rows of a drawing from the top, and what lies along them."""
+    """Labels the rows of a drawing from the top, and its horizontal axis."""
     axes.set_yticks(range(len(names)), [_cut(label) for label in names])
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.tick_params(axis='y', length=0)

@@ -1,4 +1,4 @@
-"""What a report measures on a trained network: histograms at its quantizers, features against the partner's."""
+"""Measurements of a trained network for a report: histograms at its quantizers, features against the partner's."""
 
 import dataclasses
 import math
@@ -15,24 +15,23 @@ from bqat_jax.quantizers import Quantizer
 from bqat_jax.replacement.block_replacement import BlockReplacement
 from bqat_jax.replacement.paths import Variables, bind_partner, run_backbone, run_teacher
 
-# Bins of an input's clip range, and of as much beside it on each side; the outermost have all that lies beyond.
+# Bins within an input's clip range, and bins of that width on each side; the outermost hold all values beyond.
 BINS_INSIDE, BINS_BESIDE = 32, 8
 BINS = BINS_INSIDE + 2 * BINS_BESIDE
-# Of an input so many numbers, evenly spaced, are sorted into bins; more would not be seen.
+# The most values of an input that are counted; more would not change the picture.
 MOST_BINNED = 2**18
 
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-    """What was seen at one quantizer.
+    """Measurements of one quantizer.
 
     Attributes:
         snr: signal-to-noise ratio of quantization, dB.
         clipped: fraction of the values beyond the outermost levels.
-        histogram: int64; of weights how many have each code, from the smallest code on; of inputs how many lie in
-            each of `BINS`.
-        first_code: of weights the smallest code; of inputs 0.
-        bits: of the quantizer.
+        histogram: int64; counts of weights by code, from the smallest code on, or counts of inputs in `BINS` bins.
+        first_code: the smallest code of weights; 0 for inputs.
+        bits: bits of the quantizer.
     """
 
     snr: float
@@ -43,13 +42,13 @@ class Look:
 
 
 def no_counts(quantizer: Quantizer) -> Counts:
-    """Returns the counts of nothing; see `count_values`."""
+    """Returns zero counts; see `count_values`."""
     bins = quantizer.upper - quantizer.lower + 1 if quantizer.of_weights else BINS
     return {**no_errors(quantizer), 'histogram': jnp.zeros(bins)}
 
 
 def count_values(quantizer: Quantizer, parameters: Any, v: jax.Array) -> Counts:
-    """Returns errors, see `count_errors`, and 'histogram': weights by code, inputs by place in the clip range."""
+    """Returns the counts of `count_errors` and a 'histogram': weights by code, inputs by bin of the clip range."""
     histogram = count_codes if quantizer.of_weights else count_places
     return {
         **count_errors(quantizer, parameters, v),
@@ -58,29 +57,29 @@ def count_values(quantizer: Quantizer, parameters: Any, v: jax.Array) -> Counts:
 
 
 def count_codes(quantizer: Quantizer, parameters: Any, v: jax.Array) -> jax.Array:
-    """Returns how many weights have each code, int32 (levels,), from the smallest code on."""
+    """Returns the number of weights with each code, int32 (levels,), from the smallest code on."""
     codes = quantizer.encode(parameters, v).astype(jnp.int32).reshape(-1) - quantizer.lower
     return jnp.zeros(quantizer.upper - quantizer.lower + 1, jnp.int32).at[codes].add(1)
 
 
 def count_places(quantizer: Quantizer, parameters: Any, v: jax.Array) -> jax.Array:
-    """Returns how many inputs lie in each part of the clip range and beside it, int32 (BINS,); NaN lies nowhere.
+    """Returns the number of inputs in each bin of the clip range and beside it, int32 (BINS,), without NaN.
 
-    The clip range reaches from the smallest level to the largest.
+    The clip range is that from the smallest to the largest level.
     """
     lowest, highest = quantizer.limits(quantizer.prepare(parameters, v), v.ndim)
     width = jnp.maximum(highest - lowest, jnp.finfo(jnp.float32).tiny)
     place = ((v.astype(jnp.float32) - lowest) / width).reshape(-1)
     place = place[:: _stride(place.size)]
     number = jnp.floor(jnp.clip(place * BINS_INSIDE, -BINS_BESIDE, BINS_INSIDE + BINS_BESIDE - 1))
-    number = jnp.where(place == 1, BINS_INSIDE - 1, number)  # the largest level itself is within
+    number = jnp.where(place == 1, BINS_INSIDE - 1, number)  # the largest level is inside
     is_number = ~jnp.isnan(place)
     bins = jnp.where(is_number, number, 0).astype(jnp.int32) + BINS_BESIDE
     return jnp.zeros(BINS, jnp.int32).at[bins].add(is_number.astype(jnp.int32))
 
 
 def _stride(size: int) -> int:
-    """The distance of values that are sorted into bins: prime to the size, so that it meets every channel alike."""
+    """The stride of counted values, coprime to the size, so that all channels are sampled equally."""
     stride = -(-size // MOST_BINNED)
     while math.gcd(stride, size) > 1:
         stride += 1
@@ -91,14 +90,14 @@ VALUES = Counting(no_counts, count_values)
 
 
 def look_at_quantizers(replacement: BlockReplacement, variables: Variables, inputs: Any) -> dict[str, dict[str, Look]]:
-    """Returns what is seen at every quantizer of the LP network for one batch, by layer and role.
+    """Measures every quantizer of the LP network on one batch; returns the results by layer and role.
 
-    Layers that are stacked are taken together.
+    Stacked layers have one common result.
 
     Args:
         replacement: the network and its quantizers.
-        variables: of one network.
-        inputs: a batch, as the network takes it.
+        variables: variables of one network.
+        inputs: a batch of the network's inputs.
     """
 
     @jax.jit
@@ -132,14 +131,14 @@ def compare_features(
 ) -> np.ndarray | None:
     """Returns the linear CKA of every LP block's features with those of every FP block, float (blocks, blocks).
 
-    Row i is LP block i, see `linear_cka` for the formula (Kornblith et al. 2019, arXiv:1905.00414). Of a block that
-    gives several arrays the first of floating-point numbers is compared. NaN where features are not finite.
+    Row i is LP block i; see `linear_cka` for the formula (Kornblith et al. 2019, arXiv:1905.00414). For a block with
+    several outputs the first floating-point array is compared. NaN if features are not finite.
 
     Args:
         replacement: the network and its quantizers.
-        variables: of one network.
+        variables: variables of one network.
         partner: the partner's variables; None without a partner.
-        inputs: a batch, as the network takes it; CKA depends on its size.
+        inputs: a batch of the network's inputs; CKA depends on its size.
 
     Returns:
         The matrix; None without a partner.

@@ -1,4 +1,4 @@
-"""The page: HTML with its styles, everything escaped that is not HTML of this package."""
+"""The HTML page with its styles; all text that is not HTML of this package is escaped."""
 
 import base64
 import dataclasses
@@ -14,9 +14,9 @@ from bqat_jax.report.answers import Unavailable
 
 logger = logging.getLogger(__name__)
 
-# Nothing is loaded and nothing is run, whatever the page holds.
+# Forbids loading files and running scripts.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-# Cells with so many characters stay on one line.
+# Cells with at most this many characters stay on one line.
 SHORT = 26
 # The larger side of an image that is embedded, in pixels.
 MOST_PIXELS = 96
@@ -78,14 +78,14 @@ summary { cursor: pointer; color: var(--c1); }
 
 
 class Html(str):
-    """Text that is HTML already; all other text is escaped."""
+    """Text that is HTML; all other text is escaped."""
 
     __slots__ = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """A figure with what belongs below it.
+    """A figure with its legend and caption.
 
     Attributes:
         svg: the figure, an SVG element.
@@ -104,7 +104,7 @@ class Section:
 
     Attributes:
         title: the heading.
-        body: what stands under it.
+        body: its content.
     """
 
     title: str
@@ -112,7 +112,7 @@ class Section:
 
 
 def escaped(value: Any) -> str:
-    """Returns a value as text in HTML; what cannot be seen is left out."""
+    """Returns a value as HTML text without characters that are not printable."""
     if isinstance(value, Html):
         return value
     return html.escape(''.join(c for c in str(value) if c.isprintable() or c in '\n\t'), quote=True)
@@ -125,27 +125,27 @@ def element(tag: str, *content: Any, **attributes: str) -> Html:
 
 
 def joined(parts: Iterable[Html]) -> Html:
-    """Returns parts one after another."""
+    """Concatenates parts."""
     return Html('\n'.join(parts))
 
 
 def note(*text: Any) -> Html:
-    """Returns a line in a softer colour."""
+    """Returns a paragraph in a softer colour."""
     return element('p', *text, class_='note')
 
 
 def warning(*text: Any) -> Html:
-    """Returns a line that stands out."""
+    """Returns an emphasised paragraph."""
     return element('p', *text, class_='warn')
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]], *, numbers: Iterable[str] = ()) -> Html:
-    """Returns a table, which scrolls within the page where it is wider.
+    """Returns a table, which scrolls if it is wider than the page.
 
     Args:
         header: names of the columns.
-        rows: of cells.
-        numbers: those of the columns that are set flush right.
+        rows: rows of cells.
+        numbers: names of the right-aligned columns.
     """
     right = {header.index(name) for name in numbers}
 
@@ -163,7 +163,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]], *, numbers: Iter
 
 
 def facts(values: Iterable[tuple[str, str]]) -> Html:
-    """Returns numbers that stand large, each above its name; pairs of name and value."""
+    """Returns values in large type, each above its name; `values` are pairs of name and value."""
     return element('div', *(element('div', element('b', v), element('span', k)) for k, v in values), class_='facts')
 
 
@@ -182,12 +182,12 @@ def figure(drawing: Drawing) -> Html:
 
 
 def grid(drawings: Iterable[Drawing]) -> Html:
-    """Returns figures side by side, as many as the page's width holds."""
+    """Returns figures in a grid that adapts to the page's width."""
     return element('div', *map(figure, drawings), class_='grid')
 
 
 def folded(summary: str, *content: Any) -> Html:
-    """Returns what is shown when the summary is clicked, and in print."""
+    """Returns content that is shown in print, and on screen after a click on the summary."""
     return element('details', element('summary', summary), *content)
 
 
@@ -195,9 +195,9 @@ def image(pixels: np.ndarray, alternative: str) -> Html:
     """Returns an image as a PNG within the page, at most `MOST_PIXELS` high and wide.
 
     Args:
-        pixels: (height, width, channels), uint8 from 0 to 255 or float from 0 to 1; of other than one or three channels
-            the first is shown.
-        alternative: text.
+        pixels: (height, width, channels), uint8 from 0 to 255 or float from 0 to 1; only the first channel is shown
+            unless there are three.
+        alternative: the alternative text.
     """
     from PIL import Image
 
@@ -212,22 +212,22 @@ def image(pixels: np.ndarray, alternative: str) -> Html:
 
 
 def section(title: str, make: Callable[[], Iterable[Html]]) -> Section:
-    """Returns a section; one that cannot be made says why in a line.
+    """Returns a section; if its content cannot be made, it holds the reason.
 
     Args:
         title: its heading.
-        make: gives what stands in it; may raise `Unavailable`, or anything else.
+        make: returns its content; may raise `Unavailable`, or any other exception.
     """
     return Section(title, part(make))
 
 
 def part(make: Callable[[], Iterable[Html]]) -> Html:
-    """Returns what `make` gives, or a line that says why it cannot be made."""
+    """Returns the result of `make`, or the reason why it cannot be made."""
     try:
         return joined(make())
     except Unavailable as error:
         return note(str(error))
-    except Exception as error:  # whatever is wrong with one part, the others are shown
+    except Exception as error:  # the other parts are still shown
         logger.debug('A part of the report could not be made.', exc_info=True)
         return warning(f'This part could not be made: {type(error).__name__}: {str(error).partition(chr(10))[0][:300]}')
 
@@ -237,8 +237,8 @@ def page(title: str, lead: Html, sections: Sequence[Section]) -> str:
 
     Args:
         title: its heading.
-        lead: what stands before the sections.
-        sections: the rest.
+        lead: content before the sections.
+        sections: its sections.
     """
     links = [element('a', one.title, href=f'#s{number}') for number, one in enumerate(sections, 1)]
     bodies = [

@@ -1,4 +1,4 @@
-"""The page of a run: what was run, its curves, its layers, its answers."""
+"""The page of a run: its config, curves, layers and answers."""
 
 import collections
 import dataclasses
@@ -16,13 +16,13 @@ from bqat_jax.report.answers import Answers, Unavailable
 from bqat_jax.report.measuring import Look
 from bqat_jax.report.page import Html, element, facts, folded, grid, image, note, page, part, section, table, warning
 
-# Bounds of a page: layers whose histograms are drawn, and their size in bytes.
+# The most histograms of layers on a page, and their largest size in bytes.
 MOST_LAYERS = 150
 MOST_BYTES = 3_000_000
-# Classes of which the whole confusion matrix is drawn; of more the most frequent confusions are listed.
+# The most classes for which the confusion matrix is drawn; otherwise the most frequent confusions are listed.
 MOST_DRAWN = 25
 MOST_CONFUSIONS = 30
-# Blocks of which features are compared on the page.
+# The most blocks whose features are compared on the page.
 MOST_BLOCKS = 60
 PHASES = {'train': 'Training of the low-precision network', 'pretrain': 'Training of the full-precision partner'}
 VALIDATION = 'validation_'
@@ -31,21 +31,21 @@ OF_LINE = ('phase', 'step')
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What a run left in its files.
+    """The content of a run's files.
 
     Attributes:
-        name: of the recipe.
-        workdir: of the run.
-        seeds: of the low-precision networks.
+        name: name of the recipe.
+        workdir: the run's workdir.
+        seeds: seeds of the low-precision networks.
         score: the metric by which checkpoints are selected.
-        overrides: what the command line changed of the recipe.
-        changes: key, value in the base config, value in the run's: all keys that the run has otherwise.
+        overrides: keys of the recipe that the command line changed.
+        changes: (key, value in the base config, value in the run's config) for all keys that differ.
         environment: versions, platform and devices; see `environment.json`.
         metrics: the lines of `metrics.jsonl`.
         result: `result.json`; None for a run that has not finished.
-        summary: `summary.json`; None if it is not there.
-        oscillating: layer path to the fraction of its weights that oscillate; empty where nothing was measured.
-        notes: sentences on what could not be read.
+        summary: `summary.json`; None if it does not exist.
+        oscillating: fraction of oscillating weights by layer path; empty if it was not measured.
+        notes: sentences on files that could not be read.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Alignment:
 
     Attributes:
         cka: (blocks, blocks), row LP, column FP.
-        examples: how many were compared.
+        examples: number of examples compared.
     """
 
     cka: np.ndarray
@@ -77,12 +77,12 @@ class Alignment:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What is measured on the selected checkpoint; each is called once, and may raise `Unavailable`.
+    """Measurements of the selected checkpoint; each function is called once, and may raise `Unavailable`.
 
     Attributes:
-        looks: layer path to role to what was seen at its quantizer.
-        alignment: of features.
-        answers: on the test split.
+        looks: returns the measurements of quantizers by layer path and role.
+        alignment: returns the similarity of features.
+        answers: returns the answers on the test split.
         classes: names of the classes; numbers if the data set has no names.
     """
 
@@ -96,13 +96,13 @@ def run_page(record: Record, measured: Measured) -> str:
     """Returns the page of a run, HTML.
 
     Args:
-        record: what the run left.
-        measured: what is measured on its network.
+        record: the content of the run's files.
+        measured: measurements of its network.
     """
     looks = functools.cache(measured.looks)
     answers = functools.cache(measured.answers)
     sections = [
-        section('What was run', lambda: what_was_run(record)),
+        section('Config and environment', lambda: what_was_run(record)),
         *(
             section(title, functools.partial(_curves, record, phase))
             for phase, title in PHASES.items()
@@ -118,7 +118,7 @@ def run_page(record: Record, measured: Measured) -> str:
 
 
 def show(value: float | None, metric: Metric) -> str:
-    """Returns a value of a metric as it is read: a fraction in percent."""
+    """Formats a value of a metric; fractions are in percent."""
     if value is None or not isinstance(value, int | float):
         return 'unknown'
     if not math.isfinite(value):
@@ -130,9 +130,7 @@ def _lead(record: Record) -> Html:
     result, name = record.result, record.score.name
     parts = [note(f'In {record.workdir}')]
     if result is None:
-        parts.append(
-            warning('The run has not finished: there is no result.json. What follows is what there is so far.')
-        )
+        parts.append(warning('The run has not finished: there is no result.json. This page shows the results so far.'))
         return Html('\n'.join([*parts, *map(warning, record.notes)]))
     values = [
         (f'{record.score.title}, low precision', show(result.get(name), record.score)),
@@ -156,13 +154,13 @@ def _lead(record: Record) -> Html:
 
 
 def what_was_run(record: Record) -> Iterator[Html]:
-    """Yields what stands about a run's config, versions, hardware and seeds."""
+    """Yields the config, versions, hardware and seeds of a run."""
     if record.overrides:
         rows = [(key, value_of(value)) for key, value in record.overrides.items()]
-        yield note('Changed on the command line, against the recipe:')
+        yield note('Changes of the recipe on the command line:')
         yield table(['key', 'value'], rows)
     else:
-        yield note(f'The recipe {record.name} as it is: the command line changed nothing.')
+        yield note(f'The recipe {record.name} without changes on the command line.')
     if record.changes:
         rows = [(key, value_of(old), value_of(new)) for key, old, new in record.changes]
         yield folded(f'Keys that differ from the base config: {len(rows)}', table(['key', 'base', 'here'], rows))
@@ -173,8 +171,8 @@ def environment(facts_of: Mapping[str, Any], seeds: Sequence[Any]) -> Iterator[H
     """Yields versions, hardware and seeds.
 
     Args:
-        facts_of: what `environment.json` holds; empty if it is not there.
-        seeds: of the run or runs.
+        facts_of: content of `environment.json`; empty if it does not exist.
+        seeds: seeds of the run or runs.
     """
     rows = [('seeds', ', '.join(map(str, seeds)))]
     devices = collections.Counter(map(str, facts_of.get('devices', ())))
@@ -193,7 +191,7 @@ def environment(facts_of: Mapping[str, Any], seeds: Sequence[Any]) -> Iterator[H
 
 
 def value_of(value: Any) -> str:
-    """Returns a value of a config as it is read."""
+    """Formats a value of a config."""
     return 'unset' if value is None else value if isinstance(value, str) else repr(value)
 
 
@@ -237,7 +235,7 @@ def _curves(record: Record, phase: str) -> Iterator[Html]:
 
 def _layers(record: Record, looks: Callable[[], Any]) -> Iterator[Html]:
     if record.summary is None:
-        raise Unavailable('There is no summary.json: --mode=summary in this workdir writes it.')
+        raise Unavailable('There is no summary.json. Use --mode=summary in this workdir.')
     seen: Mapping[str, Any] = {}
 
     def look():
@@ -276,15 +274,14 @@ def _layers(record: Record, looks: Callable[[], Any]) -> Iterator[Html]:
     totals = record.summary['totals']
     share = totals['bitops'] / max(totals['bitops_full_precision'], 1)
     yield note(
-        f'All: {totals["parameters"]:,} parameters; {_magnitude(totals["bitops"])} BitOPs, {share:.2%} of full '
+        f'Total: {totals["parameters"]:,} parameters; {_magnitude(totals["bitops"])} BitOPs, {share:.2%} of full '
         f'precision; {totals["bytes"]:,} bytes, {totals["bytes_full_precision"]:,} in full precision. BitOPs are '
         'multiply-accumulates times bits of the weights times bits of the input, for one example.'
     )
     yield missing
     if not record.oscillating:
         yield note(
-            'Oscillating weights were not measured: --mode=diagnose does, and so does a run with '
-            'quant.oscillations.freezing.'
+            'Oscillating weights were not measured. Use --mode=diagnose, or quant.oscillations.freezing in a run.'
         )
     for path, reason in list(record.summary.get('not_quantizable', {}).items())[:MOST_LAYERS]:
         yield note(f'Not quantized: {path}: {reason}.')
@@ -309,13 +306,13 @@ def _histograms(looks: Mapping[str, Mapping[str, Look]]) -> Iterator[Html]:
         drawn.append(element('figure', element('figcaption', element('b', path)), Html(drawing.svg)))
         size += len(drawing.svg)
     yield note(
-        'Left: how many of the weights have each code. Right: where inputs lie for a batch of test examples, between '
-        'the lowest and the highest level of their quantizer (dashed) and beside them, where they are clipped. Heights '
-        'on the right are square roots of shares; the outermost bars hold all that lies beyond.'
+        'Left: weights by code. Right: inputs for a batch of test examples, relative to the lowest and the highest '
+        'level of their quantizer (dashed), beyond which they are clipped. Heights on the right are square roots of '
+        'fractions; the outermost bars hold all values beyond.'
     )
     yield element('div', *drawn, class_='grid')
     if len(drawn) < len(looks):
-        yield note(f'The first {len(drawn)} of {len(looks)} layers; those of all would make the page too large.')
+        yield note(f'The first {len(drawn)} of {len(looks)} layers, to limit the size of the page.')
 
 
 def _alignment(alignment: Alignment) -> Iterator[Html]:
@@ -327,11 +324,11 @@ def _alignment(alignment: Alignment) -> Iterator[Html]:
     yield note(f'Block by block, LP against FP: {diagonal}.')
     yield note(
         f'Linear CKA of the features at the ends of blocks, on {alignment.examples} test examples: '
-        '‖YᵀX‖² / (‖XᵀX‖ · ‖YᵀY‖) of centred features, 1 where one is a rotation and scaling of the other '
-        '(Kornblith et al. 2019, arXiv:1905.00414). It grows as examples become fewer.'
+        '‖YᵀX‖² / (‖XᵀX‖ · ‖YᵀY‖) of centred features, which is 1 if one is a rotation and scaling of the other '
+        '(Kornblith et al. 2019, arXiv:1905.00414). It is larger with fewer examples.'
     )
     if not np.all(np.isfinite(matrix)):
-        yield warning('Empty cells: features are NaN or infinite there.')
+        yield warning('Empty cells: features that are NaN or infinite.')
     if len(alignment.cka) > len(matrix):
         yield note(f'The first {len(matrix)} of {len(alignment.cka)} blocks.')
 
@@ -340,10 +337,10 @@ def _confusion(answers: Answers, classes: Sequence[str]) -> Iterator[Html]:
     confusion = answers.confusion
     total, right = int(confusion.sum()), int(np.trace(confusion))
     if total == 0:
-        raise Unavailable('No answer counts: every output is NaN or infinite, or every label is ignored.')
-    yield note(f'{answers.examples:,} test examples, {total:,} answers that count, {right / total:.2%} of them right.')
+        raise Unavailable('There are no answers: every output is NaN or infinite, or every label is ignored.')
+    yield note(f'{answers.examples:,} test examples, {total:,} answers, {right / total:.2%} of them right.')
     if len(confusion) == 1:
-        yield note('There is one class, and nothing to confuse.')
+        yield note('There is only one class.')
     elif len(confusion) <= MOST_DRAWN:
         labels = [str(name) for name in classes]
         drawing = figures.matrix('confusion', 'confusion matrix', confusion, (labels, labels), ('label', 'answer'))
@@ -357,7 +354,7 @@ def _confusion(answers: Answers, classes: Sequence[str]) -> Iterator[Html]:
             for label, answer in pairs
             if off[label, answer] > 0
         ]
-        yield note(f'There are {len(confusion)} classes; these were confused most often.')
+        yield note(f'The most frequent confusions of {len(confusion)} classes.')
         yield table(['label', 'answer', 'times', 'wrong of this label'], rows, numbers=['times', 'wrong of this label'])
 
 
@@ -367,12 +364,12 @@ def _wrong(answers: Answers, classes: Sequence[str]) -> Iterator[Html]:
         counted = answers.confusion.sum()
         if counted and counted == np.trace(answers.confusion):
             raise Unavailable('No answer is wrong.')
-        raise Unavailable('The test data are no images with one label each, so none is shown.')
+        raise Unavailable('Only images with one label each are shown, and the test data has none.')
     shown = []
     for one in wrong:
         label, answer = classes[one.label], classes[one.answer]
-        text = f'{label}, taken for {answer}'
+        text = f'{label}, classified as {answer}'
         caption = element('figcaption', element('b', answer), f' {one.confidence:.1%}', Html('<br>'), f'is {label}')
         shown.append(element('figure', image(one.image, text), caption))
-    yield note(f'The {len(shown)} wrong answers that the network was surest of: its answer, how sure, and the label.')
+    yield note(f'The {len(shown)} most confident wrong answers: answer, confidence and label.')
     yield element('div', *shown, class_='wrong')

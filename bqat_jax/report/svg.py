@@ -1,7 +1,7 @@
-"""Matplotlib's figures as SVG that stands within a page: its colours, its fonts, no file around it.
+"""Matplotlib figures as inline SVG with the page's colours and fonts.
 
-Colours of a figure are placeholders, which become the page's CSS variables: so one figure suits a light page and a dark
-one. Matplotlib is imported when something is drawn, without pyplot.
+Colours of a figure are placeholders that become the page's CSS variables, so that one figure suits light and dark
+pages. Matplotlib is imported when something is drawn, without pyplot.
 """
 
 import html
@@ -10,7 +10,7 @@ import re
 import warnings
 from typing import Any
 
-# Colours that figures are drawn with, and what the page calls them.
+# Colours that figures are drawn with, and the page's variables for them.
 TEXT, GRID, MARK = '#010203', '#040506', '#070809'
 LINES = tuple(f'#0a0b{number:02x}' for number in range(1, 9))
 VARIABLES = {
@@ -19,9 +19,9 @@ VARIABLES = {
     MARK: 'var(--mark)',
     **{color: f'var(--c{number})' for number, color in enumerate(LINES, 1)},
 }
-# Of text in a figure, in CSS pixels.
+# Size of text in a figure, in CSS pixels.
 FONT_SIZE = 11
-# Matplotlib's unit: a figure of 72 dots per inch has one dot per point, and SVG takes points for pixels.
+# A figure of 72 dots per inch has one dot per point, and SVG treats points as pixels.
 DPI = 72
 SETTINGS = {
     'axes.edgecolor': GRID,
@@ -52,14 +52,14 @@ SETTINGS = {
 
 
 def draw(name: str, size: tuple[float, float], paint: Any, *, title: str = '', is_laid_out: bool = False) -> str:
-    """Returns a figure as an SVG element; the same arguments give the same text.
+    """Returns a figure as an SVG element; the result is deterministic.
 
     Args:
-        name: of the figure, different for every figure of a page.
+        name: name of the figure, unique on a page.
         size: width and height in CSS pixels.
-        paint: is called with a `matplotlib.figure.Figure` and draws into it, in the colours of this module.
-        title: read out by screen readers.
-        is_laid_out: whether `paint` says where axes lie; otherwise they are fitted around their labels, which takes
+        paint: draws into a `matplotlib.figure.Figure`, in the colours of this module.
+        title: title for screen readers.
+        is_laid_out: whether `paint` positions the axes; otherwise they are fitted around their labels, which takes
             longer.
     """
     import matplotlib
@@ -67,7 +67,7 @@ def draw(name: str, size: tuple[float, float], paint: Any, *, title: str = '', i
 
     settings: Any = {**SETTINGS, 'svg.hashsalt': name}
     with matplotlib.rc_context(settings), warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # of glyphs that Matplotlib's own font lacks; browsers have others
+        warnings.simplefilter('ignore')  # glyphs that Matplotlib's font lacks; browsers have other fonts
         figure = Figure(figsize=(size[0] / DPI, size[1] / DPI), dpi=DPI, layout=None if is_laid_out else 'constrained')
         paint(figure)
         buffer = io.StringIO()
@@ -76,22 +76,22 @@ def draw(name: str, size: tuple[float, float], paint: Any, *, title: str = '', i
     return _embed(buffer.getvalue(), name, size, title)
 
 
-# Before the name of another element.
+# Precedes a reference to another element.
 REFERENCE = r'(?:url\(|href=")#'
 
 
 def _rounded(tag: re.Match[str]) -> str:
-    """A tag with its numbers to the hundredth of a pixel."""
+    """A tag with its numbers rounded to hundredths of a pixel."""
     return re.sub(r'-?\d+\.\d{3,}', lambda number: f'{round(float(number[0]), 2):g}', tag[0])
 
 
 def _embed(text: str, name: str, size: tuple[float, float], title: str) -> str:
-    """The SVG element of a file: without what stands around it, with names of its own and the page's colours."""
+    """The SVG element of a file, with unique names and the page's colours."""
     text = text[text.index('<svg') :].strip()
     text = re.sub(r'<metadata>.*?</metadata>\s*', '', text, flags=re.S)
     text = re.sub(r'<!--.*?-->\s*', '', text, flags=re.S)
     text = re.sub(r'<defs>\s*<style.*?</style>\s*</defs>\s*', '', text, flags=re.S)
-    # Text is set in the page's font: here stay size and place.
+    # Text uses the page's font, and keeps its size and position.
     text = re.sub(r'font: ([0-9.]+px) [^;\"]*', r'font-size: \1', text)
     text = re.sub(r' font-family: [^;\"]*;', '', text)
     text = re.sub(r' transform="rotate\(-0 [^"]*"', '', text)

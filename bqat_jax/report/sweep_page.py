@@ -1,4 +1,4 @@
-"""The page of a sweep: every seed, means and intervals, paired differences, costs, and what was chosen from what."""
+"""The page of a sweep: every seed, means and intervals, paired differences, costs and choices."""
 
 import dataclasses
 import math
@@ -17,20 +17,20 @@ Interval = tuple[float, float, float]
 
 @dataclasses.dataclass(frozen=True)
 class SweepRecord:
-    """What a sweep left.
+    """The results of a sweep.
 
     Attributes:
-        name: of the sweep.
-        workdir: of the sweep.
+        name: name of the sweep.
+        workdir: workdir of the sweep.
         baseline: the method that others are compared with.
-        settings: setting to method to its row in `sweep.json`.
-        metric: that is compared.
-        validation: the name of the metric on the validation split.
-        intervals: setting to method to (mean, low, high) over seeds, NaN for no interval; None without results.
-        definition: what the sweep's file changes: kind of part, its name, key, value; None if that is not known.
-        seeds: of the comparison.
-        changes: key, value in the base config, value in that of all runs.
-        environment: versions, platform and devices of a run; empty if none says them.
+        settings: rows of `sweep.json` by setting and method.
+        metric: the metric to compare.
+        validation: name of the metric on the validation split.
+        intervals: (mean, low, high) over seeds by setting and method, NaN for no interval; None without results.
+        definition: overrides in the sweep's file: (setting or method, its name, key, value); None if unknown.
+        seeds: seeds of the comparison.
+        changes: (key, value in the base config, value in the config of all runs).
+        environment: versions, platform and devices of a run; empty if no run has them.
     """
 
     name: str
@@ -48,13 +48,13 @@ class SweepRecord:
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-    """Where on its grid a value lies that was taken.
+    """The position of a selected value on its grid.
 
     Attributes:
-        key: of the config.
-        value: that was taken.
-        grid: all values there were to choose from, ascending where they are numbers.
-        steps: how many places it lies from the nearer end of the grid; None where values have no order.
+        key: key of the config.
+        value: the selected value.
+        grid: all candidates, in ascending order if they are numbers.
+        steps: distance from the nearer end of the grid; None if values have no order.
     """
 
     key: str
@@ -64,18 +64,18 @@ class Position:
 
     @property
     def is_at_edge(self) -> bool:
-        """Whether it is the smallest or the largest value there was."""
+        """Whether it is the smallest or the largest candidate."""
         return self.steps == 0
 
 
 def positions(choice: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]]) -> list[Position]:
-    """Returns where a choice lies, for every key that candidates differ in.
+    """Returns the position of a choice for every key in which candidates differ.
 
     Args:
-        choice: the overrides that were taken.
-        candidates: the overrides there were.
+        choice: the selected overrides.
+        candidates: all overrides to choose from.
     """
-    found = []
+    results = []
     for key, value in choice.items():
         values: list[Any] = []
         for candidate in candidates:
@@ -88,14 +88,14 @@ def positions(choice: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]]
             values.sort()
             place = values.index(value) if value in values else 0
             steps = min(place, len(values) - 1 - place)
-        found.append(Position(key, value, tuple(values), steps))
-    return found
+        results.append(Position(key, value, tuple(values), steps))
+    return results
 
 
 def sweep_page(record: SweepRecord) -> str:
     """Returns the page of a sweep, HTML."""
     sections = [
-        section('What was run', lambda: _what_was_run(record)),
+        section('Config and environment', lambda: _what_was_run(record)),
         section('Every seed', lambda: _seeds(record)),
         section(f'Paired differences to {record.baseline}', lambda: _differences(record)),
         section('Cost', lambda: _cost(record)),
@@ -114,7 +114,7 @@ def _lead(record: SweepRecord) -> Html:
         if one.is_at_edge
     ]
     if edges:
-        parts.append(warning(f'Chosen at the edge of its grid, so a better value may lie beyond: {"; ".join(edges)}.'))
+        parts.append(warning(f'Chosen at the edge of the grid, a better value may be beyond: {"; ".join(edges)}.'))
     for one in failed:
         first = str(one.get('error', '')).partition('\n')[0][:300]
         parts.append(warning(f'Failed: {one.get("workdir", "a run")}: {first}'))
@@ -123,7 +123,7 @@ def _lead(record: SweepRecord) -> Html:
 
 def _what_was_run(record: SweepRecord) -> Iterator[Html]:
     if record.definition is None:
-        yield note('What methods and settings change is known with --config.sweep=FILE, which was not given.')
+        yield note('The overrides of methods and settings are shown with --config.sweep=FILE, which was not set.')
     elif record.definition:
         rows = [(kind, name, key, value_of(value)) for kind, name, key, value in record.definition]
         yield table(['part', 'name', 'key', 'value'], rows)
@@ -131,7 +131,7 @@ def _what_was_run(record: SweepRecord) -> Iterator[Html]:
         rows = [(key, value_of(old), value_of(new)) for key, old, new in record.changes]
         yield folded(f'Keys that differ from the base config: {len(rows)}', table(['key', 'base', 'here'], rows))
     if not record.environment:
-        yield note('No run says its versions and devices: there is no environment.json.')
+        yield note('Versions and devices are unknown: there is no environment.json.')
     yield from environment(record.environment, record.seeds)
 
 
@@ -187,14 +187,14 @@ def _differences(record: SweepRecord) -> Iterator[Html]:
             rows.append((setting, method, str(one['seeds']), mean, f'{low} to {high}', clear))
     if not drawings:
         raise Unavailable(
-            'No method but the baseline has two seeds in common with it, so there is no difference to show.'
+            'No other method has two seeds in common with the baseline, so there is no difference to show.'
         )
     yield grid(drawings)
     yield note(
-        "Differences seed by seed: their mean and its 95 % interval (Student's t, which takes them for independent and "
-        'normal). Grey: the interval holds 0.'
+        "Differences paired by seed: their mean and its 95 % interval (Student's t, which assumes independent, normal "
+        'differences). Grey: the interval contains 0.'
     )
-    header = ['setting', 'method', 'pairs', 'mean', '95 % interval', 'without 0']
+    header = ['setting', 'method', 'pairs', 'mean', '95 % interval', 'excludes 0']
     yield table(header, rows, numbers=header[2:5])
 
 
@@ -216,7 +216,7 @@ def _cost(record: SweepRecord) -> Iterator[Html]:
         raise Unavailable('No method has finished yet.')
     header = ['setting', 'method', 'steps', 'seconds a seed', f'{record.baseline} = 1', 'seconds of choosing']
     yield table(header, rows, numbers=header[2:])
-    yield note('Seconds are those of training, compilation included; of seeds side by side each has its share.')
+    yield note('Seconds are those of training, including compilation; seeds in parallel share theirs.')
 
 
 def _seconds(row: Mapping[str, Any]) -> float | None:
@@ -226,7 +226,7 @@ def _seconds(row: Mapping[str, Any]) -> float | None:
 
 def _choices(record: SweepRecord) -> Iterator[Html]:
     if not any(row.get('choices') for methods in record.settings.values() for row in methods.values()):
-        raise Unavailable('Methods were run as they are: the sweep gives no choices.')
+        raise Unavailable('Methods were run as they are: the sweep has no choices.')
     rows = []
     for setting, method, one in _all_positions(record):
         if one.steps is None:
@@ -239,17 +239,17 @@ def _choices(record: SweepRecord) -> Iterator[Html]:
         added = _added_values(record.settings[setting][method], one.key)
         values = ', '.join(f'{value_of(x)} (added)' if x in added else value_of(x) for x in one.grid)
         rows.append((setting, method, one.key, value_of(one.value), values, cell))
-    yield table(['setting', 'method', 'key', 'taken', 'from', 'where'], rows)
+    yield table(['setting', 'method', 'key', 'selected', 'candidates', 'position'], rows)
     yield grid(_choice_drawings(record))
     yield note(
-        f'The choice with the best mean on held-out training images is taken (ringed): {record.metric.title}, on seeds '
-        'that are not compared. Where it lay at the edge of the grid, choices beyond it were added, at most '
-        'sweep_extend of them. At the edge even so, a better value may lie beyond: extend the grid.'
+        f'The choice with the best mean on held-out training images is selected (ringed): {record.metric.title}, on '
+        'seeds that are not compared. If it was at the edge of the grid, choices beyond were added, at most '
+        'sweep_extend of them. If it is still at the edge, a better value may be beyond: extend the grid.'
     )
 
 
 def _choice_drawings(record: SweepRecord) -> Iterator[figures.Drawing]:
-    """A figure for each setting, over the first key that has numbers."""
+    """A figure for each setting, over the first key with numbers."""
     factor, unit = _unit(record.metric)
     for number, (setting, methods) in enumerate(record.settings.items()):
         lines: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Where things lie: local folders and buckets (gs://, s3://), small files, and who may write into a run's folder."""
+"""Storage in local folders and buckets (gs://, s3://): paths, small files, and exclusive access to a workdir."""
 
 from bqat_jax.storage.arrays import KeptArrays
 from bqat_jax.storage.checking import (

@@ -1,4 +1,4 @@
-"""Arrays that took long to make, kept on this machine for later starts; what cannot be kept is made again."""
+"""A local cache of arrays that take long to compute; arrays that cannot be cached are computed again."""
 
 import contextlib
 import dataclasses
@@ -17,26 +17,24 @@ import numpy as np
 
 logger = logging.getLogger(__name__)
 
-# Of these files; another one has other names.
+# Version of the files; it is part of their names.
 FORMAT = 1
-# Entries of a file: a JSON text of what the arrays are, and each of them.
+# Entries of a file: a JSON text of the facts, and the arrays.
 FACTS, ARRAY = 'facts', 'array/'
-# How the names of files end that are being written; those that are a day old never will be.
+# Suffix of unfinished files, and the age in seconds at which they are removed.
 UNFINISHED, DAY = '.tmp', 86400.0
 
 
 @dataclasses.dataclass(frozen=True)
 class KeptArrays:
-    """A local folder of arrays, a file for all that were made together.
+    """A local folder of arrays, with one file per set of arrays.
 
-    A file is named after what it was made from, and holds that and a checksum of every array (those of NumPy's .npz).
-    It appears at once and whole, so that processes need not wait for each other: the last one's file stays, and all
-    are the same.
+    A file is named after a hash of its facts, and holds the facts and checksums of the arrays (those of NumPy's .npz).
+    It is written atomically, so that processes need not wait for each other: the last file stays, and all are equal.
 
     Attributes:
-        directory: made if it is not there. Files of other names in it are let alone.
-        most_bytes: what it may hold; what was not used for longest is removed. Of its disk half of what is free stays
-            so.
+        directory: the folder, created if needed. Other files in it are left alone.
+        most_bytes: size limit; the least recently used files are removed. Half of the free disk space is never used.
     """
 
     directory: Path
@@ -45,14 +43,14 @@ class KeptArrays:
     def get(
         self, what: str, facts: Mapping[str, Any], make: Callable[[], dict[str, np.ndarray]]
     ) -> dict[str, np.ndarray]:
-        """Returns arrays as they are kept; made, and kept, if they are not.
+        """Returns cached arrays; makes and caches them if they are missing.
 
-        A folder that cannot be read or written, and a file that is damaged, give a warning.
+        A folder that cannot be read or written, or a damaged file, is logged as a warning.
 
         Args:
-            what: they are, for messages: 'The split train, decoded'.
-            facts: all that the arrays depend on, as JSON.
-            make: makes them, of numbers and booleans.
+            what: name of the arrays for messages, such as 'The split train, decoded'.
+            facts: everything that the arrays depend on, as JSON.
+            make: makes the arrays, of numbers and booleans.
         """
         text = json.dumps({'format': FORMAT, **facts}, sort_keys=True)
         path = self.directory / f'{hashlib.sha256(text.encode()).hexdigest()[:40]}.npz'
@@ -63,33 +61,33 @@ class KeptArrays:
         try:
             self._write(what, path, text, arrays)
         except OSError as error:
-            logger.warning('%s cannot be kept in %s: %s. The next start makes it again.', what, self.directory, error)
+            logger.warning('%s cannot be cached in %s: %s. The next start makes it again.', what, self.directory, error)
         return arrays
 
     def _read(self, what: str, path: Path, text: str) -> dict[str, np.ndarray] | None:
         try:
-            # NumPy leaves a file open that it opens itself and cannot read.
+            # NumPy does not close a file that it opens and cannot read.
             with path.open('rb') as stream, np.load(stream, allow_pickle=False) as file:
                 if file[FACTS].tobytes() != text.encode():
-                    raise ValueError('it was made from something else')
+                    raise ValueError('it has other facts')
                 arrays = {name.removeprefix(ARRAY): file[name] for name in file.files if name != FACTS}
         except FileNotFoundError:
             return None
-        except Exception as error:  # NumPy and zipfile raise many kinds for what is cut, changed or none of ours
-            logger.warning('%s cannot be read from %s, where it is kept: %s. It is made again.', what, path, error)
+        except Exception as error:  # NumPy and zipfile raise many kinds for truncated, changed or foreign files
+            logger.warning('%s cannot be read from the cache %s: %s. It is made again.', what, path, error)
             return None
-        with contextlib.suppress(OSError):  # in a folder of somebody else's it may not be said when a file was used
+        with contextlib.suppress(OSError):  # marks the file as used; not allowed in another user's folder
             os.utime(path)
         return arrays
 
     def _write(self, what: str, path: Path, text: str, arrays: Mapping[str, np.ndarray]) -> None:
         needed = sum(x.nbytes for x in arrays.values())
         self.directory.mkdir(parents=True, exist_ok=True)
-        # The disk is that of checkpoints too, perhaps.
+        # Half of the free disk is left to checkpoints.
         room = max(0, min(self.most_bytes, shutil.disk_usage(self.directory).free / 2))
         if needed > room:
             logger.warning(
-                '%s is not kept: it has %.3g GB, and %s has room for %.3g, by data.cache_gb and half of what is free.',
+                '%s is not cached: it has %.3g GB, and %s may hold %.3g, by data.cache_gb and half of the free disk.',
                 *(what, needed / 1e9, self.directory, room / 1e9),
             )
             return
@@ -104,7 +102,7 @@ class KeptArrays:
             temporary.unlink(missing_ok=True)
 
     def trim(self, most_bytes: float) -> None:
-        """Removes what was not used for longest, until the folder holds no more than so many bytes."""
+        """Removes the least recently used files until the folder holds at most `most_bytes` bytes."""
         files = {path: facts for path in self.directory.glob('*.npz') if (facts := _facts(path))}
         held = sum(facts.st_size for facts in files.values())
         for path in sorted(files, key=lambda path: files[path].st_mtime):
@@ -112,7 +110,7 @@ class KeptArrays:
                 break
             path.unlink(missing_ok=True)
             held -= files[path].st_size
-        for path in self.directory.glob(f'.*{UNFINISHED}'):  # of processes that were killed
+        for path in self.directory.glob(f'.*{UNFINISHED}'):  # left by killed processes
             if (facts := _facts(path)) and facts.st_mtime < time.time() - DAY:
                 path.unlink(missing_ok=True)
 

@@ -1,4 +1,4 @@
-"""Whether a bucket can be used, before anything is computed; and what its errors mean."""
+"""Checks that a bucket can be used before anything is computed, and explains its errors."""
 
 import contextlib
 import re
@@ -14,7 +14,7 @@ from bqat_jax.storage.places import Place, bucket_of, filesystem_of, is_local, s
 PROBE = '.probe-'
 MOST_TRIED = 8
 LIBRARIES = ('gcsfs', 's3fs', 'botocore', 'aiobotocore', 'aiohttp', 'google')
-# What the libraries' errors have in their texts, as regular expressions, by what is wrong.
+# Regular expressions for the texts of the libraries' errors, by cause.
 NO_CREDENTIALS = (
     'Unable to locate credentials',
     'NoCredentialsError',
@@ -45,16 +45,16 @@ RIGHTS = {
 
 
 def check_reachable(directory: Place, name: str) -> None:
-    """Checks that a folder in a bucket can be listed, and a file in it be written, read and deleted.
+    """Checks that a folder in a bucket can be listed, and that a file in it can be written, read and deleted.
 
-    Nothing is done for a local folder.
+    Local folders are not checked.
 
     Args:
-        directory: need not be there; its bucket must be.
-        name: of the flag or key that gave it, for messages.
+        directory: the folder; it need not exist, but its bucket must.
+        name: flag or key that set it, for messages.
 
     Raises:
-        UserError: naming what cannot be done, and the remedy.
+        UserError: naming the operation that fails, and the remedy.
     """
     if is_local(directory):
         return
@@ -65,21 +65,21 @@ def check_reachable(directory: Place, name: str) -> None:
         system.pipe_file(probe, content)
         _check_exclusive(system, probe, f'{name}={str(directory)!r}')
     with explained(f'{name}={str(directory)!r}: a file that was written there cannot be read', directory):
-        found = system.cat_file(probe)
-    if found != content:
+        content_read = system.cat_file(probe)
+    if content_read != content:
         raise UserError(
-            f'{name}={str(directory)!r}: a file that was written there is read with another content. Is there a cache '
-            'or a proxy on the way?'
+            f'{name}={str(directory)!r}: a file that was written there is read with other content. Is there a cache '
+            'or a proxy in between?'
         )
     with explained(f'{name}={str(directory)!r}: a file that was written there cannot be deleted', directory):
         system.rm_file(probe)
 
 
 def check_listed(directory: Place, name: str) -> None:
-    """Checks that a folder in a bucket can be listed, which is read and not written.
+    """Checks that a folder in a bucket, which is only read, can be listed.
 
     Raises:
-        UserError: naming what is wrong, and the remedy.
+        UserError: naming the cause and the remedy.
     """
     if not is_local(directory):
         bucket = f'{scheme_of(directory)}://{bucket_of(directory)}'
@@ -88,10 +88,10 @@ def check_listed(directory: Place, name: str) -> None:
 
 
 def check_objects(directory: Place) -> None:
-    """Reads the first byte of some objects below a folder in a bucket, the largest and the smallest.
+    """Reads the first byte of the largest and the smallest objects below a folder in a bucket.
 
     Raises:
-        Exception: of the libraries, if one may not be read or its bucket does not answer.
+        Exception: any error of the libraries, if an object may not be read or the bucket does not respond.
     """
     sizes = {name: int(facts['size'] or 0) for name, facts in files_below(directory).items()}
     names = sorted((name for name in sizes if sizes[name]), key=lambda name: sizes[name])
@@ -101,21 +101,21 @@ def check_objects(directory: Place) -> None:
 
 
 def _check_exclusive(system, probe: str, given: str) -> None:
-    """Checks that a file which is there cannot be made: so a run holds its folder alone."""
+    """Checks that an existing file cannot be created again, on which exclusive access relies."""
     try:
         system.pipe_file(probe, b'', mode='create')
     except Unavailable:
         raise
-    except Exception:  # the file systems refuse it in different ways
+    except Exception:  # the file systems raise different errors
         return
     raise UserError(
-        f'{given}: the store makes a file that is there although it was asked not to (If-None-Match), so that two runs '
-        'could write into one folder. Take another store.'
+        f'{given}: the store overwrites an existing file although If-None-Match forbids it, so that two runs could '
+        'write into one folder. Use another store.'
     )
 
 
 def _list(system, bucket: str, directory: str) -> None:
-    """Lists a folder. One that is not there yet, in a bucket that is, is an empty one."""
+    """Lists a folder; a missing folder in an existing bucket is empty."""
     try:
         system.ls(directory, detail=False)
     except FileNotFoundError as error:
@@ -125,27 +125,27 @@ def _list(system, bucket: str, directory: str) -> None:
 
 @contextlib.contextmanager
 def explained(what: str, path: Place) -> Iterator[None]:
-    """Within it errors of a bucket become UserErrors that say what is wrong and what can be done.
+    """Turns errors of a bucket within the context into UserErrors with cause and remedy.
 
     Args:
-        what: could not be done, as the beginning of a sentence.
-        path: in the bucket.
+        what: the beginning of the message, which says what failed.
+        path: a path in the bucket.
     """
     try:
         yield
     except UserError as error:
         kind = BucketError if isinstance(error, BucketError) else UserError
         raise kind(f'{what}: {error}') from error
-    except Exception as error:  # every library of a bucket has errors of its own
+    except Exception as error:  # every library has its own errors
         raise BucketError(f'{what}: {explain(error, path)}') from error
 
 
 def explain(error: BaseException, path: Place | str) -> str:
-    """Returns what an error of a bucket means and what can be done, in words.
+    """Returns the cause and the remedy of an error of a bucket, as text.
 
     Args:
-        error: of fsspec, TensorStore, Orbax or what lies below them.
-        path: in the bucket.
+        error: an error of fsspec, TensorStore, Orbax or the libraries below them.
+        path: a path in the bucket.
     """
     scheme, bucket = scheme_of(path), bucket_of(path)
     texts = [f'{type(part).__name__}: {part}' for part in chain_of(error)]
@@ -157,18 +157,18 @@ def explain(error: BaseException, path: Place | str) -> str:
     if has(NO_CREDENTIALS):
         return f'no credentials were found {said}. {CREDENTIALS[scheme]}'
     if has(EXPIRED):
-        return f'the credentials have expired {said}. Renew them, and run the same command again.'
+        return f'the credentials have expired {said}. Renew them and run the same command again.'
     if has(REGION):
-        return f'the bucket lies in another region {said}. Set AWS_REGION to that of the bucket.'
+        return f'the bucket is in another region {said}. Set AWS_REGION to that of the bucket.'
     if has(REFUSED):
-        return f'it is refused {said}. What is needed: {RIGHTS[scheme]}. Run the same command again to go on.'
+        return f'access is denied {said}. Required: {RIGHTS[scheme]}. Run the same command again to resume.'
     if has(MISSING):
-        return f'there is no bucket {bucket!r}, or no such object {said}. Make the bucket, or correct the address.'
-    return f'{said[1:-1]}. Run the same command again to go on.'
+        return f'there is no bucket {bucket!r}, or no such object {said}. Create the bucket, or correct the address.'
+    return f'{said[1:-1]}. Run the same command again to resume.'
 
 
 def chain_of(error: BaseException | None) -> Iterator[BaseException]:
-    """Yields an error and what it was raised from, the first cause last."""
+    """Yields an error and its causes, the first cause last."""
     for _ in range(5):
         if error is None:
             return
@@ -177,7 +177,7 @@ def chain_of(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def address_in(error: BaseException) -> str | None:
-    """Returns the address in a bucket that an error is of, as our file systems note it; None if it has no such note."""
+    """Returns the address in a bucket that our file systems noted on an error, or None."""
     notes = [note for part in chain_of(error) for note in getattr(part, '__notes__', [])]
     return next((note.partition(': ')[0] for note in notes if note.startswith(('gs://', 's3://'))), None)
 
@@ -191,5 +191,5 @@ def is_of_bucket(error: BaseException) -> bool:
 
 
 def is_refused(text: str) -> bool:
-    """Returns whether a library's words say that something may not be done, or that nobody is known to ask."""
+    """Returns whether a library's message means denied access or missing credentials."""
     return re.search('|'.join((*REFUSED, *NO_CREDENTIALS, *EXPIRED)), text) is not None

@@ -1,4 +1,4 @@
-"""Small files, written so that a reader never sees half of one."""
+"""Small files, written atomically."""
 
 import json
 import os
@@ -10,8 +10,8 @@ from bqat_jax.storage.places import Place, filesystem_of, is_local
 
 
 def write_bytes(path: Place, content: bytes) -> None:
-    """Writes a file atomically: a reader, or a kill, finds the old content or the new, never half of it."""
-    if not is_local(path):  # an object is there when it is there whole
+    """Writes a file atomically: readers see the old content or the new, even after a kill."""
+    if not is_local(path):  # objects appear only when complete
         filesystem_of(path).pipe_file(str(path), content)
         return
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
@@ -36,11 +36,11 @@ def write_json(path: Place, value: Any) -> None:
 
 
 def read_json(path: Place, **fields: type | tuple[type, ...]) -> dict[str, Any]:
-    """Returns the JSON object that a file holds.
+    """Returns the JSON object in a file.
 
     Args:
-        path: of the file.
-        **fields: the entries that it must have, with their types.
+        path: the file.
+        **fields: required entries with their types.
 
     Raises:
         UserError: if it is not JSON, or not such an object.
@@ -50,7 +50,7 @@ def read_json(path: Place, **fields: type | tuple[type, ...]) -> dict[str, Any]:
     except ValueError as error:
         raise damaged(path, f'it is not JSON ({error})') from error
     if not isinstance(content, dict):
-        raise damaged(path, f'it holds a {type(content).__name__}, and no object')
+        raise damaged(path, f'it holds a {type(content).__name__}, not an object')
     for name, kind in fields.items():
         if not isinstance(content.get(name), kind):
             raise damaged(path, f'its entry {name!r} is missing, or of another type')
@@ -58,12 +58,12 @@ def read_json(path: Place, **fields: type | tuple[type, ...]) -> dict[str, Any]:
 
 
 def damaged(path: Place, why: str) -> UserError:
-    """Returns the error for a file of a run's that is not as it was written."""
-    return UserError(f'{path} is damaged: {why}. Put it back as it was, or take another --workdir.')
+    """Returns the error for a damaged file of a run."""
+    return UserError(f'{path} is damaged: {why}. Restore the file, or use another --workdir.')
 
 
 def write_once(path: Place, value: Any) -> None:
-    """Writes JSON by the first of several processes; in all of them the file is there afterwards."""
+    """Writes JSON in the first process; all processes see the file afterwards."""
     if is_first():
         write_json(path, value)
     wait_for_all(f'written {path}')

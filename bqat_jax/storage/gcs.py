@@ -1,4 +1,4 @@
-"""Buckets of Google Cloud Storage as a file system of fsspec."""
+"""An fsspec file system for Google Cloud Storage."""
 
 import asyncio
 import inspect
@@ -14,9 +14,9 @@ from gcsfs.retry import ChecksumError, HttpError
 
 from bqat_jax.storage.patience import TRANSIENT_STATUS, Patient
 
-# It logs every request that fails with a traceback; what is not mended is raised.
+# gcsfs logs every failed request with a traceback; lasting errors are raised anyway.
 logging.getLogger('gcsfs').setLevel(logging.CRITICAL)
-# Seconds in which an answer begins, or goes on.
+# Seconds to connect, and between parts of a response.
 TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
 
 
@@ -24,7 +24,7 @@ FIELDS = 'items/name,prefixes,nextPageToken'
 
 
 class Whole(io.BytesIO):
-    """A file that is sent when it is closed; all that is written this way here is small."""
+    """A small file that is sent when it is closed."""
 
     def __init__(self, system: 'GCS', path: str):
         super().__init__()
@@ -32,11 +32,11 @@ class Whole(io.BytesIO):
 
     def __exit__(self, kind, *exception: Any) -> None:
         if kind is not None:
-            super().close()  # nothing is sent of what was not written to its end
+            super().close()  # an incomplete file is not sent
         super().__exit__(kind, *exception)
 
     def close(self) -> None:
-        """Sends what was written."""
+        """Sends the content."""
         if not self.closed:
             content = self.getvalue()
             super().close()
@@ -44,12 +44,12 @@ class Whole(io.BytesIO):
 
 
 class GCS(Patient, GCSFileSystem):
-    """GCSFileSystem that is patient, never makes a bucket, and tells a refusal from a file that is not there."""
+    """GCSFileSystem that retries, never creates a bucket, and distinguishes denied access from a missing file."""
 
     scheme = 'gs'
 
     def __init__(self, *args: Any, **kwargs: Any):
-        """Takes what GCSFileSystem takes."""
+        """Takes the arguments of GCSFileSystem."""
         super().__init__(*args, **{'requests_timeout': TIMEOUT, **kwargs})
 
     @staticmethod
@@ -69,7 +69,7 @@ class GCS(Patient, GCSFileSystem):
         return isinstance(error, passing)
 
     async def _request(self, method: str, path: str, *args: Any, **kwargs: Any) -> Any:
-        # Without the repetitions of GCSFileSystem's own, which know of no patience.
+        # Unwrapped, without the retries of GCSFileSystem: `repeat` retries.
         request = inspect.unwrap(GCSFileSystem._request)
         what = f'gs://{"/".join(str(part) for part in args)}: {method}'
         return await self.repeat(lambda: request(self, method, path, *args, **kwargs), what)
@@ -79,17 +79,17 @@ class GCS(Patient, GCSFileSystem):
         if not key:
             return key, [], True
         try:
-            found: Any = await self._call(
+            response: Any = await self._call(
                 'GET', 'b/{}/o', bucket, delimiter='/', prefix=key, maxResults=2, fields=FIELDS, json_out=True
             )
-        except FileNotFoundError:  # there is no such bucket
+        except FileNotFoundError:  # the bucket does not exist
             return key, [], False
-        keys = [item['name'] for item in found.get('items', [])] + found.get('prefixes', [])
-        return key, keys, 'nextPageToken' in found
+        keys = [item['name'] for item in response.get('items', [])] + response.get('prefixes', [])
+        return key, keys, 'nextPageToken' in response
 
     def _open(self, path: str, mode: str = 'rb', **kwargs: Any) -> Any:
-        """Opens a file; one that is written is sent by one request when it is closed."""
+        """Opens a file; a written file is sent with one request when it is closed."""
         return Whole(self, path) if mode == 'wb' else super()._open(path, mode, **kwargs)
 
     async def _mkdir(self, path: str, *args: Any, **kwargs: Any) -> None:
-        """Does nothing: there are no folders, and a missing bucket is an error, not to be made."""
+        """Does nothing: buckets have no folders, and a missing bucket is an error."""

@@ -1,9 +1,9 @@
-"""A lease: holds a folder in a bucket, where there are no locks.
+"""Leases, which give exclusive access to a folder in a bucket, where there are no locks.
 
-The folder `.lease` has a numbered object for every process that took it; the newest number holds it. A number is made
-exclusively, by a condition that the server checks, so that of two processes one gets it. The holder renews its object;
-one that is not renewed for long enough is taken over, by the next number. No clock is compared with another machine's:
-who wants to take over watches the object for that long.
+The folder `.lease` has a numbered object for every process that acquired it; the highest number holds it. The server
+creates a number only if it does not exist, so that one of two processes gets it. The holder renews its object; if it
+does not for long enough, another process acquires the next number. Clocks of machines are never compared: the waiting
+process watches the object for that long.
 """
 
 import dataclasses
@@ -26,16 +26,16 @@ from bqat_jax.storage.places import Place, filesystem_of
 logger = logging.getLogger(__name__)
 
 FOLDER = '.lease'
-# The holder renews its lease so many times before it could be taken over, and who waits looks as often.
+# Renewals within the lease time; a waiting process polls as often.
 RENEWALS = 4
-JOIN = 5.0  # seconds for a renewal that is under way to end
+JOIN = 5.0  # seconds to wait for a running renewal
 
 
 class Lease:
-    """Holds a folder in a bucket while it is open, as a context manager."""
+    """A context manager that holds a folder in a bucket."""
 
     def __init__(self, directory: Place, seconds: float):
-        """Takes the folder, and the seconds after which a lease that was not renewed is taken over."""
+        """Takes the folder, and the seconds after which another process may acquire a lease that is not renewed."""
         self._directory, self._seconds = directory, seconds
         own = {'host': socket.gethostname(), 'seconds': seconds, **_identity(os.getpid())}
         self._content = {'token': uuid.uuid4().hex, **own}
@@ -45,7 +45,7 @@ class Lease:
         self._thread = threading.Thread(target=self._renew_repeatedly, name='lease', daemon=True)
 
     def __enter__(self) -> 'Lease':
-        """Takes the lease, after the one before has ended.
+        """Acquires the lease once the previous one has ended.
 
         Raises:
             UserError: if another process holds it.
@@ -60,11 +60,11 @@ class Lease:
         try:
             if self.is_held():
                 self._write(ended=True)
-        except Exception as error:  # it runs out by itself; what ended the run says more
-            logger.warning('The lease of %s could not be given back (%s).', self._directory, type(error).__name__)
+        except Exception as error:  # the lease expires, and the error that ended the run says more
+            logger.warning('The lease of %s could not be released (%s).', self._directory, type(error).__name__)
 
     def is_held(self) -> bool:
-        """Returns whether no other process has taken over; asks the server."""
+        """Returns whether this process still holds the lease; asks the server."""
         return max(self._numbers(), default=0) == self._number
 
     def _take(self) -> int:
@@ -75,20 +75,22 @@ class Lease:
         if not self._make(mine) or max(self._numbers()) != mine:
             raise self._in_use('it was quicker')
         for number in self._numbers():
-            if number < mine:  # never a higher one: it would be free to be made again while it is held
+            if number < mine:  # a higher number may be held and must not become free
                 self._path(number).unlink(missing_ok=True)
         return mine
 
     def _wait_for_end(self, number: int) -> None:
-        """Returns once a lease has ended, or its process is dead or does not renew it."""
+        """Returns once a lease has ended, or its process is dead or has stopped renewing it."""
         before = self._read(number)
         if before is None or before.get('ended') or _is_dead(before):
             return
         theirs = before.get('seconds')
-        seconds = max(self._seconds, theirs if isinstance(theirs, int | float) else 0)  # by which it is renewed
+        seconds = max(
+            self._seconds, theirs if isinstance(theirs, int | float) else 0
+        )  # the holder's renewal depends on its own setting
         logger.info(
-            '%s is held by %s. Waiting to see whether its lease is renewed; after %g s (storage.lease_seconds) it is '
-            'taken over.',
+            '%s is held by %s. Waiting %g s (storage.lease_seconds) for its lease to be renewed; if it is not, this '
+            'process takes over.',
             self._directory,
             _name(before),
             seconds,
@@ -106,16 +108,16 @@ class Lease:
 
     def _in_use(self, who: str) -> 'InUse':
         return InUse(
-            f'{self._directory} is in use by another training process ({who}). Wait for it, or take another --workdir.'
+            f'{self._directory} is in use by another training process ({who}). Wait for it, or use another --workdir.'
         )
 
     def _make(self, number: int) -> bool:
-        """Makes a number's object, if there is none; returns whether it is ours."""
+        """Creates a number's object if it does not exist; returns whether it is ours."""
         path = str(self._path(number))
         try:
             filesystem_of(path).pipe_file(path, self._bytes(), mode='create')
         except Exception as error:
-            # The file systems say it in different ways. It may be ours all the same, if an answer was lost on the way.
+            # The file systems raise different errors. The object may still be ours if a response was lost.
             now = self._read(number)
             if now is None:
                 raise error
@@ -129,7 +131,7 @@ class Lease:
                     return
                 self._write()
             except Exception as error:
-                # Whether it is still held is asked again before each save.
+                # `Hold.check` asks again before each save.
                 logger.warning('The lease of %s could not be renewed (%s).', self._directory, str(error)[:200])
 
     def _write(self, **more: Any) -> None:
@@ -148,7 +150,7 @@ class Lease:
             content = json.loads(text)
         except ValueError:
             content = None
-        return content if isinstance(content, dict) else {'unreadable': repr(text)}  # waited for as any other
+        return content if isinstance(content, dict) else {'unreadable': repr(text)}  # treated as a lease in use
 
     def _numbers(self) -> list[int]:
         try:
@@ -167,56 +169,56 @@ class InUse(UserError):
 
 
 class Lost(UserError):
-    """Another process has taken over."""
+    """Another process has acquired the lease."""
 
     def __init__(self):
         super().__init__(
             'This process was suspended, or could not reach its bucket, for so long that another one has taken over '
-            'its workdir (storage.lease_seconds). It stops without writing; nothing is lost there.'
+            'its workdir (storage.lease_seconds). It stops without writing; nothing in the workdir is lost.'
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class Hold:
-    """That a folder is held by this run.
+    """Exclusive write access of a run to a folder.
 
     Attributes:
-        lease: of the first process in a bucket; else None.
-        is_in_bucket: whether the folder lies in a bucket, the same in all processes.
+        lease: the lease, in the first process and for a bucket; else None.
+        is_in_bucket: whether the folder is in a bucket; equal in all processes.
     """
 
     lease: Lease | None = None
     is_in_bucket: bool = False
 
     def is_held(self) -> bool:
-        """Returns whether the run, as far as this process knows, still holds the folder."""
+        """Returns whether the run still holds the folder, as far as this process knows."""
         return self.lease is None or self.lease.is_held()
 
     def check(self) -> None:
-        """Checks that the folder is still held, before something is written; of several processes all call it.
+        """Checks that the folder is still held, before a write; all processes must call it.
 
         Raises:
-            UserError: if another run has taken it over, as after this one was suspended.
+            UserError: if another run holds the folder, for example after this one was suspended.
         """
         if self.is_in_bucket and not agree(self.is_held() if is_first() else True):
             raise Lost()
 
 
 def _identity(process: Any) -> dict[str, Any]:
-    """What a process on this machine is known by; {} where the system does not tell."""
+    """The identity of a process on this machine; {} if the system does not report it."""
     try:
         boot = Path('/proc/sys/kernel/random/boot_id').read_text().strip()
-        # Host names and numbers of processes repeat in containers; each has a namespace of its own.
+        # Host names and process numbers repeat in containers; namespaces do not.
         namespace = os.readlink('/proc/self/ns/pid')
         state, *fields = re.sub(r'(?s)^.*\)', '', Path(f'/proc/{process}/stat').read_text()).split()
     except OSError:
         return {}
-    started = fields[18] if state != 'Z' else None  # killed, and not yet taken notice of by who started it
+    started = fields[18] if state != 'Z' else None  # Z: killed, and not yet reaped by its parent
     return {'boot': boot, 'namespace': namespace, 'process': process, 'started': started}
 
 
 def _is_dead(content: dict[str, Any]) -> bool:
-    """Whether the process that wrote a lease is one of this machine's, and gone."""
+    """Whether the process that wrote a lease ran on this machine and is gone."""
     own = _identity(os.getpid())
     if not own or any(content.get(key) != own[key] for key in ('boot', 'namespace')):
         return False

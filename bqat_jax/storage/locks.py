@@ -1,4 +1,4 @@
-"""Who may write into a run's folder: a lock where the file system has them, a lease in a bucket."""
+"""Exclusive access to a run's folder: a lock on a local file system, a lease in a bucket."""
 
 import contextlib
 import errno
@@ -16,20 +16,20 @@ from bqat_jax.storage.places import Place
 logger = logging.getLogger(__name__)
 
 LOCK = '.lock'
-# What a file system without locks answers.
+# Errors of file systems without locks.
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
 
 @contextlib.contextmanager
 def held(directory: Place, lease_seconds: float) -> Iterator[Hold]:
-    """Holds a directory for one training process, however that ends.
+    """Holds a directory for one training process.
 
-    Locally it is a lock, which goes with the process; on a file system without locks it warns, and holds nothing. In a
-    bucket it is a lease.
+    A local directory is locked until the process ends; without locks in its file system, only a warning is logged. A
+    bucket has a lease.
 
     Args:
-        directory: it is there.
-        lease_seconds: after which a lease that was not renewed is taken over.
+        directory: an existing directory.
+        lease_seconds: seconds after which another process may acquire a lease that is not renewed.
 
     Raises:
         UserError: if another process holds it, and for errors of the bucket within the context.
@@ -45,7 +45,7 @@ def held(directory: Place, lease_seconds: float) -> Iterator[Hold]:
             is_told = isinstance(error, UserError)
             if not is_told and not is_of_bucket(error):
                 raise
-            # Whatever a process says that was suspended in the middle of a save: this is why.
+            # A process that was suspended during a save may fail in any way; the lost lease is the cause.
             if not isinstance(error, Unavailable | Lost) and _is_lost(lease):
                 raise Lost() from error
             if not is_told:
@@ -54,10 +54,10 @@ def held(directory: Place, lease_seconds: float) -> Iterator[Hold]:
 
 
 def _is_lost(lease: Lease) -> bool:
-    """Whether another process has surely taken over."""
+    """Whether another process has certainly acquired the lease."""
     try:
         return not lease.is_held()
-    except Exception:  # a bucket that refuses or does not answer is what ended the run
+    except Exception:  # the bucket itself ended the run
         return False
 
 
@@ -68,13 +68,13 @@ def _locked(directory: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise InUse(
-                f'{directory} is in use by another training process. Wait for it, or take another --workdir.'
+                f'{directory} is in use by another training process. Wait for it, or use another --workdir.'
             ) from error
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
             logger.warning(
-                'The file system of %s has no locks (%s): make sure that no other process trains there.',
+                'The file system of %s has no locks (%s). Make sure that no other process trains there.',
                 directory,
                 error.strerror,
             )
@@ -83,15 +83,15 @@ def _locked(directory: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def wait_for_lock(path: Path) -> Iterator[None]:
-    """Waits for a lock file and holds it; the lock goes with the process, however it ends.
+    """Waits for a lock file and holds it, at most until the process ends.
 
-    Where the file system has no locks, nothing is waited for.
+    Without locks in the file system it does not wait.
 
     Args:
-        path: of the lock file, which is made if it is not there, and stays.
+        path: the lock file, which is created if needed and stays.
 
     Raises:
-        OSError: if the file cannot be made.
+        OSError: if the file cannot be created.
     """
     with path.open('a') as file:
         try:

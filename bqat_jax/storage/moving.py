@@ -1,4 +1,4 @@
-"""Files on their way between this machine and buckets."""
+"""Transfers of files between this machine and buckets."""
 
 import atexit
 import contextlib
@@ -11,20 +11,20 @@ from typing import Any
 
 from bqat_jax.storage.places import Place, filesystem_of
 
-# Orbax counts a checkpoint in a bucket only if it has this file; it is written last.
+# Orbax accepts a checkpoint in a bucket only with this file, which is written last.
 COMMIT_FILE = 'commit_success.txt'
 
 
 class Spool:
-    """A folder in which files grow: a local one is used as it is; for one in a bucket they grow here and are sent.
+    """A folder for files that are appended to; files for a bucket are written locally and sent.
 
     Attributes:
-        directory: where the files belong.
-        local: where they are written.
+        directory: destination of the files.
+        local: where they are written; equals `directory` if that is local.
     """
 
     def __init__(self, directory: Place):
-        """Takes the folder, which is made if it is local."""
+        """Takes the folder, which is created if it is local."""
         self.directory = directory
         self._is_local = isinstance(directory, Path)
         self.local = directory if isinstance(directory, Path) else Path(tempfile.mkdtemp(prefix='bqat_jax_spool_'))
@@ -32,14 +32,14 @@ class Spool:
         self.local.mkdir(parents=True, exist_ok=True)
 
     def fetch(self, name: str) -> None:
-        """Brings a file here, if there is one, to go on with it."""
+        """Downloads a file, if it exists, to append to it."""
         if not self._is_local:
             path = self.directory / name
             with contextlib.suppress(FileNotFoundError):
                 filesystem_of(path).get_file(str(path), str(self.local / name))
 
     def send(self) -> None:
-        """Sends every file that has changed since the last call, whole."""
+        """Sends every file that has changed since the last call."""
         if self._is_local:
             return
         for file in sorted(self.local.rglob('*')):
@@ -51,22 +51,22 @@ class Spool:
                     self._sent[file] = stamp
 
     def close(self) -> None:
-        """Removes what was written here for a bucket; what was not sent is lost."""
+        """Removes local files of a bucket; files that were not sent are lost."""
         if not self._is_local:
             shutil.rmtree(self.local, ignore_errors=True)
 
 
 def upload(file: Path, target: Place) -> None:
-    """Copies a local file into a bucket, whole or not at all."""
+    """Copies a local file into a bucket atomically."""
     filesystem_of(target).put_file(str(file), str(target))
 
 
 @contextlib.contextmanager
 def fetched(path: Place) -> Iterator[Path]:
-    """Within it a file can be read at the local path that it gives; that of a local file is its own.
+    """Yields a local path of a file: its own path, or that of a temporary copy from a bucket.
 
     Raises:
-        FileNotFoundError: if there is none in the bucket.
+        FileNotFoundError: if the bucket does not have the file.
     """
     if isinstance(path, Path):
         yield path
@@ -78,14 +78,14 @@ def fetched(path: Place) -> Iterator[Path]:
 
 
 def files_below(directory: Place) -> dict[str, dict[str, Any]]:
-    """Returns what a bucket says of every object below a folder, by the rest of its name."""
+    """Returns a bucket's metadata of every object below a folder, by name relative to the folder."""
     system = filesystem_of(directory)
-    found: Any = system.find(str(directory), detail=True)
+    objects: Any = system.find(str(directory), detail=True)
     prefix = str(directory).partition('://')[2].rstrip('/') + '/'
-    # Names that end with a slash are empty objects by which some programs mark folders.
+    # Some programs mark folders with empty objects whose names end with a slash.
     return {
         name.removeprefix(prefix): facts
-        for name, facts in found.items()
+        for name, facts in objects.items()
         if name.startswith(prefix) and not name.endswith('/') and facts['type'] != 'directory'
     }
 
@@ -93,7 +93,7 @@ def files_below(directory: Place) -> dict[str, dict[str, Any]]:
 def move_folder(source: Place, target: Place) -> None:
     """Moves a folder; in a bucket all objects are copied before the first is removed.
 
-    A move that is broken off leaves the folder as it was, or, when the copy is whole, a part that does not count as a
+    An interrupted move leaves the folder as it was, or, once the copy is complete, a part that is not a valid
     checkpoint.
     """
     if isinstance(source, Path):
@@ -110,10 +110,10 @@ def move_folder(source: Place, target: Place) -> None:
 
 @functools.cache
 def local_copy(path: Place) -> Path:
-    """Returns a local path of a file that is read as long as this process lives; that of a local file is its own.
+    """Returns a local path of a file: its own path, or that of a copy from a bucket that lasts until this process ends.
 
     Raises:
-        FileNotFoundError: if there is none in the bucket.
+        FileNotFoundError: if the bucket does not have the file.
     """
     if isinstance(path, Path):
         return path

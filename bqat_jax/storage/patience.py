@@ -1,4 +1,4 @@
-"""Requests that fail for a while are repeated; those that are refused are not."""
+"""Retries of requests that fail for a transient cause."""
 
 import asyncio
 import logging
@@ -15,28 +15,28 @@ logger = logging.getLogger(__name__)
 Result = TypeVar('Result')
 LONGEST_PAUSE = 32.0  # seconds
 TRANSIENT_STATUS = (408, 425, 429, *range(500, 600))
-# So many seconds of trouble are nothing to speak of.
+# Seconds of retries before a warning is logged.
 QUIET = 5.0
 
 
 class BucketError(UserError):
-    """A bucket refuses, does not answer, or is not there: nothing that a run has done is wrong."""
+    """A bucket denies access, does not respond or does not exist; the run itself is not at fault."""
 
 
 class Unavailable(BucketError):
-    """A bucket did not answer for as long as the patience lasted."""
+    """A bucket did not respond within `storage.patience`."""
 
 
 class Patient:
-    """A part of a file system of fsspec: repeats requests that fail for a while, until the patience is over.
+    """A mix-in for fsspec file systems that retries failing requests until `storage.patience` has passed.
 
-    A class that is built with it says its scheme, and which errors pass by: `is_transient(error)`.
+    A subclass defines its scheme and `is_transient(error)`.
     """
 
     scheme: str
 
     def __init__(self, *args: Any, **kwargs: Any):
-        """Takes what the file system takes."""
+        """Takes the arguments of the file system."""
         kwargs['use_listings_cache'] = False  # other processes write too
         super().__init__(*args, **kwargs)
 
@@ -46,14 +46,14 @@ class Patient:
         raise NotImplementedError
 
     async def _list_two(self, path: str) -> tuple[str, list[str], bool]:
-        """Lists a bucket from a path on: the path's key, two keys that begin with it, and whether there are more.
+        """Returns a path's key, at most two keys with this prefix, and whether there are more.
 
-        What follows a slash after the path is left out of the keys, so that a folder's key ends with one.
+        Keys are cut after the first slash that follows the path, so that a folder's key ends with a slash.
         """
         raise NotImplementedError
 
     async def _ls(self, path: str, detail: bool = True, **kwargs: Any) -> list[Any]:
-        """Lists a folder without the empty objects by which some programs mark folders, such as itself."""
+        """Lists a folder without the empty objects with which some programs mark folders."""
         entries = await super()._ls(path, detail=True, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         own = self._strip_protocol(path).rstrip('/')  # pyright: ignore[reportAttributeAccessIssue]
         kept = [
@@ -64,14 +64,14 @@ class Patient:
         return kept if detail else [entry['name'] for entry in kept]
 
     async def _exists(self, path: str, **kwargs: Any) -> bool:
-        """Whether there is a file or a folder; one request, where the file systems below need two or three."""
+        """Whether a file or folder exists, with one request instead of two or three."""
         key, keys, has_more = await self._list_two(path)
         if not has_more or {key, f'{key}/'} & set(keys):
             return bool({key, f'{key}/'} & set(keys))
         return await super()._exists(path, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     async def _isdir(self, path: str) -> bool:
-        """Whether there is a folder. A refusal is raised, which the file systems below take for a no."""
+        """Whether a folder exists; denied access is raised, where the base class returns False."""
         key, keys, has_more = await self._list_two(path)
         if not has_more or f'{key}/' in keys:
             return f'{key}/' in keys
@@ -82,14 +82,14 @@ class Patient:
         return info['type'] == 'directory'
 
     async def repeat(self, request: Callable[[], Awaitable[Result]], what: str) -> Result:
-        """Returns the result of a request.
+        """Returns the result of a request, which is retried.
 
         Args:
-            request: begins the request anew each time.
-            what: is asked for, in words.
+            request: starts the request.
+            what: description of the request, for messages.
 
         Raises:
-            Unavailable: if it still fails, in a way that may pass, when the patience is over.
+            Unavailable: if it still fails for a transient cause after `storage.patience`.
         """
         began, attempt = time.monotonic(), 0
         is_told = False
@@ -106,13 +106,13 @@ class Patient:
                 if waited + pause > patience:
                     raise Unavailable(
                         f'{what} failed for {waited:.0f} s (storage.patience={patience:g}): '
-                        f'{type(error).__name__}: {str(error)[:200]}. What was saved is kept: run the same command '
-                        'again to go on.'
+                        f'{type(error).__name__}: {str(error)[:200]}. Saved files are kept: run the same command '
+                        'again to resume.'
                     ) from error
                 if waited > QUIET and not is_told:
                     why = f'{type(error).__name__}: {error}'[:200]
                     logger.warning(
-                        '%s fails (%s). It is tried again for up to %g s (storage.patience).', what, why, patience
+                        '%s fails (%s). It is retried for up to %g s (storage.patience).', what, why, patience
                     )
                     is_told = True
                 attempt += 1

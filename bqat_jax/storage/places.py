@@ -1,4 +1,4 @@
-"""Paths that a user gives: local ones, and those in buckets."""
+"""Paths from the user: local ones, and addresses in buckets."""
 
 import importlib.util
 import os
@@ -10,60 +10,60 @@ from etils import epath
 
 from bqat_jax.errors import UserError
 
-# A path: local, or in a bucket. Both have pathlib's methods; those in buckets have no absolute() and no resolve(), and
+# A path, local or in a bucket. Both have pathlib's methods; one in a bucket has no absolute() and no resolve(), and
 # cannot be opened to append.
 Place = Path | epath.Path
 
-# What the libraries below would misread in a path, and why.
+# Characters of a path that libraries would misread, and why.
 MISREAD = {
-    '*': 'file names are matched with it as a pattern',
-    '?': 'file names are matched with it as a pattern',
-    '[': 'file names are matched with it as a pattern',
-    ']': 'file names are matched with it as a pattern',
-    '\\': 'TensorStore takes it for a separator',
+    '*': 'libraries read it as a pattern',
+    '?': 'libraries read it as a pattern',
+    '[': 'libraries read it as a pattern',
+    ']': 'libraries read it as a pattern',
+    '\\': 'TensorStore reads it as a separator',
 }
-# Schemes of buckets: the package that reads them, the extra that installs it, and our file system on top of it.
+# By scheme: the package that reads buckets, the extra that installs it, and our file system based on it.
 BUCKETS = {
     'gs': ('gcsfs', 'gcs', 'bqat_jax.storage.gcs.GCS'),
     's3': ('s3fs', 's3', 'bqat_jax.storage.s3.S3'),
 }
-# Seconds of patience once a process was told to end.
+# Seconds of patience after a request to stop.
 GRACE = 10.0
-# What `storage.patience` says; file systems live as long as the process, and are made by others.
+# `storage.patience` by scheme; global, since libraries create the file systems.
 _PATIENCE: dict[str, float] = {}
-# A transfer of TensorStore's that stands still for so many seconds is broken off and tried again.
+# Seconds after which TensorStore aborts and retries a stalled transfer.
 STANDSTILL = '60'
 
 
 def place(text: str | os.PathLike, name: str) -> Place:
-    """Returns a path that a user gave: absolute, with `~` as the home folder; or in a bucket.
+    """Returns a path from the user, absolute and with `~` expanded, or an address in a bucket.
 
     Args:
         text: the path, or an address that begins with gs:// or s3://.
-        name: of the flag or key that gave it, for messages.
+        name: flag or key that set it, for messages.
 
     Raises:
-        UserError: for a path that is empty or has a character that a library would misread, for another scheme, or one
-            whose package is not installed.
+        UserError: for an empty path, a character that a library would misread, another scheme, or a scheme whose
+            package is not installed.
     """
     given = f'{name}={str(text)!r}'
     if not str(text).strip():
-        raise UserError(f'{given}: the path is empty. Give the path of a file or folder.')
+        raise UserError(f'{given}: the path is empty. Use the path of a file or folder.')
     scheme, separator, rest = str(text).partition('://')
     if separator:
         _connect(scheme, given)
         if not rest.split('/')[0]:
             raise UserError(f'{given}: it names no bucket. Write {scheme}://BUCKET/FOLDER.')
         if '' in rest.rstrip('/').split('/') or {'.', '..'} & set(rest.split('/')):
-            raise UserError(f'{given}: parts of an address in a bucket are not empty, and not . or ..; write it out.')
+            raise UserError(f'{given}: parts of an address in a bucket must not be empty, "." or "..". Write it out.')
         _check_characters(rest, given)
         return epath.Path(f'{scheme}://{rest.rstrip("/")}')
     if re.match(r'[A-Za-z][A-Za-z0-9+.-]+:/', str(text)):
         address = str(text).replace(':/', '://', 1)
-        raise UserError(f'{given}: it looks like an address in which a slash is missing. Write {address}.')
+        raise UserError(f'{given}: it looks like an address with a missing slash. Write {address}.')
     try:
         path = Path(text).expanduser().absolute()
-    except RuntimeError as error:  # ~name of a user that there is not
+    except RuntimeError as error:  # ~name of an unknown user
         raise UserError(f'{given}: {error}. Write the folder out.') from error
     _check_characters(str(path), given)
     return path
@@ -72,12 +72,12 @@ def place(text: str | os.PathLike, name: str) -> Place:
 def _check_characters(text: str, given: str) -> None:
     for character in text:
         if character in MISREAD or not character.isprintable():
-            why = MISREAD.get(character, 'it cannot be seen')
-            raise UserError(f'{given}: the path {text!r} has the character {character!r}, and {why}. Rename it.')
+            why = MISREAD.get(character, 'it is not printable')
+            raise UserError(f'{given}: the path {text!r} has the character {character!r}: {why}. Rename it.')
 
 
 def is_local(path: str | os.PathLike) -> bool:
-    """Returns whether a path lies in this machine's file system, and not in a bucket."""
+    """Returns whether a path is in this machine's file system, not in a bucket."""
     return '://' not in os.fspath(path)
 
 
@@ -87,7 +87,7 @@ def scheme_of(path: str | os.PathLike) -> str:
 
 
 def bucket_of(path: str | os.PathLike) -> str:
-    """Returns the name of the bucket of an address."""
+    """Returns the bucket's name in an address."""
     return os.fspath(path).partition('://')[2].split('/')[0]
 
 
@@ -97,28 +97,28 @@ def filesystem_of(path: str | os.PathLike) -> fsspec.AbstractFileSystem:
 
 
 def set_patience(seconds: float) -> None:
-    """Sets for how long requests to buckets that fail are repeated, for all libraries of this process."""
+    """Sets the seconds for which failing requests to buckets are retried, in all libraries of this process."""
     for scheme in BUCKETS:
         _PATIENCE[scheme] = seconds
 
 
 def shorten_patience(seconds: float = GRACE) -> None:
-    """Shortens the patience, as when the machine is about to be taken away; requests under way notice it."""
+    """Shortens the patience before a shutdown; running requests respect it."""
     for scheme in BUCKETS:
         _PATIENCE[scheme] = min(patience_of(scheme), seconds)
 
 
 def patience_of(scheme: str) -> float:
-    """Returns for how long requests to a scheme's buckets that fail are repeated, in seconds."""
+    """Returns the seconds for which failing requests to a scheme's buckets are retried."""
     return _PATIENCE.get(scheme, 600.0)
 
 
 def _connect(scheme: str, given: str) -> None:
-    """Makes a scheme's buckets usable by our own file system in all libraries that go through fsspec."""
+    """Registers our file system for a scheme in all libraries that use fsspec."""
     if scheme not in BUCKETS:
         known = ' or '.join(f'{name}://' for name in BUCKETS)
         raise UserError(
-            f'{given}: paths that begin with {scheme}:// are not supported. Give a local path, or one that begins with '
+            f'{given}: paths that begin with {scheme}:// are not supported. Use a local path, or one that begins with '
             f'{known}.'
         )
     package, extra, own = BUCKETS[scheme]
@@ -127,9 +127,9 @@ def _connect(scheme: str, given: str) -> None:
             f'{given}: paths that begin with {scheme}:// need the package {package}, which is not installed. Install '
             f'it: pip install {package} (or the extra: pip install "bqat_jax[{extra}]").'
         )
-    # etils would read buckets by TensorFlow where that is installed, without what our file systems see to.
+    # An installed TensorFlow would make etils bypass our file systems.
     os.environ['EPATH_USE_TF'] = 'false'
-    # Otherwise a server that accepts a connection and says nothing is waited for without end.
+    # Otherwise TensorStore waits forever for a server that accepts a connection and does not respond.
     os.environ.setdefault('TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS', STANDSTILL)
     os.environ.setdefault('TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES', '1')
     for name in ('gs', 'gcs') if scheme == 'gs' else ('s3',):

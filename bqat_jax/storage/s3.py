@@ -1,4 +1,4 @@
-"""Buckets of S3, and of stores that speak its language, as a file system of fsspec."""
+"""An fsspec file system for S3 and compatible stores."""
 
 import asyncio
 from typing import Any
@@ -12,16 +12,16 @@ from bqat_jax.storage.patience import TRANSIENT_STATUS, Patient
 
 
 class S3(Patient, S3FileSystem):
-    """S3FileSystem that is patient, and never makes a bucket.
+    """S3FileSystem that retries, and never creates a bucket.
 
     Endpoint, region and credentials are those of boto: AWS_ENDPOINT_URL, AWS_REGION, AWS_PROFILE and so on.
     """
 
     scheme = 's3'
-    retries = 1  # ours are others
+    retries = 1  # `repeat` retries
 
     def __init__(self, *args: Any, **kwargs: Any):
-        """Takes what S3FileSystem takes."""
+        """Takes the arguments of S3FileSystem."""
         once = {'retries': {'max_attempts': 0}, 'connect_timeout': 30, 'read_timeout': 60}
         super().__init__(*args, **{'config_kwargs': once, **kwargs})
 
@@ -32,7 +32,7 @@ class S3(Patient, S3FileSystem):
         if isinstance(cause, ClientError):
             status = cause.response.get('ResponseMetadata', {}).get('HTTPStatusCode')
             return status in TRANSIENT_STATUS
-        # asyncio's TimeoutError, and those of sockets: s3fs passes them on.
+        # s3fs passes on TimeoutErrors of asyncio and of sockets.
         passing = (HTTPClientError, BotoConnectionError, ConnectionError, TimeoutError, asyncio.TimeoutError)
         return isinstance(error, passing) or isinstance(cause, passing)
 
@@ -46,14 +46,14 @@ class S3(Patient, S3FileSystem):
         if not key:
             return key, [], True
         try:
-            found = await self._call_s3('list_objects_v2', Bucket=bucket, Prefix=key, Delimiter='/', MaxKeys=2)
-        except FileNotFoundError:  # there is no such bucket
+            reply = await self._call_s3('list_objects_v2', Bucket=bucket, Prefix=key, Delimiter='/', MaxKeys=2)
+        except FileNotFoundError:  # the bucket does not exist
             return key, [], False
-        keys = [item['Key'] for item in found.get('Contents', [])]
-        return key, keys + [item['Prefix'] for item in found.get('CommonPrefixes', [])], found.get('IsTruncated', False)
+        keys = [item['Key'] for item in reply.get('Contents', [])]
+        return key, keys + [item['Prefix'] for item in reply.get('CommonPrefixes', [])], reply.get('IsTruncated', False)
 
     async def _mkdir(self, path: str, *args: Any, **kwargs: Any) -> None:
-        """Does nothing: there are no folders, and a missing bucket is an error, not to be made."""
+        """Does nothing: buckets have no folders, and a missing bucket is an error."""
 
     # S3FileSystem binds these to its own methods.
     exists = sync_wrapper(Patient._exists)

@@ -1,4 +1,4 @@
-"""Choices at the edge of a grid: what lies one step beyond it."""
+"""Extends the grid of choices by one step if the best choice is at its edge."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -7,23 +7,22 @@ from typing import Any
 from bqat_jax.experiment.keys import is_within, range_of
 from bqat_jax.sweeps.definition import Overrides
 
-# Digits of a value that was added: it names a folder too.
+# Significant digits of an added value, which is also part of a folder name.
 DIGITS = 6
 
 
 def beyond(candidates: Sequence[Overrides], chosen: Overrides) -> dict[str, Any] | None:
-    """Returns the candidate one step beyond the edge that `chosen` lies at.
+    """Returns the candidate one step beyond the edge at which `chosen` is.
 
-    The grid must be one line: all candidates have the same keys, and the values that differ are positive numbers that
-    rise or fall together. The step is the grid's own ratio at that edge, for every key apart.
+    The grid must be a line: all candidates share their keys, and the values that differ are positive numbers that rise
+    or fall together. For every key the step is the ratio of the grid at that edge.
 
     Args:
-        candidates: the overrides there are, in any order.
+        candidates: all overrides, in any order.
         chosen: one of them.
 
     Returns:
-        The overrides; None if `chosen` is not at an edge, the grid is no such line, or the value would leave the range
-        of its key.
+        The overrides; None if `chosen` is not at an edge, the grid is not a line, or a value would leave its range.
     """
     if len(candidates) < 2 or any(set(one) != set(chosen) for one in candidates):
         return None
@@ -49,7 +48,7 @@ def beyond(candidates: Sequence[Overrides], chosen: Overrides) -> dict[str, Any]
 
 
 def is_added(row: Mapping[str, Any], choice: Overrides) -> bool:
-    """Returns whether a choice of a method's row in `sweep.json` was added to the sweep's own."""
+    """Returns whether a choice in a method's row of `sweep.json` was added to the sweep's grid."""
     return any(one.get('added', False) and one['overrides'] == dict(choice) for one in row.get('choices', ()))
 
 

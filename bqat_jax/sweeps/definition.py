@@ -1,4 +1,4 @@
-"""What a sweep is: settings × methods × seeds, and how a method's own constants are chosen before."""
+"""The definition of a sweep: settings × methods × seeds, and the choices for a method's constants."""
 
 import dataclasses
 import re
@@ -19,13 +19,13 @@ class Sweep:
     """Runs to compare. Overrides are keys of the config, such as 'replacement.plan', with their values.
 
     Attributes:
-        methods: name to overrides; what is compared.
-        seeds: consecutive numbers; every method has the same.
+        methods: overrides of each method, by name.
+        seeds: consecutive seeds, which all methods share.
         baseline: the method that the others are compared with, seed by seed.
-        settings: name to overrides; methods are compared within each.
-        choices: overrides to choose from, for every method in every setting apart: the choice with the best mean on the
-            validation split, over `choice_seeds`, is taken. None of them for methods that are run as they are.
-        choice_seeds: consecutive numbers, other than `seeds`.
+        settings: overrides of each setting, by name; methods are compared within a setting.
+        choices: overrides to choose from, separately for every method in every setting: the one with the best mean
+            validation score over `choice_seeds` is used. Empty to run methods as they are.
+        choice_seeds: consecutive seeds, disjoint from `seeds`.
 
     Raises:
         ValueError: for a sweep that cannot be run.
@@ -43,7 +43,7 @@ class Sweep:
             raise ValueError(f'baseline={self.baseline!r}: it must be one of {", ".join(self.methods)}.')
         for name in (*self.methods, *self.settings):
             if not NAME.fullmatch(name):
-                raise ValueError(f'{name!r} cannot name a method or a setting, as it names a folder too.')
+                raise ValueError(f'{name!r} cannot name a method or a setting: it must be valid as a folder name.')
         for field in ('seeds', 'choice_seeds'):
             seeds = list(getattr(self, field))
             if seeds and seeds != list(range(seeds[0], seeds[0] + len(seeds))):
@@ -53,17 +53,17 @@ class Sweep:
         if self.choices and not self.choice_seeds:
             raise ValueError('choices need choice_seeds.')
         if set(self.seeds) & set(self.choice_seeds):
-            raise ValueError(f'choice_seeds={list(self.choice_seeds)}: what is chosen on cannot be compared on too.')
+            raise ValueError(f'choice_seeds={list(self.choice_seeds)}: must not overlap with seeds.')
 
 
 def load_sweep(file: str | None) -> Sweep:
-    """Returns the sweep that a Python file's `get_sweep()` gives.
+    """Returns the sweep from `get_sweep()` in a Python file.
 
     Raises:
-        UserError: if there is no such file, or it gives none.
+        UserError: if the file does not exist, or does not return a sweep.
     """
     if not file:
-        raise UserError('Which sweep? Give --config.sweep=configs/sweeps/NAME.py.')
+        raise UserError('Which sweep? Use --config.sweep=configs/sweeps/NAME.py.')
     path = place(file, 'sweep')
     if not path.is_file() or path.suffix != '.py':
         raise UserError(f'sweep={file!r}: there is no such Python file.')
@@ -74,7 +74,7 @@ def load_sweep(file: str | None) -> Sweep:
     except Exception as error:
         raise UserError(f'The sweep {file} failed: {type(error).__name__}: {error}') from error
     if not isinstance(sweep, Sweep):
-        raise UserError(f'The sweep {file}: get_sweep() returned a {type(sweep).__name__}, and no Sweep.')
+        raise UserError(f'The sweep {file}: get_sweep() returned a {type(sweep).__name__}, not a Sweep.')
     return sweep
 
 
@@ -94,5 +94,5 @@ def override(config: Config, *changes: Overrides) -> Config:
                     raise KeyError(key)
                 section[last] = value
             except (KeyError, AttributeError, TypeError) as error:
-                raise UserError(f'The sweep sets {key}={value!r}, which the config does not take: {error}') from error
+                raise UserError(f'The sweep sets {key}={value!r}, which the config does not accept: {error}') from error
     return config

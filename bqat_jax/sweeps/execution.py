@@ -1,4 +1,4 @@
-"""Runs what of a sweep is missing: after a kill, the same command goes on where it was."""
+"""Runs the missing parts of a sweep; a sweep resumes after a kill."""
 
 import contextlib
 import dataclasses
@@ -46,11 +46,11 @@ LOG_WIDTH = 140
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One call of the training program: one seed, or several side by side.
+    """One call of the training program: one seed, or several in parallel.
 
     Attributes:
-        workdir: of the run.
-        config: of the run; it says the seeds.
+        workdir: the run's workdir.
+        config: the run's config, which has the seeds.
     """
 
     workdir: Place
@@ -63,34 +63,34 @@ class Run:
 
 
 def run_sweep(config: Config, workdir: Place, *, name: str) -> dict[str, Any]:
-    """Runs what is missing of a sweep, and writes `sweep.json`, `sweep.csv`, `sweep.md`, `sweep.png`, and at the end
+    """Runs the missing runs of a sweep; writes `sweep.json`, `sweep.csv`, `sweep.md`, `sweep.png`, and at the end
     `report.html`.
 
-    A run that fails is recorded with its error, and the others go on; it is not tried again unless its error.json is
-    removed. The tables are written anew whenever a method is complete.
+    The error of a failed run is recorded, and the sweep continues; the run is not repeated unless its error.json is
+    removed. The tables are updated whenever a method is complete.
 
     Args:
-        config: what all runs have in common; `config.sweep` names the file that says what differs.
-        workdir: everything goes there.
-        name: of the config, for the record.
+        config: the config of all runs; `config.sweep` names the file that defines the sweep.
+        workdir: folder of all files of the sweep.
+        name: name of the config, for the record.
 
     Returns:
-        How many runs there are, how many of them failed, and the files.
+        The number of runs, the number that failed, and the files.
 
     Raises:
         UserError: for a sweep or a workdir that cannot work.
-        Stopped: if SIGTERM or SIGINT came, or `config.sweep_minutes` have passed; what was under way continues by the
-            same command, here, or elsewhere from `config.sweep_pack`.
+        Stopped: if SIGTERM or SIGINT came, or `config.sweep_minutes` have passed; a second call resumes, here, or
+            elsewhere from `config.sweep_pack`.
     """
     return compare(load_sweep(config.sweep), config, workdir, name=name)
 
 
 def compare(sweep: Sweep, config: Config, workdir: Place, *, name: str) -> dict[str, Any]:
-    """Runs what is missing of a sweep that is given as an object; all else as `run_sweep`."""
+    """Runs the missing runs of a `Sweep` object; see `run_sweep`."""
     if jax.process_count() > 1:
         raise UserError(f'distributed={config.distributed!r}: a sweep runs in one process.')
     metric = metric_of(config)
-    for setting in sweep.settings.values():  # what is mistyped is told before hours have passed
+    for setting in sweep.settings.values():  # typos are reported before hours of work
         for method in sweep.methods.values():
             for choice in sweep.choices or [{}]:
                 changed = override(config, setting, method, choice)
@@ -98,7 +98,7 @@ def compare(sweep: Sweep, config: Config, workdir: Place, *, name: str) -> dict[
                 if metric_of(changed) != metric:
                     raise UserError(
                         f'task={changed.task!r}: a sweep compares runs by one metric, and that of {config.task!r} is '
-                        f'{metric.name}. Give a sweep for each task.'
+                        f'{metric.name}. Use one sweep per task.'
                     )
     check_reachable(workdir, '--workdir')
     workdir.mkdir(parents=True, exist_ok=True)
@@ -133,21 +133,21 @@ def compare(sweep: Sweep, config: Config, workdir: Place, *, name: str) -> dict[
 def _check_choice(sweep: Sweep, config: Config) -> None:
     if sweep.choices and config.data.validation_fraction == 0:
         raise UserError(
-            'The sweep chooses between overrides, and data.validation_fraction=0 leaves nothing to choose on: hold a '
-            'part of the training images out (the test split selects nothing).'
+            'data.validation_fraction=0: the sweep chooses between overrides and needs a validation split. Hold out a '
+            'part of the training images; the test split must not select anything.'
         )
 
 
 @contextlib.contextmanager
 def _compilation_cache(directory: Place) -> Iterator[None]:
-    """What one run has compiled the next need not."""
+    """Shares compiled programs between runs."""
     values = {
         'jax_compilation_cache_dir': str(directory),
         'jax_persistent_cache_min_compile_time_secs': 0.0,
     }
     before = {key: getattr(jax.config, key) for key in values}
     if before['jax_compilation_cache_dir']:
-        del values['jax_compilation_cache_dir']  # there is one already
+        del values['jax_compilation_cache_dir']  # the user has set one
     for key, value in values.items():
         jax.config.update(key, value)
     try:
@@ -159,7 +159,7 @@ def _compilation_cache(directory: Place) -> Iterator[None]:
 
 @dataclasses.dataclass
 class _Execution:
-    """A sweep under way."""
+    """A running sweep."""
 
     config: Config
     sweep: Sweep
@@ -197,7 +197,7 @@ class _Execution:
         return {'runs': runs, 'failed': failed, 'tables': files}
 
     def _prepare_partner(self, config: Config, folder: Place) -> Place:
-        """The workdir with the partner of a setting: the one that the config names, or one made for all its runs."""
+        """The workdir with the partner of a setting: that of the config, or one that all runs of the setting share."""
         if config.partner.workdir:
             return place(config.partner.workdir, 'partner.workdir')
         single = override(config, {'train.replicas': 1})
@@ -229,7 +229,7 @@ class _Execution:
         return entry | {'choice': dict(choice), 'by_seed': scores}
 
     def _try(self, config: Config, folder: Place, candidate: Overrides, entry: dict[str, Any]) -> float:
-        """Runs a method with one of the choices; returns its rank, the larger the better, -inf if a seed failed."""
+        """Runs a method with a choice; returns its rank, where larger is better, and -inf if a seed failed."""
         where = folder / 'choices' / _label(candidate)
         scores = self._run_seeds(override(config, candidate), where, self.sweep.choice_seeds, entry)
         name = f'{VALIDATION}{self.metric.name}'
@@ -240,7 +240,7 @@ class _Execution:
         return self.metric.rank(sum(values) / len(values)) if is_complete else -math.inf
 
     def _run_seeds(self, config: Config, folder: Place, seeds: Sequence[int], entry: dict[str, Any]) -> dict[str, Any]:
-        """Runs all seeds, as many side by side as the config says; returns the results of those that did not fail."""
+        """Runs all seeds, `train.replicas` of them in parallel; returns the results of those that did not fail."""
         together = config.train.replicas
         scores: dict[str, Any] = {}
         for first in range(0, len(seeds), together):
@@ -256,7 +256,7 @@ class _Execution:
         return scores
 
     def _run(self, run: Run) -> dict[str, Any]:
-        """Returns the result of a run, or its error; runs it if there is neither yet."""
+        """Returns the result of a run or its error; runs it if it has neither."""
         known = run.workdir / 'config.json'
         if known.exists():
             check_resumable(read_json(known), to_plain(run.config), run.workdir)
@@ -269,9 +269,9 @@ class _Execution:
         try:
             with _log(run.workdir) as console:
                 result = train(run.config, run.workdir, name=self.name, console=console, deadline=self.deadline)
-        except (Stopped, KeyboardInterrupt, BucketError, InUse, Lost):  # it says nothing of this run: it is made later
+        except (Stopped, KeyboardInterrupt, BucketError, InUse, Lost):  # not an error of this run, which can run later
             raise
-        except Exception as error:  # whatever it is, the others go on
+        except Exception as error:  # the sweep continues after any error
             result = {'error': f'{type(error).__name__}: {error}', 'traceback': traceback.format_exc()}
             if (where := place_in_plugins(error)) is not None:
                 result['plugin'] = where
@@ -281,12 +281,12 @@ class _Execution:
         else:
             name = self.metric.name
             self.console.print(f'  {name} {result[name]:.4f}  {time.monotonic() - began:.0f} s', highlight=False)
-        jax.clear_caches()  # the next run has programs of its own
+        jax.clear_caches()  # the next run has other programs
         return result
 
 
 def _by_seed(run: Run, result: dict[str, Any], metric: str) -> dict[str, Any]:
-    """A result of several seeds as one for each."""
+    """Splits a result of several seeds by seed."""
     scores = {}
     for seed in map(str, run.seeds):
         scores[seed] = {
@@ -301,7 +301,7 @@ def _by_seed(run: Run, result: dict[str, Any], metric: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _log(workdir: Place) -> Iterator[rich.console.Console]:
-    """A console that writes into a file of the run's, for which nobody need make room on the screen."""
+    """A console that writes to a file in the run's workdir."""
     spool = Spool(workdir)
     try:
         spool.fetch(LOG)
@@ -319,7 +319,7 @@ def _log(workdir: Place) -> Iterator[rich.console.Console]:
 
 
 def _label(overrides: Overrides) -> str:
-    """A folder's name for overrides: the first key's last part and value, and the values of others that differ."""
+    """A folder's name for overrides: the last part of every key with its value, without repetitions."""
     parts: list[str] = []
     for key, value in overrides.items():
         text = re.sub(r'[^A-Za-z0-9_.+-]+', '-', f'{key.rpartition(".")[2]}={value}'.replace('=', ' '))

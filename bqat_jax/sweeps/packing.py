@@ -1,4 +1,4 @@
-"""A sweep as one small file: results, and what is needed to go on with what is not finished."""
+"""A sweep as one small file: its results and the files that unfinished runs need to resume."""
 
 import io
 import json
@@ -18,9 +18,9 @@ from bqat_jax.sweeps.tables import TABLES
 RESULT, ERROR, METRICS = 'result.json', 'error.json', 'metrics.jsonl'
 MANIFEST, VERSION = 'pack.json', 1
 FINAL, PARTNER = f'{DIRECTORY}/final', f'{DIRECTORY}/{FACTS}'
-# What a pack unpacks to at most: a file from elsewhere must not fill the disk.
+# Largest size of an unpacked pack: a foreign file must not fill the disk.
 MOST_BYTES, MOST_FILES = 2 * 2**30, 200_000
-# Zip files keep a date; with the same one the same sweep gives the same file.
+# Zip files store a date; a fixed one makes the pack reproducible.
 DATE = (1980, 1, 1, 0, 0, 0)
 
 _FOLDER = r'(?:[A-Za-z0-9][A-Za-z0-9 _.+,-]*/)+'
@@ -34,12 +34,12 @@ _END_OF_RUN = re.compile(f'/(?={_IN_RUN}$)', re.ASCII)
 
 
 def write_pack(file: Place, workdir: Place) -> None:
-    """Writes a sweep's results, and the newest and the best checkpoint of what is not finished, atomically.
+    """Writes a sweep's results, and the newest and the best checkpoint of every unfinished run, atomically.
 
-    Of a finished run these are its result and config, of a partner its weights.
+    A finished run is packed as its result and config, a partner with its weights.
 
     Raises:
-        UserError: if it would be too large to be unpacked again.
+        UserError: if the pack would be too large to be unpacked.
     """
     contents = {MANIFEST: json.dumps({'version': VERSION, 'workdir': str(workdir)}).encode()}
     if (workdir / TABLES).is_file():
@@ -51,7 +51,7 @@ def write_pack(file: Place, workdir: Place) -> None:
     if size > MOST_BYTES or len(contents) > MOST_FILES:
         raise UserError(
             f'sweep_pack={file}: {len(contents)} files of {size / 2**20:.0f} MiB are too many for a pack, which holds '
-            f'{MOST_BYTES / 2**20:.0f} MiB. Leave sweep_pack unset, and copy the workdir {workdir}.'
+            f'{MOST_BYTES / 2**20:.0f} MiB. Leave sweep_pack unset and copy the workdir {workdir}.'
         )
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, 'w', zipfile.ZIP_DEFLATED) as archive:
@@ -62,13 +62,13 @@ def write_pack(file: Place, workdir: Place) -> None:
 
 
 def unpack(file: Place, workdir: Place) -> int:
-    """Writes what a workdir lacks of a pack; returns how many files that were.
+    """Unpacks the files that a workdir lacks; returns their number.
 
-    A run that was begun here keeps its own files; a result in the pack completes it. Configs that name a partner in
-    the sweep's former workdir name this one afterwards.
+    A run that was started here keeps its files, unless the pack has its result. In configs, the path of a partner in
+    the sweep's former workdir is replaced by that in this one.
 
     Raises:
-        UserError: if the file is no pack of a sweep, or holds what does not belong in one. Nothing is written then.
+        UserError: if the file is not a pack of a sweep, or holds foreign files. Nothing is written then.
     """
     contents = _read(file)
     manifest = _manifest(file, contents.pop(MANIFEST, b''))
@@ -83,7 +83,7 @@ def unpack(file: Place, workdir: Place) -> int:
             continue
         if CONFIG in files:
             files[CONFIG] = _moved(files[CONFIG], manifest['workdir'], str(workdir), file)
-        # What makes a run count comes last: a kill in between leaves a run that is unpacked again.
+        # Files that mark a run as started or finished come last: after a kill in between, it is unpacked again.
         for rest in sorted(files, key=lambda rest: (rest in (RESULT, ERROR, PARTNER), rest == CONFIG, rest)):
             path = folder / rest
             if not path.exists():
@@ -94,7 +94,7 @@ def unpack(file: Place, workdir: Place) -> int:
 
 
 def _is_wanted(folder: Place, files: Mapping[str, bytes]) -> bool:
-    """Whether a run of a pack is unpacked: it is not there, or it is unfinished there and finished in the pack."""
+    """Whether to unpack a run: the workdir lacks it, or has it unfinished while the pack has its result."""
     marks = {RESULT, ERROR, PARTNER}
     if any((folder / mark).exists() for mark in marks):
         return False
@@ -112,13 +112,13 @@ def _runs_below(folder: Place) -> Iterator[Place]:
 
 
 def _needed(run: Place) -> Iterator[tuple[str, Place]]:
-    """What of a run must be kept: names and files."""
+    """Yields names and paths of the files of a run to pack."""
     finished = [name for name in (RESULT, ERROR) if (run / name).is_file()]
     names = [CONFIG, ENVIRONMENT, *finished]
     if not finished:
         names += [QUANTIZERS_FILE, METRICS]
         if (run / PARTNER).is_file() and not (run / CHECKPOINTS).is_dir():
-            names.append(PARTNER)  # the partner of all
+            names.append(PARTNER)  # the partner that all runs share
             yield from _checkpoints(run, FINAL)
         elif not (run / PARTNER).is_file():
             yield from _checkpoints(run, TRAINING)
@@ -127,7 +127,7 @@ def _needed(run: Place) -> Iterator[tuple[str, Place]]:
 
 
 def _checkpoints(run: Place, name: str) -> Iterator[tuple[str, Place]]:
-    """The files of the newest checkpoint in a folder, and of the best."""
+    """The files of the newest and of the best checkpoint in a folder."""
     folder = run / name
     steps = [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
     if not steps:
@@ -140,7 +140,7 @@ def _checkpoints(run: Place, name: str) -> Iterator[tuple[str, Place]]:
 def _score(checkpoint: Place) -> float:
     try:
         return float(json.loads((checkpoint / 'metrics' / 'metrics').read_bytes())['score'])
-    except (OSError, ValueError, KeyError, TypeError):  # it has none
+    except (OSError, ValueError, KeyError, TypeError):  # it has no score
         return float('-inf')
 
 
@@ -153,7 +153,7 @@ def _files(folder: Place) -> Iterator[Place]:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """The run's folder of a file, and the rest of its name."""
+    """Splits a name into the run's folder and the path in it."""
     cut = _END_OF_RUN.search(name)
     assert cut is not None  # the name was checked
     return name[: cut.start()], name[cut.end() :]
@@ -174,15 +174,15 @@ def _read(file: Place) -> dict[str, bytes]:
                 raise _refused(file, f'its {len(members)} files would take {size / 2**20:.0f} MiB')
             return {member.filename: archive.read(member) for member in members}
     except (zipfile.BadZipFile, EOFError, RuntimeError, NotImplementedError) as error:
-        raise _refused(file, f'it is no zip file that can be read ({error})') from error
+        raise _refused(file, f'it is not a readable zip file ({error})') from error
 
 
 def _check(file: Place, member: zipfile.ZipInfo) -> None:
     name = member.filename
     kind = stat.S_IFMT(member.external_attr >> 16)
     if kind not in (0, stat.S_IFREG):
-        raise _refused(file, f'{name!r} is no regular file')
-    # `orig_filename` is what the file says; `filename` is cut at a NUL.
+        raise _refused(file, f'{name!r} is not a regular file')
+    # `orig_filename` is the stored name; `filename` is truncated at a NUL.
     is_known = name == MANIFEST or (_KNOWN.fullmatch(name) and '..' not in name.split('/'))
     if not is_known or member.orig_filename != name:
         raise _refused(file, f'{member.orig_filename!r} is not the name of a file of a sweep')
@@ -201,16 +201,16 @@ def _manifest(file: Place, content: bytes) -> dict[str, Any]:
 
 
 def _moved(content: bytes, former: str, now: str, file: Place) -> bytes:
-    """A run's config, with the partner in the sweep's workdir of now."""
+    """A run's config, with the partner's path in the sweep's current workdir."""
     try:
         config = json.loads(content)
         partner = config['partner']['workdir']
     except (ValueError, KeyError, TypeError) as error:
-        raise _refused(file, f'a {CONFIG} in it is no config') from error
+        raise _refused(file, f'a {CONFIG} in it is not a config') from error
     if isinstance(partner, str) and partner.startswith(f'{former}/'):
         config['partner']['workdir'] = now + partner.removeprefix(former)
     return (json.dumps(config, indent=2) + '\n').encode()
 
 
 def _refused(file: Place, why: str) -> UserError:
-    return UserError(f'sweep_pack={file}: {why}. Give a file that a sweep has written, or a name that is free.')
+    return UserError(f'sweep_pack={file}: {why}. Use a file that a sweep has written, or a new name.')

@@ -1,4 +1,4 @@
-"""The report of a sweep, and `--mode=report`: of a run or of a sweep, whichever lies in the workdir."""
+"""The report of a sweep, and `--mode=report` for the run or sweep in a workdir."""
 
 import logging
 import statistics
@@ -25,7 +25,7 @@ def report(config: Config, workdir: Place) -> dict[str, Any]:
     """Writes `report.html` of the sweep or the run in a workdir, and returns its path.
 
     Raises:
-        UserError: if there is neither, or it is not of this config.
+        UserError: if the workdir holds neither, or it has another config.
     """
     check_reachable(workdir, '--workdir')
     if not (workdir / TABLES).is_file():
@@ -42,13 +42,13 @@ def report(config: Config, workdir: Place) -> dict[str, Any]:
 
 
 def report_at_the_end(config: Config, workdir: Place, sweep: Sweep, metric: Metric) -> None:
-    """Writes the report of a sweep that has ended; if that fails, a warning says so, and the sweep is complete."""
+    """Writes the report of a sweep that has ended; a failure is logged as a warning."""
     try:
         write_report(config, workdir, sweep, metric)
-    except Exception as error:  # the tables are there, and nothing of them may be lost
+    except Exception as error:  # the tables are written; a report must not fail the sweep
         logger.warning(
-            'The report of %s could not be written (%s: %s). The sweep is complete all the same; --mode=report, with '
-            "the sweep's own flags, writes it.",
+            'The report of %s could not be written (%s: %s). The sweep is complete; --mode=report with its flags '
+            'writes the report.',
             workdir,
             type(error).__name__,
             str(error).partition('\n')[0],
@@ -59,10 +59,10 @@ def write_report(config: Config, workdir: Place, sweep: Sweep | None, metric: Me
     """Writes the report of a sweep from its tables and returns its path.
 
     Args:
-        config: what all runs have in common.
-        workdir: of the sweep.
-        sweep: its definition; None if it is not known.
-        metric: that is compared.
+        config: the config of all runs.
+        workdir: the sweep's workdir.
+        sweep: its definition; None if unknown.
+        metric: the metric to compare.
 
     Raises:
         UserError: if the tables are damaged.
@@ -88,7 +88,7 @@ def write_report(config: Config, workdir: Place, sweep: Sweep | None, metric: Me
 
 
 def _intervals(methods: Mapping[str, Any], metric: str) -> dict[str, tuple[float, float, float] | None]:
-    """Mean and interval of the mean of every method, over seeds; None without a result."""
+    """The mean over seeds of every method, with its interval; None without a result."""
     intervals: dict[str, tuple[float, float, float] | None] = {}
     for method, row in methods.items():
         values = [score[metric] for score in row['by_seed'].values()]
@@ -100,7 +100,7 @@ def _intervals(methods: Mapping[str, Any], metric: str) -> dict[str, tuple[float
 
 
 def _describe(sweep: Sweep) -> list[tuple[str, str, str, Any]]:
-    """What a sweep changes: what kind of part, its name, key, value."""
+    """The overrides of a sweep as (setting or method, its name, key, value)."""
     parts = [('setting', sweep.settings), ('method', sweep.methods)]
     return [
         (kind, name, key, value)
@@ -116,7 +116,7 @@ def _seeds(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _environment(workdir: Place, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Versions and devices of the first run that says them; empty if none does."""
+    """Versions and devices of the first run that has them; {} if none has."""
     for setting, methods in settings.items():
         for method in methods:
             folder = workdir / setting / method

@@ -22,17 +22,17 @@ from bqat_jax.sweeps.definition import Sweep
 
 CONFIDENCE = 0.95
 TABLES = 'sweep.json'
-# After a choice that the sweep added to its grid.
+# Mark of a choice that the sweep added to its grid.
 ADDED = 'added'
 
 
 def metric_of(config: Config) -> Metric:
-    """Returns the metric that is compared: the score of a config's task.
+    """Returns the metric to compare: the score of a config's task.
 
     Raises:
-        UserError: for a task that there is not.
+        UserError: for an unknown task.
     """
-    load_plugins(local_files(plugin_files(config)))  # one may bring the task
+    load_plugins(local_files(plugin_files(config)))  # a plugin may register the task
     try:
         return get_task(config.task).score
     except ValueError as error:
@@ -40,10 +40,9 @@ def metric_of(config: Config) -> Metric:
 
 
 def paired_difference(values: Mapping[str, float], baseline: Mapping[str, float]) -> dict[str, float] | None:
-    """Returns mean and 95 % confidence interval of the differences between two methods, seed by seed.
+    """Returns mean and 95 % confidence interval of the differences between two methods, paired by seed.
 
-    Student's t interval, which takes the differences for independent and normal. Seeds that one of the two lacks do not
-    count.
+    Student's t interval assumes independent, normal differences. Seeds that one method lacks are left out.
 
     Returns:
         {'mean', 'low', 'high', 'seeds'}; None for fewer than two common seeds.
@@ -56,7 +55,7 @@ def paired_difference(values: Mapping[str, float], baseline: Mapping[str, float]
 
 
 def student_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Returns the mean of at least two values and Student's 95 % confidence interval of it: (mean, low, high)."""
+    """Returns the mean of at least two values and its Student's t 95 % confidence interval: (mean, low, high)."""
     mean = statistics.mean(values)
     error = statistics.stdev(values) / math.sqrt(len(values))
     half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, len(values) - 1)) * error
@@ -67,10 +66,10 @@ def write_tables(workdir: Place, sweep: Sweep, entries: Mapping[str, Mapping[str
     """Writes `sweep.json`, `sweep.csv`, `sweep.md` and `sweep.png`.
 
     Args:
-        workdir: where to.
-        sweep: what was run.
-        entries: setting to method to what came of it, see `bqat_jax.sweeps.execution`.
-        metric: that is compared.
+        workdir: folder of the files.
+        sweep: the sweep.
+        entries: results by setting and method, see `bqat_jax.sweeps.execution`.
+        metric: the metric to compare.
     """
     rows = {setting: _summarize(sweep, methods, metric.name) for setting, methods in entries.items()}
     write_json(workdir / TABLES, {'baseline': sweep.baseline, 'settings': rows})
@@ -143,7 +142,7 @@ def _markdown(sweep: Sweep, rows: Mapping[str, Mapping[str, Any]], metric: Metri
         'training images, with other seeds.',
     ]
     if any(f'({ADDED})' in line for line in lines):
-        lines.append(f'\n"{ADDED}": beyond the grid of the sweep, whose best choice lay at its edge.')
+        lines.append(f'\n"{ADDED}": beyond the grid of the sweep, whose best choice was at its edge.')
     lines += [f'\nFailed: {one["workdir"]}: {_first_sentence(one["error"])}' for one in failed]
     return '\n'.join(lines) + '\n'
 
@@ -163,7 +162,7 @@ def _mean_and_std(row: Mapping[str, Any], metric: Metric) -> str:
 
 
 def _number(value: float, metric: Metric, sign: str = '') -> str:
-    """A value of a metric, or a difference of two, as tables show it: a fraction in percent."""
+    """Formats a value of a metric, or a difference, for tables; fractions are in percent."""
     return f'{100 * value:{sign}.2f}' if metric.is_fraction else f'{value:{sign}.4g}'
 
 
@@ -175,7 +174,7 @@ def _interval(difference: Mapping[str, float] | None, metric: Metric) -> str:
 
 
 def _plot(rows: Mapping[str, Mapping[str, Any]], metric: Metric) -> bytes:
-    """Every seed as a point, means as lines, a panel for each setting."""
+    """Plots seeds as points and means as lines, with a panel for each setting."""
     factor, label = (100, f'{metric.title} %') if metric.is_fraction else (1, metric.title)
     size = 1.5 + 3.2 * len(rows), 1.2 + 0.35 * max(map(len, rows.values()))
     figure = Figure(figsize=size, layout='constrained')

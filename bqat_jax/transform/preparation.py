@@ -118,11 +118,11 @@ def fit_settings(layers: Mapping[str, Layer], settings: Mapping[str, LayerSettin
     }
 
 
-def check_unquantized(found: Layers, share: float, allowed: float) -> None:
+def check_unquantized(layers: Layers, share: float, allowed: float) -> None:
     """Checks that a large enough share of a network is quantized.
 
     Args:
-        found: the result of `find_layers`.
+        layers: the result of `find_layers`.
         share: the result of `unquantized_share`.
         allowed: the largest allowed share.
 
@@ -130,7 +130,7 @@ def check_unquantized(found: Layers, share: float, allowed: float) -> None:
         ValueError: if the share is too large; the message names the weights that are not quantized.
     """
     if share > allowed:
-        listed = '; '.join(f'{path}: {reason}' for path, reason in found.others.items())
+        listed = '; '.join(f'{path}: {reason}' for path, reason in layers.others.items())
         raise ValueError(
             f'No quantizer reaches {share:.0%} of the multiply-accumulates with weights, and allow_unquantized='
             f'{allowed:g} ({listed}). Register the layers with register_layer, or increase allow_unquantized.'

@@ -1,4 +1,4 @@
-"""ResNet-20 on CIFAR-10 from a trained partner: the whole schedule, 100 epochs, for a GPU or TPU; we have not run it.
+"""ResNet-20 on CIFAR-10 from a trained partner: the full schedule, 100 epochs, for a GPU or TPU; we have not run it.
 
 Command: python main.py --mode=sweep --config=configs/cifar10_resnet20.py \
     --config.sweep=configs/sweeps/cifar10_full.py --config.data.dir=DIR --config.partner.torch_file=FILE \

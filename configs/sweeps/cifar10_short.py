@@ -1,6 +1,6 @@
-"""ResNet-20 on CIFAR-10 from a trained partner: what few steps show, a schedule for CPUs.
+"""ResNet-20 on CIFAR-10 from a trained partner: a short schedule for CPUs.
 
-Steps of 64 images: 200 of them are 0.9 epochs of the 14,000 images that are taken; see cifar10_full.py for the whole.
+Steps have 64 images: 200 steps are 0.9 epochs of the 14,000 images that are used. The full schedule: cifar10_full.py.
 
 Command: python main.py --mode=sweep --config=configs/cifar10_resnet20.py \
     --config.sweep=configs/sweeps/cifar10_short.py --config.data.dir=DIR --config.partner.torch_file=FILE \

@@ -1,8 +1,8 @@
-"""What the sweeps share: the methods that are compared, settings of the digits, and choices."""
+"""Methods, settings of the digits, and choices that the sweeps share."""
 
 STEPS = 160
 
-# What each adds to plain QAT.
+# Changes to plain QAT.
 METHODS = {
     'LSQ': {'plan': 'none', 'distillation': 0.0},
     'distillation': {'plan': 'none'},
@@ -12,10 +12,10 @@ METHODS = {
     'bernoulli': {'plan': 'bernoulli'},
 }
 
-# Those that are compared on CIFAR-10.
+# Methods for CIFAR-10.
 COMPARED = ('LSQ', 'distillation', 'prefix', 'prefix_sampled')
 
-# A tenth of the images is too few to choose on; 40 steps lie between two checkpoints.
+# A tenth of the images is too few to choose on.
 COMMON = {'data.validation_fraction': 0.3, 'checkpoint.every_steps': 40, 'train.log_every_steps': 40}
 
 # The network has three blocks of 16, 32 and 64 channels at width 16.
@@ -35,10 +35,10 @@ def replacement(**keys):
 
 
 def learning_rates(*rates):
-    """Returns the choices between learning rates, which network and quantizers share."""
+    """Returns choices of a learning rate that network and quantizers share."""
     return [{'optimizer.learning_rate': rate, 'optimizer.quantizers.learning_rate': rate} for rate in rates]
 
 
 def bits(*numbers):
-    """Returns settings with so many bits."""
+    """Returns settings with these numbers of bits."""
     return {f'W{n}A{n}': {'quant.weights.bits': n, 'quant.activations.bits': n} for n in numbers}

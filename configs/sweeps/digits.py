@@ -1,4 +1,4 @@
-"""Replacement plans against plain QAT and distillation on the digits, at equal steps.
+"""Compares replacement plans with plain QAT and distillation on the digits, at equal steps.
 
 Command: python main.py --mode=sweep \
     --config.sweep=configs/sweeps/digits.py --config.train.replicas=4 --workdir=runs/sweeps/digits

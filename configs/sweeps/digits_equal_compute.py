@@ -1,7 +1,7 @@
-"""The same methods in the harder settings at equal compute: the cheaper a step, the more steps.
+"""Compares the methods of digits.py in the harder settings at equal compute: the cheaper a step, the more steps.
 
 Units of a step for three equal blocks (docs/method.md): 3 LSQ, 4 distillation, 6 `prefix`, 5 `prefix_sampled`, 5.11
-`single_sampled`, 4.63 `bernoulli` (half to all blocks low precision). All have what 160 steps of `prefix` take.
+`single_sampled`, 4.63 `bernoulli` (half to all blocks low precision). All have the compute of 160 steps of `prefix`.
 
 Command: python main.py --mode=sweep \
     --config.sweep=configs/sweeps/digits_equal_compute.py --config.train.replicas=4 \

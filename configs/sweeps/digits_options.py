@@ -1,6 +1,6 @@
-"""Options of the loss of `prefix` in a harder setting on the digits: weights, temperature, cut, and what is summed.
+"""Compares options of `prefix` in a harder setting on the digits: weights, temperature, cut, and terms of the loss.
 
-The network is deeper than in the other sweeps, so that stages and residual blocks differ: six blocks in three stages.
+The network is deeper than in the other sweeps, so that stages differ from residual blocks: six blocks in three stages.
 
 Command: python main.py --mode=sweep \
     --config.sweep=configs/sweeps/digits_options.py --config.train.replicas=4 --workdir=runs/sweeps/digits_options

@@ -1,4 +1,4 @@
-"""Two methods, two seeds, a few steps: to see that a sweep works. Its numbers say nothing.
+"""A smoke test of sweeps: two methods, two seeds, a few steps. Its numbers mean nothing.
 
 Command: python main.py --mode=sweep --config.sweep=configs/sweeps/digits_smoke.py --workdir=runs/smoke
 """

@@ -1,1 +1,1 @@
-"""From an idea for a gradient estimator to a verdict: better, worse, or not distinguishable."""
+"""Tests a gradient estimator against others: better, worse, or not distinguishable."""

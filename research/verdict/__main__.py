@@ -1,10 +1,10 @@
-"""From an idea to a verdict: a gradient estimator of yours against the STE, EWGS and the best method so far.
+"""Tests your gradient estimator against the STE, EWGS and the best method so far.
 
 Command: python -m research.verdict --plugin=my_estimator.py --estimator=mine
 
-Every method chooses its learning rate on held-out training images; then it is run with 4 seeds, and with
-8 where these do not decide. Writes `verdict.md`, `verdict.json` and `verdict.svg`; the same command goes on
-where it was. docs/research.md walks through an example.
+The learning rate of every method is chosen on held-out training images. Then every method runs with 4 seeds, and with 8
+if the result is not decided. Writes `verdict.md`, `verdict.json` and `verdict.svg`; resumes after a kill.
+docs/research.md walks through an example.
 """
 
 from pathlib import Path
@@ -25,32 +25,32 @@ from research.verdict.trial import Verdict, fingerprint, try_out
 
 
 def check_backward(text: str) -> None:
-    """Runs an estimator's rule once at 2 bits, so that a mistake in it is seen before anything is trained.
+    """Runs an estimator's backward rule once at 2 bits, to find mistakes before training.
 
     Raises:
-        UserError: if the rule gives another shape than that of its input.
-        Exception: what the rule raises.
+        UserError: if the rule changes the shape of its input.
+        Exception: any exception of the rule.
     """
     spec, values = QuantizeSpec(ESTIMATORS.make(text), -2, 1), jnp.linspace(-3.0, 2.0, 11)
     context = Context(jnp.float32(0.5), jax.random.key(0), jnp.float32(1))
     _, pullback = jax.vjp(lambda v: quantize(spec, jnp.float32(1), jnp.float32(0), v, context), values)
     (gradient,) = pullback(jnp.ones_like(values))
     if gradient.shape != values.shape:
-        raise UserError(f'estimator={text!r}: backward gives the shape {gradient.shape} for {values.shape}.')
+        raise UserError(f'estimator={text!r}: backward returns the shape {gradient.shape} for {values.shape}.')
 
 
 def save(workdir: Path, verdict: Verdict) -> None:
-    """Writes what is known so far."""
+    """Writes the verdict so far."""
     write_json(workdir / 'verdict.json', page.to_json(verdict))
     write_text(workdir / 'verdict.md', page.markdown(verdict))
     write_text(workdir / 'verdict.svg', page.picture(verdict))
 
 
 def check_workdir(workdir: Path, candidate: Method, references: list[Method], plugin: Path | None) -> None:
-    """Checks that a workdir is new, or of the same question.
+    """Checks that a workdir is new, or holds this comparison.
 
     Raises:
-        UserError: if another estimator, another version of the plugin or other references made it.
+        UserError: if it holds another estimator, another version of the plugin or other references.
     """
     path = workdir / 'verdict.json'
     if not path.is_file():
@@ -64,7 +64,7 @@ def check_workdir(workdir: Path, candidate: Method, references: list[Method], pl
     changed = [key for key, value in now.items() if known.get(key) != value]
     if changed:
         listed = '; '.join(f'{key}: {known.get(key)} -> {now[key]}' for key in changed)
-        raise UserError(f'{workdir} holds another verdict (there -> now): {listed}. Take another --workdir.')
+        raise UserError(f'{workdir} holds another verdict (there -> now): {listed}. Use another --workdir.')
 
 
 def main(argv: list[str]) -> None:
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> None:
     values = flags.FLAGS
     try:
         if len(argv) > 1:
-            raise UserError(f'{" ".join(argv[1:])!r} is not understood; write flags as --name=value.')
+            raise UserError(f'{" ".join(argv[1:])!r} is not understood. Write flags as --name=value.')
         plugin = None if values.plugin is None else Path(values.plugin).expanduser().absolute()
         load_plugins([] if plugin is None else [plugin])
         candidate = method_of(values.estimator)
@@ -82,8 +82,8 @@ def main(argv: list[str]) -> None:
         names = [one.name for one in (candidate, *references)]
         if len(set(names)) < len(names):
             raise UserError(
-                f'--estimator={values.estimator}, --reference={", ".join(values.reference)}: each must be another '
-                'method. Leave one out.'
+                f'--estimator={values.estimator}, --reference={", ".join(values.reference)}: methods must differ. '
+                'Leave one out.'
             )
         settings = find_settings(values.data_dir, values.cifar_dir, values.partner_file, plugin)
         default = f'runs/verdict/{candidate.name}'
@@ -106,13 +106,13 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    flags.DEFINE_string('plugin', None, 'Python file that registers the estimator; none for one that is built in.')
-    flags.DEFINE_string('estimator', None, 'The estimator on trial, with options: mine:strength=0.3.', required=True)
+    flags.DEFINE_string('plugin', None, 'Python file that registers the estimator; not needed for a built-in one.')
+    flags.DEFINE_string('estimator', None, 'The estimator to test, with options: mine:strength=0.3.', required=True)
     flags.DEFINE_multi_string(
-        'reference', list(REFERENCES), 'An estimator, or plan=NAME; repeated for more. They replace the default ones.'
+        'reference', list(REFERENCES), 'An estimator, or plan=NAME; repeat for more. They replace the defaults.'
     )
-    flags.DEFINE_string('workdir', None, 'Where all goes; runs/verdict/ESTIMATOR if not given.')
-    flags.DEFINE_string('data_dir', None, "Where the digits are prepared; TensorFlow Datasets' default if not given.")
-    flags.DEFINE_string('cifar_dir', None, 'Folder of CIFAR-10, prepared; with --partner_file, the second setting.')
+    flags.DEFINE_string('workdir', None, 'Folder of all files; runs/verdict/ESTIMATOR by default.')
+    flags.DEFINE_string('data_dir', None, "Folder of the prepared digits; TensorFlow Datasets' default if not set.")
+    flags.DEFINE_string('cifar_dir', None, 'Folder of the prepared CIFAR-10; with --partner_file, the second setting.')
     flags.DEFINE_string('partner_file', None, 'PyTorch or safetensors file of a full-precision ResNet-20.')
     app.run(main)

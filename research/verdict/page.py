@@ -1,4 +1,4 @@
-"""A verdict as words, as a table, as JSON and as a picture."""
+"""A verdict as sentences, Markdown, JSON and a figure."""
 
 import io
 import statistics
@@ -16,7 +16,7 @@ COLORS = {BETTER: 'tab:green', WORSE: 'tab:red', NOT_DISTINGUISHABLE: 'tab:gray'
 
 
 def sentence(verdict: Verdict, answer: Answer) -> str:
-    """Returns one answer in words."""
+    """Returns an answer as a sentence."""
     comparison, candidate = answer.comparison, verdict.candidate.name
     where = f'{comparison.setting}: {candidate}'
     if not comparison.looks:
@@ -27,8 +27,8 @@ def sentence(verdict: Verdict, answer: Answer) -> str:
         f'{_points(last.mean)} points ({_points(low)} to {_points(high)}) over {last.seeds} seeds, p = {answer.p:.2g}'
     )
     if answer.outcome == NOT_DISTINGUISHABLE:
-        same = ' (the same in every seed)' if answer.is_same else ''
-        seen = f'{POWER:.0%} power to see {100 * (answer.detectable or 0.0):.2f} points'
+        same = ' (equal in every seed)' if answer.is_same else ''
+        seen = f'{POWER:.0%} power to detect {100 * (answer.detectable or 0.0):.2f} points'
         return f'{where} is {NOT_DISTINGUISHABLE} from {comparison.reference}{same}: {what}; {seen}.'
     if answer.outcome == UNDECIDED:
         return f'{where} against {comparison.reference}: {UNDECIDED}: {what}.'
@@ -47,7 +47,7 @@ def _lines(verdict: Verdict) -> Iterator[str]:
     yield f'# Verdict: {verdict.candidate.name}'
     yield ''
     if not verdict.is_complete:
-        yield 'Not complete: the same command goes on.'
+        yield 'Not complete: run the same command again to resume.'
         yield ''
     yield from (f'- {sentence(verdict, one)}' for one in verdict.answers)
     yield from ('', '## Comparisons', '')
@@ -75,16 +75,16 @@ def _lines(verdict: Verdict) -> Iterator[str]:
     ]
     if diverged:
         yield ''
-        yield from (f'- Diverged, and counts as 0 %: {line}' for _, line in diverged)
+        yield from (f'- Diverged, scored as 0 %: {line}' for _, line in diverged)
     yield from ('', '## How to read it', '')
     yield (
         "Differences are paired by seed, with their 95 % interval (Student's t, not corrected). p is corrected for the "
-        "looks at the results (O'Brien-Fleming-like shares, Bonferroni) and for the number of comparisons (Holm): all "
-        f'claims together are wrong with probability {LEVEL:g} at most where there is no difference. "Detectable" is '
-        f'the true difference that the last look at {_planned(verdict)} would have seen with {POWER:.0%} power, given '
-        'the spread that was measured. "Time" is seconds a seed, the reference\'s = 1. The learning rate of every '
-        'method was chosen on held-out training images with other seeds; "added" marks one beyond the grid. All seeds '
-        'share one full-precision partner, so nothing here speaks of other partners.'
+        "looks at the results (O'Brien-Fleming-like shares, Bonferroni) and for the number of comparisons (Holm): if "
+        f'there are no differences, the probability of any false claim is at most {LEVEL:g}. "Detectable" is the true '
+        f'difference that the last look at {_planned(verdict)} detects with {POWER:.0%} power, given the measured '
+        'spread. "Time" is seconds per seed relative to the reference. The learning rate of every method was chosen on '
+        'held-out training images with other seeds; "added" marks one beyond the grid. All seeds share one '
+        'full-precision partner, so the results do not generalize to other partners.'
     )
 
 
@@ -93,7 +93,7 @@ def _planned(verdict: Verdict) -> str:
 
 
 def _outcome(answer: Answer) -> str:
-    return f'{answer.outcome} (the same in every seed)' if answer.is_same else answer.outcome
+    return f'{answer.outcome} (equal in every seed)' if answer.is_same else answer.outcome
 
 
 def _cells(score: Score) -> list[str]:
@@ -148,7 +148,7 @@ def _answer_json(verdict: Verdict, one: Answer) -> dict[str, Any]:
 
 
 def picture(verdict: Verdict) -> str:
-    """Returns `verdict.svg`: every seed, and the differences with their intervals and what would have been seen."""
+    """Returns `verdict.svg`: every seed, and the differences with intervals and detectable differences."""
     with matplotlib.rc_context({'svg.fonttype': 'none', 'svg.hashsalt': 'verdict'}):
         rows = len(verdict.settings)
         figure = Figure(figsize=(10, 0.6 + rows * (1.2 + 0.35 * (1 + len(verdict.references)))), layout='constrained')

@@ -1,13 +1,12 @@
-"""Is one method better than another? Paired, sequential and multiple tests over seeds, as pure functions.
+"""Paired, sequential and multiple tests of methods over seeds, as pure functions.
 
-Two methods are compared by the differences of their scores, seed by seed: with the same seed both have the same order
-of data and the same random numbers, so what a seed brings is in both and cancels. Differences are taken for
-independent and normal (Student, 1908).
+Two methods are compared by the differences of their scores, paired by seed: a seed gives both one order of data and one
+stream of random numbers, whose effect cancels. Differences are assumed independent and normal (Student, 1908).
 
-The data are looked at several times, and each time something may be decided. So that all looks together err no more
-often than the level says, each look has a share of it (`look_shares`), and a p-value is divided by the share of its
-look (`sequential_p`): by Bonferroni's inequality this holds whatever the looks have in common. Several comparisons are
-corrected by Holm's method (`holm`), which keeps the probability of any false claim at the level.
+The data are looked at several times, and each look may decide. To bound the error of all looks by the level, each look
+has a share of the level (`look_shares`), and its p-value is divided by its share (`sequential_p`): by Bonferroni's
+inequality this holds for any dependence between looks. Several comparisons are corrected by Holm's method (`holm`),
+which bounds the probability of any false claim by the level.
 """
 
 import dataclasses
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 from scipy import optimize, stats
 
-# Of the spread of a sample, for integration.
+# Quantiles of a sample's spread, for integration.
 QUANTILES = (np.arange(4000) + 0.5) / 4000
 
 
@@ -29,10 +28,10 @@ class Paired:
     """Differences of two methods over seeds.
 
     Attributes:
-        mean: of the differences.
+        mean: mean of the differences.
         spread: their standard deviation, at least the resolution of the scores.
-        seeds: how many there are.
-        is_same: whether all of them are zero.
+        seeds: number of seeds.
+        is_same: whether all differences are zero.
     """
 
     mean: float
@@ -51,12 +50,12 @@ def pair(values: Sequence[float], others: Sequence[float], resolution: float) ->
 
     Args:
         values: scores of one method, by seed.
-        others: those of the other, of the same seeds.
-        resolution: the smallest difference that two scores can have, such as one test example. Few seeds often have
-            equal differences on so coarse a scale; a spread of zero would make any of them significant.
+        others: scores of the other method for these seeds.
+        resolution: the smallest nonzero difference of two scores, such as one test example. On this scale few seeds
+            often have equal differences, and a spread of zero would make any mean significant.
 
     Raises:
-        ValueError: for fewer than two seeds, or not as many of each.
+        ValueError: for fewer than two seeds, or different numbers of them.
     """
     differences = [value - other for value, other in zip(values, others, strict=True)]
     if len(differences) < 2:
@@ -66,31 +65,31 @@ def pair(values: Sequence[float], others: Sequence[float], resolution: float) ->
 
 
 def p_value(paired: Paired) -> float:
-    """Returns the two-sided p-value of the paired t-test that the mean difference is zero."""
+    """Returns the two-sided p-value of the paired t-test for a mean difference of zero."""
     return float(2 * stats.t.sf(abs(paired.mean) / paired.error, paired.seeds - 1))
 
 
 def interval(paired: Paired, level: float) -> tuple[float, float]:
-    """Returns Student's confidence interval of the mean difference, which errs with probability `level`."""
+    """Returns Student's confidence interval of the mean difference, with error probability `level`."""
     half = float(stats.t.isf(level / 2, paired.seeds - 1)) * paired.error
     return paired.mean - half, paired.mean + half
 
 
 def power(difference: float, paired: Paired, level: float) -> float:
-    """Returns the probability that the paired t-test at `level` sees a difference, in either direction.
+    """Returns the probability that the two-sided paired t-test at `level` detects a difference.
 
-    The noncentral t distribution with seeds - 1 degrees of freedom (Cohen, Statistical Power Analysis, 1988, section
-    2.4). The spread is taken for the true one.
+    It is that of the noncentral t distribution with seeds - 1 degrees of freedom (Cohen, Statistical Power Analysis,
+    1988, section 2.4). The measured spread is assumed to be the true one.
     """
     freedom, shift = paired.seeds - 1, abs(difference) / paired.error
     critical = float(stats.t.isf(level / 2, freedom))
-    # Integrated over the spread that a sample has, as scipy's noncentral t is NaN in far tails.
+    # Integrated over a sample's spread, since scipy's noncentral t is NaN in far tails.
     bounds = critical * np.sqrt(stats.chi2.ppf(QUANTILES, freedom) / freedom)
     return float(np.mean(stats.norm.sf(bounds - shift) + stats.norm.cdf(-bounds - shift)))
 
 
 def detectable(paired: Paired, level: float, wanted: float = 0.8) -> float:
-    """Returns the smallest true difference that the test at `level` sees with probability `wanted`."""
+    """Returns the smallest true difference that the test at `level` detects with probability `wanted`."""
     most = paired.error
 
     def lacking(difference: float) -> float:
@@ -103,35 +102,35 @@ def detectable(paired: Paired, level: float, wanted: float = 0.8) -> float:
 
 
 def look_shares(looks: Sequence[int], level: float) -> tuple[float, ...]:
-    """Returns the share of the level that each look has; they sum to one.
+    """Returns each look's share of the level; shares sum to one.
 
-    The increments of the spending function a(t) = 2 - 2 Phi(z / sqrt(t)), with Phi(z) = 1 - level / 2 and t the
-    fraction of seeds that a look has (Lan and DeMets, Biometrika 70, 1983, after O'Brien and Fleming, Biometrics 35,
-    1979): early looks ask for much, the last one has most of the level. The increments are used as levels of their own,
-    by Bonferroni's inequality, which is simpler than the boundaries of that paper, and stricter.
+    They are the increments of the spending function a(t) = 2 - 2 Phi(z / sqrt(t)), with Phi(z) = 1 - level / 2 and t
+    the fraction of seeds at a look (Lan and DeMets, Biometrika 70, 1983, after O'Brien and Fleming, Biometrics 35,
+    1979): early looks are strict, and the last one has most of the level. The increments are used as separate levels,
+    by Bonferroni's inequality, which is simpler and stricter than the boundaries of that paper.
 
     Args:
-        looks: seeds at each look, rising.
-        level: of the whole test.
+        looks: numbers of seeds at the looks, increasing.
+        level: level of the complete test.
 
     Raises:
-        ValueError: if there are none, or they do not rise from at least two.
+        ValueError: if there are no looks, or they do not increase from at least two.
     """
     if not looks or looks[0] < 2 or any(b <= a for a, b in itertools.pairwise(looks)):
-        raise ValueError(f'looks={list(looks)}: they must rise, from at least 2 seeds.')
+        raise ValueError(f'looks={list(looks)}: must increase from at least 2 seeds.')
     z = stats.norm.isf(level / 2)
     spent = [float(2 * stats.norm.sf(z / math.sqrt(seeds / looks[-1]))) / level for seeds in looks[:-1]]
     return tuple(after - before for before, after in itertools.pairwise([0.0, *spent, 1.0]))
 
 
 def sequential_p(p_values: Sequence[float], shares: Sequence[float]) -> float:
-    """Returns a p-value that holds whenever the looks are ended: the smallest of p / share over looks, at most 1.
+    """Returns a p-value that is valid whenever looking stops: the smallest p / share over looks, at most 1.
 
-    P(min p_k / s_k <= u) <= sum P(p_k <= s_k u) = u, as shares sum to one; fewer looks make it only larger.
+    P(min p_k / s_k <= u) <= sum P(p_k <= s_k u) = u, as shares sum to one; fewer looks only make it larger.
 
     Args:
-        p_values: of the looks so far.
-        shares: of all looks.
+        p_values: p-values of the looks so far.
+        shares: shares of all looks.
     """
     return min([1.0, *(p / share for p, share in zip(p_values, shares[: len(p_values)], strict=True))])
 

@@ -1,4 +1,4 @@
-"""What an estimator is tried in, and against what."""
+"""The settings and the references of a verdict."""
 
 import dataclasses
 import re
@@ -14,10 +14,9 @@ from configs.sweeps import cifar10_short
 from configs.sweeps.common import HARDER, learning_rates
 
 STE = 'identity'
-# The best method so far that is no estimator under trial. Evidence, docs/results.md: on CIFAR-10, W2A2, the short
-# schedule, `prefix` is better than LSQ with the STE by 5.34 points (95 % interval +4.52 to +6.17), at equal steps and
-# about twice the time. Of the methods there whose interval excludes zero it has the largest lower end. No estimator
-# has such evidence.
+# The best method so far. Evidence (docs/results.md): on CIFAR-10, W2A2, short schedule, `prefix` is better than LSQ
+# with the STE by 5.34 points (95 % interval +4.52 to +6.17), at equal steps and about twice the time. Its lower end is
+# the largest of the methods there whose interval excludes zero. No estimator has such evidence.
 BEST = 'plan=prefix'
 REFERENCES = (STE, 'ewgs', BEST)
 PLAN = 'plan='
@@ -25,11 +24,11 @@ PLAN = 'plan='
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """One of those compared.
+    """A method to compare.
 
     Attributes:
-        name: names a folder too.
-        overrides: keys of the config, with their values.
+        name: its name, which is also the name of a folder.
+        overrides: keys of the config with their values.
     """
 
     name: str
@@ -38,15 +37,15 @@ class Method:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A task with all that methods share in it.
+    """A task with the config that methods share.
 
     Attributes:
-        name: of the setting.
-        config: of all runs.
-        rates: learning rates to choose from, for every method apart.
-        choice_seeds: consecutive seeds that the choice is made on.
-        looks: numbers of seeds at which the results are looked at, rising.
-        test_examples: how many the test split has.
+        name: name of the setting.
+        config: config of all runs.
+        rates: learning rates to choose from, separately for every method.
+        choice_seeds: consecutive seeds for the choice.
+        looks: numbers of seeds at which the results are looked at, increasing.
+        test_examples: size of the test split.
     """
 
     name: str
@@ -63,13 +62,13 @@ class Setting:
 
 
 def method_of(text: str) -> Method:
-    """Returns the method that a text names: an estimator with its options, or a plan of block replacement.
+    """Returns the method for a text: an estimator with its options, or a plan of block replacement.
 
-    An estimator is that of weights and activations in plain QAT with LSQ; one that is for weights alone, of weights.
+    An estimator is used for weights and, unless it is for weights only, for activations, in plain QAT with LSQ.
     `plan=prefix` is block replacement with the STE, with distillation as in the recipes.
 
     Raises:
-        UserError: for an estimator that there is not, or that is for one bit.
+        UserError: for an estimator that is unknown, or for one bit.
     """
     name = re.sub(r'[:=]', ' ', text)
     if text.startswith(PLAN):
@@ -81,7 +80,7 @@ def method_of(text: str) -> Method:
         raise UserError(str(error)) from error
     if estimator.sign_only:
         raise UserError(
-            f'estimator={text!r} approximates the sign function, for one bit, and the settings have two bits. Give an '
+            f'estimator={text!r} approximates the sign function, for one bit, and the settings have two bits. Use an '
             'estimator with sign_only = False.'
         )
     overrides = {'quant.weights.estimator': text}
@@ -91,16 +90,16 @@ def method_of(text: str) -> Method:
 
 
 def digits_setting(data_dir: str | None, plugin: Path | None) -> Setting:
-    """Returns the narrow network on the digits, as configs/sweeps/digits.py has it: minutes on two CPU cores."""
+    """Returns the narrow network on the digits, as in configs/sweeps/digits.py: minutes on two CPU cores."""
     config = digits.get_config('bits=2,plan=none,distillation=0.0')
-    # Side by side four seeds take little longer than one, most of which is the start of a run.
+    # Four seeds in parallel take little longer than one, since most of the time is the start of a run.
     keys = {'train.steps': 160, 'train.replicas': 4, 'data.dir': data_dir}
     _set(config, {**HARDER['narrow W2A2'], **keys}, plugin)
     return Setting('digits narrow W2A2', config, (0.02, 0.08, 0.32), range(100, 104), (4, 8), 360)
 
 
 def cifar10_setting(data_dir: str, partner_file: str, plugin: Path | None) -> Setting:
-    """Returns ResNet-20 on CIFAR-10, as configs/sweeps/cifar10_short.py has it: hours on CPU cores."""
+    """Returns ResNet-20 on CIFAR-10, as in configs/sweeps/cifar10_short.py: hours on CPU cores."""
     config = cifar10_resnet20.get_config('bits=2,plan=none,distillation=0.0')
     keys = {'train.steps': cifar10_short.STEPS['W2A2'], 'data.dir': data_dir, 'partner.torch_file': partner_file}
     _set(config, {**cifar10_short.COMMON, **keys}, plugin)
@@ -116,24 +115,24 @@ def _set(config: Config, values: dict[str, Any], plugin: Path | None) -> None:
 def find_settings(
     data_dir: str | None, cifar_dir: str | None, partner_file: str | None, plugin: Path | None
 ) -> Sequence[Setting]:
-    """Returns the settings: the digits, and CIFAR-10 where data and partner are given.
+    """Returns the settings: the digits, and CIFAR-10 if its data and its partner are set.
 
     Args:
-        data_dir: folder of the prepared digits; None for TensorFlow Datasets' own.
-        cifar_dir: folder of CIFAR-10, prepared.
+        data_dir: folder of the prepared digits; None for TensorFlow Datasets' default.
+        cifar_dir: folder of the prepared CIFAR-10.
         partner_file: PyTorch or safetensors file with a full-precision ResNet-20.
         plugin: the file that registers the estimator.
 
     Raises:
-        UserError: if one of the latter two is missing, or not there.
+        UserError: if only one of `cifar_dir` and `partner_file` is set, or one does not exist.
     """
     settings = [digits_setting(data_dir, plugin)]
     if cifar_dir is None and partner_file is None:
         return settings
     for flag, path in (('cifar_dir', cifar_dir), ('partner_file', partner_file)):
         if path is None:
-            raise UserError(f'--{flag} is not given, and CIFAR-10 needs --cifar_dir and --partner_file. Give both.')
+            raise UserError(f'--{flag} is not set, and CIFAR-10 needs --cifar_dir and --partner_file. Set both.')
         if not Path(path).exists():
-            raise UserError(f'--{flag}={path}: it is not there. Give the path of what is, or leave CIFAR-10 out.')
+            raise UserError(f'--{flag}={path}: it does not exist. Use an existing path, or leave CIFAR-10 out.')
     assert cifar_dir is not None and partner_file is not None
     return [*settings, cifar10_setting(cifar_dir, partner_file, plugin)]

@@ -1,4 +1,4 @@
-"""Runs a verdict: sweeps of more and more seeds, until every comparison is decided."""
+"""Runs a verdict: sweeps with increasing numbers of seeds, until every comparison is decided."""
 
 import dataclasses
 import hashlib
@@ -17,24 +17,24 @@ from research.verdict.answers import Answer, Comparison, answer
 from research.verdict.paired_tests import pair
 from research.verdict.settings import Method, Setting
 
-# What the error of a run says whose loss or parameters are no numbers any more.
+# Part of the error of a run whose loss or parameters are not finite.
 DIVERGED = 'NaN or infinite'
 METRIC = 'top1'
-# The score of a run that diverged: no run has a worse one.
+# The score of a run that diverged, which is the worst possible.
 WORST = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """What a method reached in a setting.
+    """The scores of a method in a setting.
 
     Attributes:
         by_seed: top-1 on the test split, of seeds 0, 1, ...
-        choice: the overrides that were chosen; None if all choices diverged.
-        is_added: whether the choice lies beyond the grid that was planned.
-        diverged: the runs that did, with their errors.
-        seconds: of one seed, in the mean; None if all diverged.
-        seconds_of_choosing: of all runs to choose on.
+        choice: the selected overrides; None if all choices diverged.
+        is_added: whether the choice is beyond the planned grid.
+        diverged: runs that diverged, with their errors.
+        seconds: mean seconds per seed; None if all diverged.
+        seconds_of_choosing: seconds of all runs for the choice.
     """
 
     by_seed: tuple[float, ...]
@@ -47,15 +47,15 @@ class Score:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """All that is known so far.
+    """The results so far.
 
     Attributes:
-        candidate: the method on trial.
-        settings: where.
-        references: what it is compared with.
-        plugin: name and checksum of the file that registers it; None if it is built in.
-        scores: setting to method to what it reached.
-        answers: to every comparison.
+        candidate: the method to test.
+        settings: the settings.
+        references: the methods to compare with.
+        plugin: name and checksum of the file that registers the candidate; None if it is built in.
+        scores: scores by setting and method.
+        answers: answers to all comparisons.
     """
 
     candidate: Method
@@ -72,7 +72,7 @@ class Verdict:
 
 
 def fingerprint(plugin: Path | None) -> dict[str, str] | None:
-    """Returns name and SHA-256 of a plugin, by which a changed one is noticed; None without any."""
+    """Returns name and SHA-256 of a plugin, which reveal a change; None without a plugin."""
     if plugin is None:
         return None
     return {'file': plugin.name, 'sha256': hashlib.sha256(plugin.read_bytes()).hexdigest()}
@@ -86,18 +86,18 @@ def try_out(
     plugin: Path | None,
     save: Callable[[Verdict], None],
 ) -> Verdict:
-    """Runs what is missing; returns the verdict.
+    """Runs the missing sweeps and returns the verdict.
 
     Args:
-        candidate: the method on trial.
-        references: what it is compared with.
-        settings: where, one after another.
-        workdir: the sweeps go into `sweeps/SETTING`; called again with the same, it continues.
+        candidate: the method to test.
+        references: the methods to compare with.
+        settings: the settings, in order.
+        workdir: folder of the sweeps, `sweeps/SETTING`; a second call with it resumes.
         plugin: the file that registers the candidate.
-        save: is called with the verdict so far after every look.
+        save: called with the verdict so far after every look.
 
     Raises:
-        UserError: if a run fails in another way than by diverging.
+        UserError: if a run fails for another reason than divergence.
         Stopped: if SIGTERM or SIGINT came.
     """
     comparisons = [
@@ -126,7 +126,7 @@ def try_out(
 
 
 def _look(verdict: Verdict, setting: Setting, scores: dict[str, Score]) -> Verdict:
-    """Adds what one look has seen."""
+    """Adds the results of one look."""
     comparisons = []
     for one in verdict.answers:
         comparison = one.comparison
@@ -157,10 +157,10 @@ def _run(setting: Setting, methods: Sequence[Method], seeds: int, folder: Path) 
 
 
 def score_of(row: dict[str, Any], seeds: int, folder: Path) -> Score:
-    """Returns the score of a method from its row in `sweep.json`; runs that diverged count as the worst.
+    """Returns the scores of a method from its row in `sweep.json`; runs that diverged have the worst score.
 
     Raises:
-        UserError: if a run failed in another way.
+        UserError: if a run failed for another reason.
     """
     for failed in row['failed']:
         if DIVERGED in failed['error']:
@@ -168,10 +168,10 @@ def score_of(row: dict[str, Any], seeds: int, folder: Path) -> Score:
         where = folder / failed['workdir']
         if 'plugin' in failed:
             raise UserError(
-                f'{failed["plugin"]} raised {failed["error"]} (traceback: {where / "error.json"}). Mend it, and take '
+                f'{failed["plugin"]} raised {failed["error"]} (traceback: {where / "error.json"}). Fix it and use '
                 'another --workdir.'
             )
-        raise UserError(f'The run {where} failed: {failed["error"]} Remove its error.json to try it again.')
+        raise UserError(f'The run {where} failed: {failed["error"]} Remove its error.json to repeat it.')
     diverged = tuple(f'{failed["workdir"]}: {failed["error"].partition(". ")[0]}' for failed in row['failed'])
     by_seed = tuple(row['by_seed'].get(str(seed), {METRIC: WORST})[METRIC] for seed in range(seeds))
     seconds = [score['seconds'] for score in row['by_seed'].values()]

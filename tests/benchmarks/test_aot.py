@@ -77,7 +77,7 @@ def test_split_arguments_take_less_of_a_device():
 
 
 def test_what_is_not_known_is_told():
-    with pytest.raises(UserError, match='sizes are known'):
+    with pytest.raises(UserError, match='must be one of'):
         described_images('mnist')
     if importlib.util.find_spec('libtpu') is None:
         with pytest.raises(UserError, match='libtpu'):

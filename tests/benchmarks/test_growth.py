@@ -18,7 +18,7 @@ def test_growth_is_that_of_the_second_half(slope):
 
 
 def test_too_few_readings_are_no_growth():
-    with pytest.raises(ValueError, match='take more steps'):
+    with pytest.raises(ValueError, match='Use more steps'):
         growth([(10, 1), (20, 1), (30, 2)])
 
 

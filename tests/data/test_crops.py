@@ -191,7 +191,7 @@ def test_where_nothing_can_be_read_skipping_ends():
             raise RuntimeError('gone')
 
     subset = Subset(Unreadable(), np.arange(20))
-    with pytest.raises(UserError, match='10 examples one after another cannot be read'):
+    with pytest.raises(UserError, match='10 consecutive examples cannot be read'):
         list(Split(subset, None, 0, Crop(8, 3), skips_damaged=True).evaluation_batches(8))
 
 

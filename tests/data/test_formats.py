@@ -62,7 +62,7 @@ def test_the_range_that_was_found_is_told(tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger='bqat_jax'):
         images = opened(tmp_path, tensor(4, 4, 3), examples((BYTES / 255 * 2 - 1).astype(np.float32)))
     assert images.value_range == (-1.0, 1.0)
-    assert 'are taken to go from -1 to 1' in caplog.text and 'data.value_range' in caplog.text
+    assert 'are assumed to go from -1 to 1' in caplog.text and 'data.value_range' in caplog.text
 
 
 def test_bytes_stay_bytes_whatever_feature_they_are(tmp_path):

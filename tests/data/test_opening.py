@@ -59,12 +59,12 @@ def test_slices_are_the_examples_that_tensorflow_datasets_says(made_once):
         ('train[:10]+train[5:20]', 'test', "data.train_split='train.:10.*5 examples more than once"),
         ('train', 'test[5:5]', "data.test_split='test.5:5.' has no examples"),
         ('train[:0%]', 'test', "data.train_split='train.:0%.' has no examples"),
-        ('train', 'test[50%', "data.test_split='test.50%' is no split"),
-        ('train', 'test[abc]', 'is no split'),
-        ('train', 'test[90:99]', 'is no split'),
-        ('train', 'test[200%:]', 'is no split'),
-        ('', 'test', "data.train_split='' is no split"),
-        ('train', 'validation', "data.test_split='validation' is no split.*The splits of 'made': test, train"),
+        ('train', 'test[50%', "data.test_split='test.50%' is not a split"),
+        ('train', 'test[abc]', 'is not a split'),
+        ('train', 'test[90:99]', 'is not a split'),
+        ('train', 'test[200%:]', 'is not a split'),
+        ('', 'test', "data.train_split='' is not a split"),
+        ('train', 'validation', "data.test_split='validation' is not a split.*The splits of 'made': test, train"),
     ],
 )
 def test_slices_that_cannot_be_are_refused(train, test, message, made_once):
@@ -123,7 +123,7 @@ def test_a_home_that_cannot_be_written_is_told():
     run = subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True, text=True, check=False)
     last = run.stderr.strip().splitlines()[-1]
     assert "UserError: data.name='digits' cannot be prepared in /dev/null/" in last
-    assert last.endswith('Give a folder that can be written (--config.data.dir=DIR).')
+    assert last.endswith('Use a folder that can be written (--config.data.dir=DIR).')
 
 
 def test_a_directory_that_may_not_be_read_is_told(tmp_path, monkeypatch):

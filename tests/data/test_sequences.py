@@ -109,7 +109,7 @@ def encode(labels):
 
 
 def test_a_validation_split_excludes_a_fraction_and_overlaps(library, tmp_path):
-    with pytest.raises(UserError, match='leave the other away'):
+    with pytest.raises(UserError, match='Leave the other out'):
         load_images('digits', str(tmp_path), ImageOptions(validation_split='train[90%:]', validation_fraction=0.1))
     with pytest.raises(UserError, match='are in both'):
         load_images('digits', str(tmp_path), ImageOptions(validation_split='train[90%:]'))

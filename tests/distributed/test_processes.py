@@ -153,10 +153,10 @@ def test_a_run_goes_on_with_fewer_processes_after_a_kill_and_after_sigterm(start
     wait_for_step(processes, workdir, reached + 2)
     processes[1].send_signal(signal.SIGTERM)
     output = finish(processes, workdir)
-    assert 'Stopped by SIGTERM after step' in output and 'goes on after step' in output
+    assert 'Stopped by SIGTERM after step' in output and 'resumes after step' in output
     assert not (workdir / 'result.json').exists()
 
-    assert 'goes on after step' in finish(start(workdir, 1, '--config.mesh.fsdp=2'), workdir)
+    assert 'resumes after step' in finish(start(workdir, 1, '--config.mesh.fsdp=2'), workdir)
     assert_same_run(workdir, alone)
 
 

@@ -218,7 +218,7 @@ def test_a_selected_checkpoint_that_is_damaged_is_an_error_and_no_other_is_taken
         damage(file, 'cut')
     with Checkpoints(tmp_path / 'c', **options) as checkpoints:
         with pytest.raises(
-            UserError, match=r'step 2 in .*, which is selected, is damaged: a file of it is missing, cut'
+            UserError, match=r'selected checkpoint, step 2 in .*, is damaged: one of its files is missing, trunc'
         ):
             checkpoints.restore_selected(target())
         assert checkpoints.restore_latest(target()).step == 3
@@ -235,7 +235,7 @@ def test_other_arrays_are_told_by_name_and_not_called_damaged(tmp_path):
                 restore(other)
             message = str(error.value)
             assert 'do not fit this config' in message and 'damaged' not in message
-            for part in ('more: it has none', 'mask: the config has none', r'half: bfloat16[6] there, bfloat16[7]'):
+            for part in ('more: not in the checkpoint', 'mask: not in the config', r'half: bfloat16[6] in the'):
                 assert part in message
         assert checkpoints.restore_latest(target()).step == 2
     assert not (tmp_path / 'damaged').exists()
@@ -246,7 +246,7 @@ def test_another_kind_of_random_key_is_told(tmp_path):
     other = target({**STATE, 'key': jax.random.key(5, impl='rbg')})
     with (
         Checkpoints(tmp_path / 'c') as checkpoints,
-        pytest.raises(UserError, match=r'key: uint32\[2\] there, uint32\[4\]'),
+        pytest.raises(UserError, match=r'key: uint32\[2\] in the checkpoint, uint32\[4\]'),
     ):
         checkpoints.restore_latest(other)
 
@@ -263,7 +263,7 @@ def test_checkpoints_that_are_all_taken_away_are_told(tmp_path, monkeypatch):
     with Checkpoints(tmp_path / 'c', read_only=True) as checkpoints:
         shutil.rmtree(tmp_path / 'c' / '1')
         monkeypatch.setattr(checkpoints._manager, 'reload', lambda: None)
-        with pytest.raises(UserError, match='Training is under way'):
+        with pytest.raises(UserError, match='Training is running'):
             checkpoints.restore_selected(target())
 
 
@@ -286,7 +286,7 @@ def test_what_cannot_be_read_back_is_told_at_once(tmp_path):
         checkpoints.check_readable(0, target())
         for file in files_of(tmp_path / 'c' / '0' / 'state'):
             damage(file, 'zero')
-        with pytest.raises(UserError, match=r'was saved to .*, and cannot be read back'):
+        with pytest.raises(UserError, match=r'was saved to .* and cannot be read back'):
             checkpoints.check_readable(0, target())
 
 
@@ -308,5 +308,5 @@ def test_a_cut_file_makes_one_line_of_complaint(tmp_path):
         [sys.executable, '-c', program, str(tmp_path / 'c')], cwd=ROOT, capture_output=True, text=True, check=True
     )
     ours = [line for line in process.stderr.splitlines() if 'bqat_jax' in line]
-    assert len(ours) == 1 and 'is skipped: a file of it is missing, cut or changed' in ours[0]
+    assert len(ours) == 1 and 'is skipped: one of its files is missing, truncated or changed' in ours[0]
     assert len(process.stderr.splitlines()) <= 3, process.stderr

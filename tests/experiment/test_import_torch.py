@@ -97,7 +97,7 @@ def test_all_that_does_not_fit_is_in_a_file_that_the_error_names(config, tmp_pat
     with pytest.raises(UserError) as error:
         find_partner(experiment)
     text, path = str(error.value), tmp_path / 'run' / REPORT
-    assert f'The whole list is in {path}.' in text and config.partner.torch_file in text and 'config.network' in text
+    assert f'The complete list is in {path}.' in text and config.partner.torch_file in text and 'config.network' in text
     assert 'extra8' not in text and 'unexpected: extra8.weight (2,)' in path.read_text()
     save(config, tmp_path)
     find_partner(experiment)
@@ -185,7 +185,7 @@ def test_a_partner_with_a_new_head_is_no_partner_to_import(config, tmp_path):
 @pytest.mark.parametrize('workdir', [None, 'runs/other'])
 def test_keys_that_speak_of_a_file_need_one(config, tmp_path, key, value, workdir):
     config.partner[key], config.partner.workdir = value, workdir
-    with pytest.raises(UserError, match=rf'partner.{key}={value!r}.*give partner.torch_file'):
+    with pytest.raises(UserError, match=rf'partner.{key}={value!r}.*Set partner.torch_file'):
         opened(config, tmp_path)
 
 

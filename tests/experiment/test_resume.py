@@ -135,7 +135,7 @@ def test_a_killed_run_ends_bit_for_bit_like_one_that_was_not(command, tmp_path, 
         assert not (broken / 'result.json').exists()
 
     output = finish(command(broken, *more))
-    assert 'goes on after step' in output
+    assert 'resumes after step' in output
     (step, state), (expected_step, expected) = last_state(broken), last_state(whole)
     assert step == expected_step == STEPS
     assert_bits_equal(state, expected)

@@ -256,7 +256,7 @@ def test_a_workdir_from_before_a_key_came_is_resumed(finished, config, tmp_path)
 @pytest.mark.parametrize(
     ('file', 'text', 'message'),
     [
-        ('config.json', '{"train": 3}', 'train is no section'),
+        ('config.json', '{"train": 3}', 'train is not a section'),
         ('config.json', '[]', 'holds a list'),
         ('environment.json', '{"versions": 3}', "entry 'versions'"),
         ('environment.json', '{"versions": {}, "numerics": 3}', "entry 'numerics'"),
@@ -326,7 +326,7 @@ def test_a_layer_that_does_not_suit_its_quantizer_is_named(config, finished, tmp
     ('key', 'value', 'message'),
     [
         ('replacement.plan', 'prefx', 'none, prefix, single'),
-        ('data.train_split', 'train[:80', r"data\.train_split='train\[:80' is no split"),
+        ('data.train_split', 'train[:80', r"data\.train_split='train\[:80' is not a split"),
         ('data.train_split', 'test', '360 examples are in both'),
         ('data.value_range', (1.0, 0.0), r'data\.value_range=\(1\.0, 0\.0\)'),
         ('data.mean', (77.9,), 'at least 0 and at most 1'),
@@ -387,7 +387,7 @@ def test_values_that_cannot_work_are_refused_before_training(config, tmp_path, k
 
 def test_one_partner_only(config, tmp_path):
     config.partner.workdir, config.partner.torch_file = 'a', 'b'
-    with pytest.raises(UserError, match='both given'):
+    with pytest.raises(UserError, match='both set'):
         train(config, tmp_path / 'run', name='digits')
 
 
@@ -443,7 +443,7 @@ def test_a_network_of_the_users_runs_by_its_name(config, tmp_path, registries):
     result = train(config, tmp_path / 'run', name='digits')
     assert 0 <= result['top1'] <= 1
     config.partner.torch_file = str(plugin)
-    with pytest.raises(UserError, match="network 'mine' are not known"):
+    with pytest.raises(UserError, match="PyTorch names of the network 'mine'"):
         import_partner(config, tmp_path / 'other', name='digits')
     config.network = ml_collections.ConfigDict({'name': 'mine', 'sise': 8})
     with pytest.raises(UserError, match="Did you mean 'size'"):
@@ -508,7 +508,7 @@ def test_a_run_of_two_seeds_gives_both_results(plain, tmp_path):
 def test_replicas_that_devices_cannot_share_are_refused(config, tmp_path):
     config.train.replicas = 3
     config.mesh.data = 2
-    with pytest.raises(UserError, match=r'train.replicas=3 cannot be spread over 2 devices'):
+    with pytest.raises(UserError, match=r'train.replicas=3 cannot be split over 2 devices'):
         train(config, tmp_path, name='digits')
 
 

@@ -154,7 +154,7 @@ def test_trees_of_inputs_go_through_every_format(tmp_path):
         np.testing.assert_allclose(load(path)(quantized.inputs), expected, rtol=1e-5, atol=1e-5)
         packed = tmp_path / 'model.safetensors'
         write_checkpoint(packed, quantized.frozen)
-        with pytest.raises(ValueError, match='a module of your own: give its BlockNetwork'):
+        with pytest.raises(ValueError, match=r'a module of your own\. Pass its BlockNetwork'):
             load(packed)
         got = load(packed, quantized.network)(quantized.inputs)
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
@@ -170,13 +170,13 @@ def test_a_network_that_does_not_fit_is_refused(tmp_path):
     quantized, other = of_family('cifar_resnet'), of_two(16, ('lsq', 2), ('lsq_plus', 3))
     with pytest.raises(TypeError, match='network is a '):
         logits_function(quantized.frozen, quantized.network.module)
-    with pytest.raises(ValueError, match='is not this one: the network has parameters that the exported one has not'):
+    with pytest.raises(ValueError, match='is not this one: the network has parameters that the exported one lacks'):
         logits_function(quantized.frozen, other.network)
     path = tmp_path / 'model.safetensors'
     layers = dict(quantized.frozen.layers)
     del layers['stem/conv']
     write_checkpoint(path, dataclasses.replace(quantized.frozen, layers=layers))
-    with pytest.raises(ValueError, match='has parameters that the exported one has not: stem/conv/kernel'):
+    with pytest.raises(ValueError, match='has parameters that the exported one lacks: stem/conv/kernel'):
         load(path, quantized.network)
     with pytest.raises(ValueError, match=r'ends with \.safetensors'):
         write_checkpoint(tmp_path / 'model.bin', quantized.frozen)
@@ -191,9 +191,9 @@ def test_files_that_are_none_are_refused_in_words(tmp_path):
     with pytest.raises(FileNotFoundError, match='There is no file'):
         load(tmp_path / 'model.onnx')
     for name, reason in {
-        'model.pt': 'exported networks have one of the endings .safetensors, .stablehlo, .onnx',
-        'model.stablehlo': 'is damaged, or no program that this version of JAX',
-        'model.onnx': 'is no model that onnxruntime runs',
+        'model.pt': 'exported networks have one of the suffixes .safetensors, .stablehlo, .onnx',
+        'model.stablehlo': 'is damaged, or not a program that JAX',
+        'model.onnx': 'is not a model that onnxruntime runs',
     }.items():
         if name.endswith('onnx'):
             pytest.importorskip('onnxruntime')
@@ -230,7 +230,7 @@ def test_images_from_files_are_classified(tmp_path, capsys):
     with pytest.raises(SystemExit, match='has more than 8 bits a pixel'):
         main([str(path), '--images', str(tmp_path / 'deep.png')])
     (tmp_path / 'broken.png').write_bytes(b'no image')
-    with pytest.raises(SystemExit, match='is no image that Pillow can read'):
+    with pytest.raises(SystemExit, match='is not an image that Pillow can read'):
         main([str(path), '--images', str(tmp_path / 'broken.png')])
     with pytest.raises(SystemExit, match='there is no PNG or JPEG file at'):
         main([str(path), f'--images={tmp_path / "missing.png"}'])
@@ -243,7 +243,7 @@ def test_only_networks_of_images_classify_images(tmp_path):
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / 'a.png')
     path = tmp_path / 'model.stablehlo'
     path.write_bytes(export_stablehlo(of_family('decoder').frozen, of_family('decoder').network))
-    with pytest.raises(SystemExit, match='and no images of 8 bits'):
+    with pytest.raises(SystemExit, match='not images of 8 bits'):
         main([str(path), f'--images={tmp_path}'])
 
 

@@ -114,7 +114,7 @@ def test_a_quantizer_whose_codes_say_something_else_is_refused(registries):
         def encode(self, parameters, v):
             return super().encode(parameters, -v)
 
-    with pytest.raises(ValueError, match='decode to is not what it quantizes to'):
+    with pytest.raises(ValueError, match='do not decode to the fake-quantized weights'):
         check_weights(layer(Wrong(bits=3)), kernel_of(SHAPE))
 
 

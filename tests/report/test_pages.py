@@ -199,11 +199,11 @@ def unavailable():
         ({}, {'looks': fail}, 'RuntimeError: broken &lt;b&gt;'),
         ({}, {'looks': unavailable, 'alignment': unavailable, 'answers': unavailable}, 'There is none.'),
         ({}, {'looks': dict}, 'No layer has a quantizer'),
-        ({}, {'answers': lambda: Answers(np.zeros((10, 10), np.int64))}, 'No answer counts'),
+        ({}, {'answers': lambda: Answers(np.zeros((10, 10), np.int64))}, 'There are no answers'),
         ({}, {'answers': lambda: answered(right=True)}, 'No answer is wrong'),
-        ({}, {'answers': lambda: answered(images=False)}, 'no images'),
-        ({}, {'answers': lambda: Answers(np.full((1, 1), 3), 3), 'classes': ['only']}, 'nothing to confuse'),
-        ({}, {'answers': lambda: Answers(np.ones((40, 40), np.int64), 3), 'classes': range(40)}, 'confused most often'),
+        ({}, {'answers': lambda: answered(images=False)}, 'Only images'),
+        ({}, {'answers': lambda: Answers(np.full((1, 1), 3), 3), 'classes': ['only']}, 'only one class'),
+        ({}, {'answers': lambda: Answers(np.ones((40, 40), np.int64), 3), 'classes': range(40)}, 'most frequent confu'),
         ({'metrics': [{'phase': 'train', 'step': 1, 'loss': math.nan}]}, {}, 'Not finite'),
         ({'result': {'top1': math.nan}}, {}, 'nan'),
         ({'result': {'top1': 0.5}, 'summary': {'totals': {'bytes': 1}}}, {}, 'KeyError'),
@@ -245,12 +245,12 @@ def test_the_most_confident_wrong_answers_stay():
 
 def test_the_page_of_a_sweep_flags_a_choice_at_the_edge():
     page = check(sweep_page.sweep_page(sweep()))
-    assert 'Chosen at the edge of its grid' in page and 'W2A2, LSQ: lr 0.3' in page and 'W2A2, other' not in page
+    assert 'Chosen at the edge of the grid' in page and 'W2A2, LSQ: lr 0.3' in page and 'W2A2, other' not in page
     for text in ('60.00 %', '+10.00', '-10.00 to +30.00', 'at the edge', '1 from the edge', 'seconds a seed'):
         assert text in page
     assert 'could not be made' not in page
     plain = {m: {**row, 'choices': [], 'choice': {}} for m, row in sweep().settings['W2A2'].items()}
-    assert 'the sweep gives no choices' in check(sweep_page.sweep_page(sweep(settings={'W2A2': plain})))
+    assert 'the sweep has no choices' in check(sweep_page.sweep_page(sweep(settings={'W2A2': plain})))
 
 
 def test_a_sweep_in_which_all_failed_says_so():

@@ -88,7 +88,7 @@ def test_a_folder_that_cannot_be_made_is_a_warning(tmp_path, caplog):
     kept, make = KeptArrays(tmp_path / 'file', 1e6), Made()
     with caplog.at_level(logging.WARNING, 'bqat_jax'):
         assert same(kept.get('It', {'of': 1}, make))
-    assert 'It cannot be kept' in caplog.text
+    assert 'It cannot be cached' in caplog.text
 
 
 def test_a_full_disk_is_a_warning_and_leaves_nothing(kept, monkeypatch, caplog):
@@ -123,7 +123,7 @@ def test_a_disk_is_not_filled(kept, caplog, monkeypatch):
     monkeypatch.setattr(shutil, 'disk_usage', lambda path: types.SimpleNamespace(free=50))
     with caplog.at_level(logging.WARNING, 'bqat_jax'):
         assert same(kept.get('It', {'of': 1}, Made()))
-    assert 'half of what is free' in caplog.text and not files(kept)
+    assert 'half of the free disk' in caplog.text and not files(kept)
 
 
 def test_what_a_killed_process_left_goes_after_a_day(kept):

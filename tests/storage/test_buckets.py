@@ -207,7 +207,7 @@ def test_a_refusal_is_told_at_once_and_is_not_a_file_that_is_not_there(bucket, s
             request()
         assert not isinstance(caught.value, FileNotFoundError)
     assert len(server.requests) <= 9  # each once
-    with pytest.raises(UserError, match=r'cannot be listed: it is refused .* What is needed'):
+    with pytest.raises(UserError, match=r'cannot be listed: access is denied .* Required'):
         check_reachable(bucket, '--workdir')
 
 
@@ -228,7 +228,7 @@ def test_what_is_not_allowed_is_told(bucket, server, methods, message):
     if server.scheme == 's3' and methods == ('DELETE',):
         methods = ('DELETE', 'POST')  # of several objects by POST
     server.fault = lambda method, path: 403 if method in methods and 'list' not in path else None
-    with pytest.raises(UserError, match=f'{message}: it is refused'):
+    with pytest.raises(UserError, match=f'{message}: access is denied'):
         check_reachable(bucket, '--workdir')
 
 

@@ -68,7 +68,7 @@ def test_data_that_cannot_be_reached_is_told_soon(prepared, server, cache, fault
     """ArrayRecord alone waits for a quarter of an hour, and then says that there are no records."""
     server.fault = lambda method, path: fault if 'tfds' in path else None
     began = time.monotonic()
-    with pytest.raises(UserError, match=r'storage\.patience|is refused'):
+    with pytest.raises(UserError, match=r'storage\.patience|access is denied'):
         load_images('digits', prepared, ImageOptions(cache=cache))
     assert time.monotonic() - began < 30
 
@@ -78,7 +78,7 @@ def test_a_refusal_while_examples_are_read_skips_none(bucket, server):
     images = load_images('digits', f'{server.scheme}://bucket/tfds')
     split = Split(images.train, None, skips_damaged=True)
     server.fault = lambda method, path: 403 if 'array_record' in path else None
-    with pytest.raises(UserError, match='Its bucket refuses or does not answer'):
+    with pytest.raises(UserError, match='Its bucket denies access or does not respond'):
         list(split.training_batches(0, 8, 0, 2))
     assert not split.damaged
 

@@ -337,7 +337,7 @@ def test_a_damaged_checkpoint_is_told_from_one_that_may_not_be_read_and_a_copy_w
     with Checkpoints(run / 'checkpoints', has_scores=True, read_only=True) as checkpoints:
         assert checkpoints.latest_step == 12
     server.fault = lambda method, path: 403 if '12' in path and ('state%2Fd' in path or 'state/d' in path) else None
-    with pytest.raises(UserError, match=r'may not be read|is refused'):
+    with pytest.raises(UserError, match=r'may not be read|access is denied'):
         train(quick, run, name='digits')
     server.fault = None
     assert not [name for name in objects_in(run) if '/damaged/' in name]

@@ -126,7 +126,7 @@ def test_names_that_do_not_belong_in_a_pack_are_refused(tmp_path, name):
         archive.writestr('a/seed 0/result.json', '{}')
         archive.writestr(zipfile.ZipInfo(name), '{}')
     (tmp_path / 'here').mkdir()
-    with pytest.raises(UserError, match=r'sweep_pack=.*not the name of a file of a sweep.*Give a file'):
+    with pytest.raises(UserError, match=r'sweep_pack=.*not the name of a file of a sweep.*Use a file'):
         unpack(tmp_path / 'bad.zip', tmp_path / 'here')
     assert not list((tmp_path / 'here').iterdir())
 
@@ -139,12 +139,12 @@ def test_other_files_are_refused(workdir, tmp_path, monkeypatch):
             unpack(pack, tmp_path / 'here')
 
     pack.write_bytes(b'no zip')
-    refused('no zip file')
+    refused('not a readable zip file')
     with zipfile.ZipFile(pack, 'w') as archive:
         link = zipfile.ZipInfo('a/seed 0/config.json')
         link.external_attr = 0o120777 << 16
         archive.writestr(link, '/etc/passwd')
-    refused('no regular file')
+    refused('not a regular file')
     with zipfile.ZipFile(pack, 'w') as archive:
         archive.writestr('a/seed 0/result.json', '{}')
     refused('no pack.json')
@@ -154,7 +154,7 @@ def test_other_files_are_refused(workdir, tmp_path, monkeypatch):
     with zipfile.ZipFile(pack, 'w') as archive:
         archive.writestr(MANIFEST, json.dumps({'version': 1, 'workdir': '/w'}))
         archive.writestr('a/seed 0/config.json', '[]')
-    refused('no config')
+    refused('not a config')
     write_pack(pack, workdir)
     content = pack.read_bytes()
     pack.write_bytes(content[: len(content) // 2] + b'\0' * 40 + content[len(content) // 2 + 40 :])
@@ -246,5 +246,5 @@ def test_a_real_sweep_goes_on_from_its_pack_as_if_never_stopped(digits_dir, tmp_
     sweep('first', f'--config.sweep_pack={tmp_path}/sweep.zip', stops=True)
     assert (tmp_path / 'sweep.zip').stat().st_size < 2**21
     sweep('second', f'--config.sweep_pack={tmp_path}/sweep.zip')
-    assert 'goes on after step' in (tmp_path / 'second' / 'all' / 'plain' / 'seed 1' / 'log.txt').read_text()
+    assert 'resumes after step' in (tmp_path / 'second' / 'all' / 'plain' / 'seed 1' / 'log.txt').read_text()
     assert results('second') == results('whole')

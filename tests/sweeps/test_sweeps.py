@@ -217,7 +217,7 @@ def test_differences_are_students():
         ({'seeds': (0, 2)}, 'consecutive'),
         ({'seeds': ()}, 'at least one seed'),
         ({'choices': [{}], 'choice_seeds': ()}, 'choice_seeds'),
-        ({'choice_seeds': (1, 2)}, 'compared on too'),
+        ({'choice_seeds': (1, 2)}, 'must not overlap'),
         ({'methods': {'a/b': {}}, 'baseline': 'a/b'}, 'folder'),
     ],
 )

@@ -69,7 +69,7 @@ def test_shares_follow_the_spending_function():
     assert 0.05 * first == pytest.approx(0.00557, abs=1e-5)
     assert stats.norm.isf(0.05 * first / 2) == pytest.approx(2.77, abs=0.01)
     for looks in ((), (1, 3), (3, 3)):
-        with pytest.raises(ValueError, match='they must rise'):
+        with pytest.raises(ValueError, match='must increase'):
             look_shares(looks, 0.05)
 
 

@@ -91,7 +91,7 @@ def test_a_copy_is_not_distinguishable_and_a_turned_rule_is_worse(training, tmp_
     assert same.is_same and len(same.comparison.looks) == 1 and [x.seeds for x in ewgs.comparison.looks] == [4, 8]
     assert ('identity', 0.08, 4, 5, 6, 7) not in training.ran and ('ewgs', 0.08, 4, 5, 6, 7) in training.ran
     page = (tmp_path / 'copy' / 'verdict.md').read_text()
-    assert 'copy is not distinguishable from identity (the same in every seed)' in page and 'power to see' in page
+    assert 'copy is not distinguishable from identity (equal in every seed)' in page and 'power to detect' in page
     assert (tmp_path / 'copy' / 'verdict.svg').read_text().startswith('<?xml')
     turned = judge('turned', tmp_path / 'turned')
     assert outcomes(turned) == dict.fromkeys(('identity', 'ewgs', 'plan prefix'), WORSE)
@@ -114,7 +114,7 @@ def test_what_diverges_counts_as_worst_and_ends_nothing(training, tmp_path, dive
     verdict = judge('turned', tmp_path / 'turned')
     assert verdict.is_complete
     assert outcomes(verdict)['ewgs'] == (WORSE if diverges == 'turned' else BETTER)
-    assert 'Diverged, and counts as 0 %' in markdown(verdict) and 'all diverged' in markdown(verdict)
+    assert 'Diverged, scored as 0 %' in markdown(verdict) and 'all diverged' in markdown(verdict)
 
 
 def test_another_failure_ends_it_and_names_the_plugin(training, tmp_path):
@@ -143,9 +143,9 @@ def test_methods_and_settings_that_cannot_be_tried(tmp_path):
     for text, message in (('ewgz', "'ewgz'.*Did you mean 'ewgs'"), ('reste', 'one bit')):
         with pytest.raises(UserError, match=message):
             method_of(text)
-    with pytest.raises(UserError, match='partner_file is not given'):
+    with pytest.raises(UserError, match='partner_file is not set'):
         find_settings(None, str(tmp_path), None, None)
-    with pytest.raises(UserError, match=r'cifar_dir=.*absent: it is not there'):
+    with pytest.raises(UserError, match=r'cifar_dir=.*absent: it does not exist'):
         find_settings(None, f'{tmp_path}/absent', str(tmp_path), None)
     digits, cifar = find_settings(None, str(tmp_path), str(tmp_path), None)
     assert (digits.name, cifar.name) == ('digits narrow W2A2', 'CIFAR-10 short W2A2')
