@@ -119,6 +119,9 @@ def test_commands_run(line, tmp_path, request, digits_dir):
         (plugin,) = [block.values[0] for block in blocks('python') if "'mine'" in block.values[0]]
         (tmp_path / 'my_estimator.py').write_text(plugin)
         flags = [flag.replace('=my_estimator.py', f'={tmp_path}/my_estimator.py') for flag in flags]
+    earlier = '--config.partner.workdir=runs/digits'
+    if earlier in flags:
+        flags[flags.index(earlier)] = f'--config.partner.workdir={request.getfixturevalue("trained")}'
     flags = [flag for flag in flags if not flag.startswith('--workdir')]
     flags += [f'--workdir={tmp_path}', f'--config.data.dir={directory}', *SHORT]
     left = {
@@ -152,6 +155,17 @@ def test_commands_run(line, tmp_path, request, digits_dir):
 def test_links_lead_somewhere(page):
     for target in re.findall(r'\]\((?!http)([^)#]+)\)', page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize('page', [page for page in PAGES if page.name != 'CHANGELOG.md'], ids=lambda page: page.name)
+def test_a_page_is_read_in_one_sitting(page):
+    assert len(page.read_text().splitlines()) <= (150 if page.name == 'README.md' else 250)
+
+
+def test_the_index_has_every_page():
+    index = (ROOT / 'docs' / 'index.md').read_text()
+    for page in (ROOT / 'docs').rglob('*.md'):
+        assert page.name == 'index.md' or f']({page.relative_to(ROOT / "docs").as_posix()})' in index, page
 
 
 @pytest.mark.parametrize('registry', [ESTIMATORS, QUANTIZERS], ids=lambda registry: registry.kind)
