@@ -43,7 +43,7 @@ def objects_in(folder):
 
 
 def newest(folder, phase):
-    """The number of the newest checkpoint that counts; -1 without any. It is asked for again and again."""
+    """The step of the newest complete checkpoint; -1 without any."""
     time.sleep(0.1)
     prefix = {'pretrain': 'partner/checkpoints/', 'train': f'{folder.name}/checkpoints/'}[phase]
     return max((int(match[1]) for name in objects_in(folder) if prefix in name and (match := CHECKPOINT.search(name))),
