@@ -84,6 +84,7 @@ SHORT = (
     '--config.train.steps=2',
     '--config.partner.steps=2',
     '--config.partner.optimizer.warmup_steps=0',
+    '--config.optimizer.warmup_steps=0',
 )
 
 

@@ -17,6 +17,6 @@ def get_sweep() -> Sweep:
         seeds=range(3),
         baseline='LSQ',
         settings=bits(2, 3, 4),
-        choices=learning_rates(0.002, 0.005, 0.02),
+        choices=learning_rates(0.005, 0.01, 0.02, 0.04),
         choice_seeds=range(100, 103),
     )

@@ -11,6 +11,7 @@ from bqat_jax.sweeps import Sweep
 from configs.sweeps.common import COMPARED, METHODS, bits, learning_rates, replacement
 
 COMMON = {
+    'optimizer.warmup_epochs': 0.0,
     'train.batch_size': 64,
     'data.train_examples': 16_000,
     'data.validation_fraction': 0.125,

@@ -52,7 +52,7 @@ def test_runs(quantizer, estimator, data, tmp_path, request):
         # The recipe comes before what changes it.
         flags = ['--config=configs/cifar10_resnet20.py:plan=none', *flags, f'--config.data.dir={shared / "tfds"}']
         flags += [f'--config.partner.torch_file={shared / "weights" / "cifar10_resnet20_optionA.th"}']
-        flags += ['--config.data.train_examples=4096']  # 20 steps see no more
+        flags += ['--config.optimizer.warmup_epochs=0.0', '--config.data.train_examples=4096']  # 20 steps see no more
     run = subprocess.run(
         [sys.executable, 'main.py', *flags],
         cwd=ROOT,

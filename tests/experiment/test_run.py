@@ -480,7 +480,7 @@ def test_the_shared_resnet20_is_as_good_as_in_pytorch(shared_data, tmp_path):
     config.data.dir = str(shared_data / 'tfds')
     config.partner.torch_file = str(shared_data / 'weights' / 'cifar10_resnet20_optionA.th')
     config.data.on_device = False
-    config.train.steps = 0
+    config.train.steps, config.optimizer.warmup_epochs = 0, 0.0
     config.quant.calibration_batches = 1
     result = train(config, tmp_path / 'run', name='cifar10_resnet20')
     assert result['examples_evaluated'] == 10000
