@@ -1,7 +1,8 @@
 """Measures the cost of a run beyond its steps: input, logging and checkpoints, and the time to the first step.
 
 Command: python -m benchmarks.run --config=configs/cifar10_resnet20.py --config.partner.torch_file=FILE \\
-    --config.train.steps=120 --config.optimizer.warmup_epochs=0 --config.train.log_every_steps=10 --config.checkpoint.every_steps=50
+    --config.train.steps=120 --config.optimizer.warmup_epochs=0 --config.train.log_every_steps=10 \\
+    --config.checkpoint.every_steps=50
 
 Runs of main.py, each in a new folder, take turns with the bare step on random images. All runs share one new folder for
 compiled programs, so that only the first compiles. The seconds of a step in a run are measured between its first and

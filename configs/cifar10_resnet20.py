@@ -1,9 +1,9 @@
 """ResNet-20 on CIFAR-10 from a full-precision partner, W2A2 by default.
 
-Needs CIFAR-10 as a prepared TensorFlow Dataset (docs/data.md). The learning rate and the warm-up of a twentieth are for a
-partner with trained weights, at two bits: over 31 epochs 0.02 was better than 0.005 for LSQ, prefix and prefix_sampled
-(docs/results.md). All 100 epochs were not run. Short schedules need smaller rates, and optimizer.warmup_epochs=0. Without
-partner.torch_file or partner.workdir the partner is trained first (240 epochs).
+Needs CIFAR-10 as a prepared TensorFlow Dataset (docs/data.md). The learning rate and the warm-up of a twentieth are for
+a partner with trained weights, at two bits: over 31 epochs 0.02 was better than 0.005 for LSQ, prefix and
+prefix_sampled (docs/results.md). The schedule of 100 epochs was not run. Short schedules need smaller rates, and
+optimizer.warmup_epochs=0. Without partner.torch_file or partner.workdir the partner is trained first (240 epochs).
 
 Command: python main.py --config=configs/cifar10_resnet20.py:bits=2,plan=prefix --config.data.dir=DIR
 """
