@@ -131,10 +131,10 @@ def compare(sweep: Sweep, config: Config, workdir: Place, *, name: str) -> dict[
 
 
 def _check_choice(sweep: Sweep, config: Config) -> None:
-    if sweep.choices and config.data.validation_fraction == 0:
+    if sweep.choices and config.data.validation_fraction == 0 and config.data.validation_split is None:
         raise UserError(
             'data.validation_fraction=0: the sweep chooses between overrides and needs a validation split. Hold out a '
-            'part of the training images; the test split must not select anything.'
+            'part of the training images, or set data.validation_split; the test split must not select anything.'
         )
 
 

@@ -246,6 +246,11 @@ def test_mistakes_in_a_sweep_are_told_before_anything_runs(config, training, tmp
     assert training.ran == []
 
 
+def test_a_validation_split_of_its_own_is_enough_to_choose_on(config, training, tmp_path):
+    run(override(config, {'data.validation_fraction': 0.0, 'data.validation_split': 'validation'}), tmp_path / 'sweep')
+    assert training.ran
+
+
 @pytest.mark.parametrize('path', SWEEPS, ids=lambda path: path.stem)
 def test_sweeps_that_are_shipped_fit_their_recipes(path):
     sweep = load_sweep(str(path))
