@@ -1,4 +1,4 @@
-"""A frozen network as one safetensors file with packed codes and float32 arrays; docs/deploy.md describes the format.
+"""A frozen network as one safetensors file with packed codes and float32 arrays; docs/file_formats.md describes it.
 
 Everything else is JSON under one key of the metadata, so that equal networks give equal bytes.
 """

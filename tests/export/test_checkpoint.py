@@ -37,7 +37,7 @@ def test_a_network_comes_back(make, path):
 
 
 def read_by_hand(content):
-    """What docs/deploy.md says of the file, in plain Python and NumPy: (facts, arrays)."""
+    """The file as docs/file_formats.md describes it, in plain Python and NumPy: (facts, arrays)."""
     (size,) = struct.unpack('<Q', content[:8])
     header = json.loads(content[8 : 8 + size])
     facts = json.loads(header.pop('__metadata__')['bqat_jax'])
