@@ -54,7 +54,7 @@ def test_two_plugins_cannot_share_a_name(tmp_path, registries):
     for folder in ('a', 'b'):
         (tmp_path / folder).mkdir()
         write(tmp_path / folder / 'my.py')
-    with pytest.raises(UserError, match="'mine' already"):
+    with pytest.raises(UserError, match="'mine' is already"):
         load_plugins([tmp_path / 'a' / 'my.py', tmp_path / 'b' / 'my.py'])
 
 
@@ -64,7 +64,7 @@ def test_two_plugins_cannot_share_a_name(tmp_path, registries):
         (None, 'there is no file'),
         ('def', 'SyntaxError'),
         ('1 / 0', 'ZeroDivisionError'),
-        (PLUGIN.format(name='identity', strength=1.0), "'identity' already"),
+        (PLUGIN.format(name='identity', strength=1.0), "'identity' is already"),
         (PLUGIN.format(name='a:b', strength=1.0), 'cannot name'),
     ],
 )

@@ -58,7 +58,7 @@ def test_every_format_is_written_and_run(finished, capsys):
     [
         (
             'packt',
-            r"'packt' is no format; there are packed, stablehlo, onnx, qcdq\. Did you mean 'packed'",
+            r"'packt' is not a format; there are packed, stablehlo, onnx, qcdq\. Did you mean 'packed'",
         ),
         (' ,', 'it names no format'),
     ],

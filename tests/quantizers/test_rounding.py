@@ -189,7 +189,7 @@ def test_an_infinite_option_is_refused_or_has_finite_gradients(text):
 
 def test_a_taken_name_is_refused():
     kept = ESTIMATORS.get('identity')
-    with pytest.raises(ValueError, match=r"'identity' already.*another name"):
+    with pytest.raises(ValueError, match=r"'identity' is already.*another name"):
 
         @ESTIMATORS.register('identity')
         class Other(Estimator):

@@ -269,7 +269,7 @@ def test_models_of_a_users_plan_may_go_back_and_forth(is_drawn, registries):
 
     np.testing.assert_allclose(*run(mask), rtol=1e-4, atol=1e-4)
     register_plan('short')(lambda num_blocks: ((True,),))
-    with pytest.raises(ValueError, match='of each of 3 blocks'):
+    with pytest.raises(ValueError, match='for each of 3 blocks'):
         Plan('short', BLOCKS)
 
 
