@@ -73,7 +73,8 @@ def watch(arguments: Sequence[str], workdir: Path) -> list[tuple[int, int]]:
             process.wait()
     if process.returncode:
         raise SystemExit(f'Error: {" ".join(command)} failed:\n{(workdir.parent / "output").read_text()[-2000:]}')
-    return [(step, size) for step, size in seen if step]
+    last = max((step for step, _ in seen), default=0)
+    return [(step, size) for step, size in seen if 0 < step < last]  # evaluation and report follow the last step
 
 
 def growth(seen: Sequence[tuple[int, int]]) -> float:
@@ -90,14 +91,14 @@ def growth(seen: Sequence[tuple[int, int]]) -> float:
 
 
 def table(seen: Sequence[tuple[int, int]]) -> str:
-    """Returns the median resident memory in each tenth of the steps, and the growth, as Markdown."""
+    """Returns the median and the least resident memory in each tenth of the steps, and the growth, as Markdown."""
     steps, sizes = np.array(seen, float).T
     edges = np.linspace(0, steps.max(), ROWS + 1)
-    lines = ['| steps | resident MiB |', '|---|---|']
+    lines = ['| steps | resident MiB | least |', '|---|---|---|']
     for low, high in itertools.pairwise(edges):
         inside = sizes[(steps > low) & (steps <= high)]
         if len(inside):
-            lines.append(f'| {low:.0f}-{high:.0f} | {np.median(inside) / 2**20:.0f} |')
+            lines.append(f'| {low:.0f}-{high:.0f} | {np.median(inside) / 2**20:.0f} | {inside.min() / 2**20:.0f} |')
     return '\n'.join(lines) + f'\n\nGrowth: {1000 * growth(seen) / 2**20:.3f} MiB in 1000 steps.\n'
 
 
