@@ -45,7 +45,7 @@ def test_every_format_is_written_and_run(finished, capsys):
         assert facts['examples_per_second'] > 0
     assert report['layers'] == {'integer': 8}
     table = capsys.readouterr().out
-    for word in ('fake-quantized', 'answers differ', 'counted in 360 test examples', *FILES):
+    for word in ('fake-quantized', 'answers differ', 'counted on 360 test examples', *FILES):
         assert word in table
     images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), np.uint8)
     logits = [np.asarray(load(files[name])(images)) for name in FILES]
