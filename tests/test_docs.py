@@ -152,10 +152,18 @@ def test_commands_run(line, tmp_path, request, digits_dir):
         assert 'stem/conv' not in described and 'head/dense' in described
 
 
+def anchors(page):
+    """Returns the anchors of a page's headings, as GitHub and the site make them."""
+    headings = re.findall(r'^#+ (.+)$', page.read_text(), re.M)
+    return {re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings}
+
+
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
-    for target in re.findall(r'\]\((?!http)([^)#]+)\)', page.read_text()):
-        assert (page.parent / target).exists(), target
+    for target, anchor in re.findall(r'\]\((?!http)([^)#]*)(?:#([^)]+))?\)', page.read_text()):
+        linked = page.parent / target if target else page
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), f'{target}#{anchor}'
 
 
 @pytest.mark.parametrize('page', [page for page in PAGES if page.name != 'CHANGELOG.md'], ids=lambda page: page.name)
@@ -169,12 +177,25 @@ def test_the_index_has_every_page():
         assert page.name == 'index.md' or f']({page.relative_to(ROOT / "docs").as_posix()})' in index, page
 
 
-@pytest.mark.parametrize('registry', [ESTIMATORS, QUANTIZERS], ids=lambda registry: registry.kind)
-def test_every_name_has_its_row(registry):
+def own_names(registry):
+    """Returns the names that the project registers, without those of plugins in other tests."""
+    return [name for name in registry if registry.get(name).__module__.startswith('bqat_jax.')]
+
+
+@pytest.mark.parametrize(('registry', 'rows'), [(ESTIMATORS, 1), (QUANTIZERS, 2)], ids=['estimators', 'quantizers'])
+def test_every_name_has_its_rows(registry, rows):
     text = (ROOT / 'docs' / 'estimators.md').read_text()
-    for name in registry:
-        if registry.get(name).__module__.startswith('bqat_jax.'):
-            assert re.search(rf'^\|.*`{name}[`:]', text, re.M), f'docs/estimators.md has no row for {name}'
+    for name in own_names(registry):
+        lines = re.findall(rf'^\| [^|]*`{name}[`:]', text, re.M)
+        assert len(lines) == rows, f'docs/estimators.md has {len(lines)} rows for {name}, not {rows}'
+
+
+def test_the_readme_counts_what_there_is():
+    text = (ROOT / 'README.md').read_text()
+    quantizers, estimators = own_names(QUANTIZERS), own_names(ESTIMATORS)
+    (row,) = re.findall(rf'^\| quantizers \| {len(quantizers)}: (.+)$', text, re.M)
+    assert all(f'`{name}`' in row for name in quantizers)
+    assert f'| gradient estimators | {len(estimators)},' in text
 
 
 def test_the_picture_is_drawn_from_the_functions(tmp_path):

@@ -93,7 +93,7 @@ KEYS: tuple[Key, ...] = (
         'sweep_minutes',
         Unset(float),
         'minutes after which a sweep stops with a checkpoint; the same command resumes it: '
-        '[research](research.md#sweeps-that-fit-a-lease)',
+        '[research](research.md#run-it-in-parts)',
         POSITIVE,
         may_change=True,
     ),
@@ -101,7 +101,7 @@ KEYS: tuple[Key, ...] = (
         'sweep_pack',
         Unset(str),
         'zip file that a sweep resumes from, if it exists, and writes at every stop: '
-        '[research](research.md#sweeps-that-fit-a-lease)',
+        '[research](research.md#run-it-in-parts)',
         may_change=True,
     ),
     Key(
@@ -120,7 +120,7 @@ KEYS: tuple[Key, ...] = (
     Key(
         'compilation_cache',
         Unset(str),
-        'folder for compiled programs and [decoded data](data.md#what-is-kept), which make later starts fast',
+        'folder for compiled programs and [decoded data](data.md#the-cache-of-decoded-data); later starts are fast',
         may_change=True,
     ),
     Key('profile', False, 'record a trace of some steps of each phase: [performance](performance.md)', may_change=True),
@@ -147,7 +147,7 @@ KEYS: tuple[Key, ...] = (
     Key(
         'data.cache_dir',
         Unset(str),
-        'local folder that caches data sets of buckets and [decoded data](data.md#what-is-kept): '
+        'local folder that caches data sets of buckets and [decoded data](data.md#the-cache-of-decoded-data): '
         '[pods](pods.md); unset: `~/.cache/bqat_jax` for s3://; gs:// is read directly',
         may_change=True,
     ),
