@@ -1,7 +1,7 @@
 """A small UNet that labels every pixel of canvases with handwritten digits, W2A2.
 
 The data set is made of scikit-learn's digits. Metric: the mean intersection over union (IoU) of the background and the
-ten digits. The first and the last layer have 8 bits. Results: docs/results.md ("Bytes and pixels").
+ten digits. The first and the last layer have 8 bits. Results: docs/results_small_data.md ("Bytes and pixels").
 
 Command: python main.py --config=configs/digits_segmentation.py:bits=2,plan=prefix
 """
