@@ -1,5 +1,7 @@
 """A frozen network as a StableHLO program, which runs with JAX and without this project."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -20,7 +22,8 @@ def export_stablehlo(
 ) -> bytes:
     """Returns the serialized program, for `jax.export.deserialize(content).call(inputs)`.
 
-    It holds packed codes and runs on CPUs, NVIDIA GPUs and TPUs.
+    It holds packed codes and runs on CPUs, NVIDIA GPUs and TPUs. It names no source files, so its bytes do not depend
+    on the folders of this machine.
 
     Args:
         frozen: the network as arrays.
@@ -43,7 +46,8 @@ def export_stablehlo(
 
     exported = jax.export.export(jax.jit(logits), platforms=PLATFORMS)
     try:
-        return bytes(exported(batch_of(frozen, batch)).serialize())
+        with _without_source_files():
+            return bytes(exported(batch_of(frozen, batch)).serialize())
     except Exception as error:
         if batch:
             raise
@@ -58,3 +62,15 @@ def batch_of(frozen: Frozen, batch: int) -> Any:
     """Returns shapes and dtypes of a batch of inputs; its size is symbolic if `batch` is 0."""
     size = batch or jax.export.symbolic_shape(BATCH_AXIS)[0]
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape), x.dtype), frozen.inputs)
+
+
+@contextlib.contextmanager
+def _without_source_files() -> Iterator[None]:
+    """Leaves the Python frames of every operation, which name files of this machine, out of lowered programs."""
+    key = 'jax_traceback_in_locations_limit'
+    before = getattr(jax.config, key)
+    jax.config.update(key, 0)
+    try:
+        yield
+    finally:
+        jax.config.update(key, before)

@@ -174,6 +174,7 @@ class _Execution:
     def execute(self) -> dict[str, Any]:
         entries: dict[str, Any] = {}
         runs = failed = 0
+        self.console.print(f'Every run writes log.txt in its folder below {self.workdir}.', soft_wrap=True)
         for setting, overrides in self.sweep.settings.items():
             config = override(self.config, overrides)
             # No run depends on these.
@@ -190,11 +191,13 @@ class _Execution:
                 runs, failed = runs + entry['runs'], failed + len(entry['failed'])
                 self.hold.check()
                 write_tables(self.workdir, self.sweep, entries, self.metric)
+        files = ', '.join(str(self.workdir / f'sweep.{kind}') for kind in ('json', 'csv', 'md', 'png'))
+        summary = {'runs': runs, 'failed': failed, 'tables': files}
         if self.config.report:
             self.hold.check()
-            report_at_the_end(self.config, self.workdir, self.sweep, self.metric)
-        files = ', '.join(str(self.workdir / f'sweep.{kind}') for kind in ('json', 'csv', 'md', 'png'))
-        return {'runs': runs, 'failed': failed, 'tables': files}
+            report = report_at_the_end(self.config, self.workdir, self.sweep, self.metric)
+            summary |= {'report': str(report)} if report else {}
+        return summary
 
     def _prepare_partner(self, config: Config, folder: Place) -> Place:
         """The workdir with the partner of a setting: that of the config, or one that all runs of the setting share."""

@@ -41,10 +41,10 @@ def report(config: Config, workdir: Place) -> dict[str, Any]:
     return {'report': str(write_report(config, workdir, sweep, metric_of(config)))}
 
 
-def report_at_the_end(config: Config, workdir: Place, sweep: Sweep, metric: Metric) -> None:
-    """Writes the report of a sweep that has ended; a failure is logged as a warning."""
+def report_at_the_end(config: Config, workdir: Place, sweep: Sweep, metric: Metric) -> Place | None:
+    """Writes the report of a sweep that has ended, and returns its path; after a failure, logs a warning."""
     try:
-        write_report(config, workdir, sweep, metric)
+        return write_report(config, workdir, sweep, metric)
     except Exception as error:  # the tables are written; a report must not fail the sweep
         logger.warning(
             'The report of %s could not be written (%s: %s). The sweep is complete; --mode=report with its flags '
@@ -53,6 +53,7 @@ def report_at_the_end(config: Config, workdir: Place, sweep: Sweep, metric: Metr
             type(error).__name__,
             str(error).partition('\n')[0],
         )
+        return None
 
 
 def write_report(config: Config, workdir: Place, sweep: Sweep | None, metric: Metric) -> Place:

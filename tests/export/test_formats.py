@@ -107,6 +107,7 @@ def test_one_program_runs_on_all_platforms():
     quantized = of_family('cifar_resnet')
     content = export_stablehlo(quantized.frozen, quantized.network)
     assert jax.export.deserialize(bytearray(content)).platforms == ('cpu', 'cuda', 'tpu')
+    assert b'.py' not in content and b'bqat_jax' not in content  # no file names of the machine that exported it
 
 
 @pytest.mark.parametrize('name', ['cifar_resnet', 'decoder'])
