@@ -25,7 +25,7 @@ LOSSES = {
 def get_sweep() -> Sweep:
     """Returns the sweep."""
     return Sweep(
-        methods={name: {**replacement(**keys), **COMMON} for name, keys in LOSSES.items()},
+        methods={name: {**COMMON, **replacement(**keys)} for name, keys in LOSSES.items()},
         seeds=range(2),
         baseline='LSQ',
         settings={name: {**keys, 'train.steps': 200} for name, keys in bits(2).items()},

@@ -11,6 +11,7 @@ from bqat_jax.sweeps import Sweep
 from configs.sweeps.common import COMPARED, METHODS, bits, learning_rates, replacement
 
 COMMON = {
+    'replacement.temperature': 1.0,  # the recipe has 4
     'optimizer.warmup_epochs': 0.0,
     'train.batch_size': 64,
     'data.train_examples': 16_000,
@@ -23,7 +24,7 @@ STEPS = {'W2A2': 200, 'W4A4': 80}
 def get_sweep() -> Sweep:
     """Returns the sweep."""
     return Sweep(
-        methods={name: {**replacement(**METHODS[name]), **COMMON} for name in COMPARED},
+        methods={name: {**COMMON, **replacement(**METHODS[name])} for name in COMPARED},
         seeds=range(2),
         baseline='LSQ',
         settings={name: {**keys, 'train.steps': STEPS[name]} for name, keys in bits(2, 4).items()},

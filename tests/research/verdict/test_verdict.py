@@ -149,6 +149,7 @@ def test_methods_and_settings_that_cannot_be_tried(tmp_path):
         find_settings(None, f'{tmp_path}/absent', str(tmp_path), None)
     digits, cifar = find_settings(None, str(tmp_path), str(tmp_path), None)
     assert (digits.name, cifar.name) == ('digits narrow W2A2', 'CIFAR-10 short W2A2')
+    assert cifar.config.replacement.temperature == 4.0
     assert cifar.config.quant.weights.bits == 2 and cifar.config.replacement.distillation == 0.0
 
 
