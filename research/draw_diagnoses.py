@@ -82,6 +82,8 @@ def draw(picture: Path, methods: Mapping[str, Mapping[str, Curves]]) -> None:
         panel.set_title(block)
     for panel in panels[-1]:
         panel.set_xlabel('step')
+    for panel in panels.flat:
+        panel.set_visible(panel.has_data())  # the head has no features
     panels[0][0].legend(fontsize='x-small')
     figure.savefig(picture, dpi=90)
 
