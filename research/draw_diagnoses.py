@@ -76,14 +76,13 @@ def draw(picture: Path, methods: Mapping[str, Mapping[str, Curves]]) -> None:
     for row, name in zip(panels, MEASURES, strict=True):
         row[0].set_ylabel(name, fontsize='small')
         for panel, block in zip(row, blocks, strict=True):
+            panel.set_visible(any(curves[name].get(block) for curves in methods.values()))  # the head has no features
             for number, (method, curves) in enumerate(methods.items()):
                 _draw_curve(panel, method, curves[name].get(block, {}), matplotlib.colormaps['tab10'](number))
     for panel, block in zip(panels[0], blocks, strict=True):
         panel.set_title(block)
     for panel in panels[-1]:
         panel.set_xlabel('step')
-    for panel in panels.flat:
-        panel.set_visible(panel.has_data())  # the head has no features
     panels[0][0].legend(fontsize='x-small')
     figure.savefig(picture, dpi=90)
 

@@ -16,7 +16,7 @@ from configs.sweeps.common import HARDER, learning_rates
 STE = 'identity'
 # The best method so far. Evidence (docs/results.md): on CIFAR-10, W2A2, short schedule, `prefix` is better than LSQ
 # with the STE by 5.34 points (95 % interval +4.52 to +6.17), at equal steps and about twice the time. With a
-# temperature of 4, which the setting has, it is by 15.5 and 16.3 in two seeds. No estimator has such evidence.
+# temperature of 4, which the setting has, the gain is 15.5 and 16.3 in two seeds. No estimator has such evidence.
 BEST = 'plan=prefix'
 REFERENCES = (STE, 'ewgs', BEST)
 PLAN = 'plan='
