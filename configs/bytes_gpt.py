@@ -9,29 +9,39 @@ Command: python main.py --config=configs/bytes_gpt.py:bits=4,plan=prefix
 
 import ml_collections
 
+from bqat_jax.errors import UserError
 from bqat_jax.experiment.configuration import Config
 from configs.common import LSQ8, begin
 
-TERNARY = 'ternary'
+LSQ, TERNARY = 'lsq', 'ternary'
+# The embedding's and the head's, whatever the other layers have.
+LSQ8_CHANNEL = {**LSQ8, 'granularity': 'channel'}
 
 
 def get_config(argument: str | None = None) -> Config:
-    """Returns the recipe; arguments: bits (of weights), weights (lsq or ternary), plan, distillation, cut."""
-    config, given = begin(argument, bits=4, weights='lsq')
+    """Returns the recipe; arguments: bits (of weights), weights (lsq, or ternary, of 2 bits), plan, distillation, cut.
+
+    Raises:
+        UserError: for other `weights`.
+    """
+    config, given = begin(argument, bits=4, weights=LSQ)
+    if given.weights not in (LSQ, TERNARY):
+        raise UserError(f'The config argument weights={given.weights!r} must be {LSQ} or {TERNARY}.')
     config.task = 'language_model'
     config.data.name = 'python_bytes'
     config.data.validation_split = 'validation'
     config.network = ml_collections.ConfigDict(
         {'name': 'decoder', 'depth': 4, 'width': 64, 'heads': 4, 'dtype': 'float32', 'unroll': True}
     )
+    config.quant.weights.granularity = 'channel'
     if given.weights == TERNARY:
         config.quant.weights.name = 'absmean_ternary'
         config.quant.weights.bits = 2
-    config.quant.weights.granularity = 'channel'
+        config.quant.weights.granularity = 'tensor'
     config.quant.activations.bits = 8
     config.quant.rules = (
-        {'layers': 'embed', 'weights': dict(LSQ8)},
-        {'layers': 'head', 'weights': dict(LSQ8), 'activations': dict(LSQ8)},
+        {'layers': 'embed', 'weights': dict(LSQ8_CHANNEL)},
+        {'layers': 'head', 'weights': dict(LSQ8_CHANNEL), 'activations': dict(LSQ8)},
     )
     config.train.batch_size = 32
     config.partner.steps = 2000

@@ -12,6 +12,16 @@ METHODS = {
     'bernoulli': {'plan': 'bernoulli'},
 }
 
+# Compute of a step for three equal blocks (docs/method.md); `bernoulli` with half to all blocks in low precision.
+UNITS = {
+    'LSQ': 3,
+    'distillation': 4,
+    'prefix': 6,
+    'prefix_sampled': 5,
+    'single_sampled': 46 / 9,
+    'bernoulli': 4 + 0.6316,
+}
+
 # Methods for CIFAR-10.
 COMPARED = ('LSQ', 'distillation', 'prefix', 'prefix_sampled')
 

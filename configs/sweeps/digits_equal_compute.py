@@ -1,7 +1,6 @@
 """Compares the methods of digits.py in the harder settings at equal compute: the cheaper a step, the more steps.
 
-Units of a step for three equal blocks (docs/method.md): 3 LSQ, 4 distillation, 6 `prefix`, 5 `prefix_sampled`, 5.11
-`single_sampled`, 4.63 `bernoulli` (half to all blocks low precision). All have the compute of 160 steps of `prefix`.
+All have the compute of 160 steps of `prefix`, by the units of docs/method.md.
 
 Command: python main.py --mode=sweep \
     --config.sweep=configs/sweeps/digits_equal_compute.py --config.train.replicas=4 \
@@ -9,16 +8,7 @@ Command: python main.py --mode=sweep \
 """
 
 from bqat_jax.sweeps import Sweep
-from configs.sweeps.common import HARDER, METHODS, STEPS, learning_rates, replacement
-
-UNITS = {
-    'LSQ': 3,
-    'distillation': 4,
-    'prefix': 6,
-    'prefix_sampled': 5,
-    'single_sampled': 46 / 9,
-    'bernoulli': 4 + 0.6316,
-}
+from configs.sweeps.common import HARDER, METHODS, STEPS, UNITS, learning_rates, replacement
 
 
 def get_sweep() -> Sweep:

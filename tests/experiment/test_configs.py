@@ -5,6 +5,7 @@ import pytest
 import rich.console
 
 from benchmarks.bench import described_images
+from bqat_jax.errors import UserError
 from bqat_jax.experiment.configuration import to_plain
 from bqat_jax.experiment.setup import make_experiment
 from bqat_jax.training.optimizer import make_optimizer
@@ -62,3 +63,12 @@ def test_depthwise_layers_may_have_bits_of_their_own(tmp_path):
     settings = describe(config, tmp_path).quantizers
     assert {layer.weights.bits for path, layer in settings.items() if '/depthwise/' in path} == {6}
     assert {layer.activations.bits for path, layer in settings.items() if '/project/' in path} == {4}
+
+
+def test_the_language_models_weights_may_be_ternary(tmp_path):
+    recipe = load_recipe(ROOT / 'configs' / 'bytes_gpt.py')
+    first, *others, last = describe(recipe.get_config('weights=ternary'), tmp_path).quantizers.values()
+    assert {layer.weights.name for layer in others} == {'absmean_ternary'}
+    assert {layer.weights.name for layer in (first, last)} == {'lsq'}
+    with pytest.raises(UserError, match="weights='binary' must be lsq or ternary"):
+        recipe.get_config('weights=binary')
