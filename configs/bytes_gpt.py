@@ -3,7 +3,7 @@
 The text is the library of the Python that prepares the data set; metadata and environment.json have its version. Loss:
 cross entropy of the next byte; metric: bits per byte on files that were not trained on. The embedding and the head have
 8 bits. With ternary weights distillation alone (plan=none) was better than prefix, which was worse than plain QAT; at
-two bits no difference between them was shown (docs/results_small_data.md, "Bytes and pixels").
+two bits prefix was not shown to differ from either (docs/results_small_data.md, "Bytes and pixels").
 
 Command: python main.py --config=configs/bytes_gpt.py:bits=4,plan=prefix
 """
